@@ -1,0 +1,286 @@
+"""The configuration of a run: typed, frozen, validated, read from TOML and written back to it.
+
+A run is described by one TOML file with the tables `[model]`, `[data]`, `[optimizer.dense]`, `[optimizer.tables]`,
+`[training]` and `[checkpoint]`. Presets are such files, shipped in `mfdist/presets/`.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mfdist.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+MAX_BITS = 24
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Section):
+    """Shape of a transformer; `kind` alone decides between a MemoryFormer and its dense twin."""
+
+    kind: Literal["memory", "dense"] = Field("memory", description="memory: lookup tables; dense: the Pythia-shaped twin")
+    num_layers: Count = Field(description="number of blocks")
+    hidden_dim: Count = Field(description="width d of the residual stream")
+    num_heads: Count = Field(description="attention heads; must divide hidden_dim")
+    vocab_size: int = Field(0, ge=0, description="tokens; 0 takes the tokenizer's")
+    max_seq_len: Count = Field(2048, description="longest sequence the model accepts, in tokens")
+    bits: int = Field(8, ge=1, le=MAX_BITS, description="sign bits a chunk (tau); must divide hidden_dim")
+    extra_bits: int = Field(2, ge=0, le=8, description="more bits in the second feed-forward layer's chunks")
+    score: Literal["paper", "released"] = Field("paper", description="row weight: the paper's p(z), or ‖z‖₁·p(z)")
+    score_temperature: Positive = Field(1.0, description="t in p(z) = 1 / prod(1 + exp(-2|z|/t))")
+    rotary_fraction: Fraction = Field(0.25, description="share of each head that is rotated by position")
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"num_heads must divide hidden_dim; got hidden_dim={self.hidden_dim}, num_heads={self.num_heads}")
+        if self.kind == "memory" and self.hidden_dim % self.bits:
+            raise ValueError(f"bits must divide hidden_dim; got hidden_dim={self.hidden_dim}, bits={self.bits}")
+        if self.kind == "memory" and self.bits + self.extra_bits > MAX_BITS:
+            raise ValueError(f"bits + extra_bits must be at most {MAX_BITS}; got {self.bits} + {self.extra_bits}")
+        return self
+
+
+class DataConfig(_Section):
+    """Where text comes from and how it becomes tokens."""
+
+    source: str = Field(
+        "python-stdlib",
+        description="a folder or file of text (.txt .md .py .jsonl .parquet, compressed or not), hf:NAME, or python-stdlib",
+    )
+    text_field: str = Field("text", description="field that holds the text in .jsonl, .parquet and Hugging Face data")
+    tokenizer: str = Field("bpe", description="bytes, bpe (trained on the source), or the path of a tokenizer.json")
+    vocab_size: int = Field(4096, ge=257, description="tokens of a trained BPE; other tokenizers bring their own")
+    validation_fraction: float = Field(0.02, gt=0.0, lt=0.5, description="share of the documents held out")
+    seed: int = Field(0, ge=0, description="seed of the split into training and validation documents")
+    cache_dir: Path | None = Field(None, description="where tokenised data is kept; default $XDG_CACHE_HOME/mfdist")
+
+
+class ParameterGroupConfig(_Section):
+    """AdamW settings of one group of parameters."""
+
+    lr: Positive | None = Field(None, description="peak learning rate; tables default to three times the dense one")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of Adam's two moments")
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(0.1, description="decoupled weight decay")
+    clip_norm: NonNegative = Field(1.0, description="largest gradient norm of the group; 0 does not clip")
+    warmup_fraction: Fraction = Field(0.01, description="share of the steps in which lr rises linearly")
+    min_lr_fraction: Fraction = Field(0.01, description="lr at the last step, as a share of the peak")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how lr falls after warm-up")
+
+
+class OptimizerConfig(_Section):
+    """Two groups: the dense parameters and the tables."""
+
+    dense: ParameterGroupConfig = ParameterGroupConfig(lr=1e-3)
+    tables: ParameterGroupConfig = ParameterGroupConfig()
+
+    @model_validator(mode="after")
+    def _dense_lr(self) -> Self:
+        if self.dense.lr is None:
+            raise ValueError("optimizer.dense.lr must be given")
+        return self
+
+
+class TrainingConfig(_Section):
+    """How long, how large a batch, on what."""
+
+    steps: Count = Field(description="optimiser steps")
+    batch_size: Count = Field(description="sequences a step, over all micro-batches and ranks")
+    micro_batches: Count = Field(1, description="gradient accumulation: parts a step's batch is split into")
+    seq_len: Count = Field(description="tokens a sequence")
+    seed: int = Field(0, ge=0, description="seed of initialisation and of the order of the data")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay fp32")
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    eval_every: Count = Field(100, description="steps between validations")
+    eval_sequences: Count = Field(64, description="validation sequences each time; the last validation takes them all")
+    twin_steps: int = Field(0, ge=0, description="steps to time the dense twin for, reported beside this model; 0 does not")
+    tensorboard: bool = Field(False, description="also write TensorBoard event files (pip install mfdist[tensorboard])")
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches must divide batch_size; got batch_size={self.batch_size}, micro_batches={self.micro_batches}"
+            )
+        return self
+
+
+class CheckpointConfig(_Section):
+    """How often the run is saved and how much is kept."""
+
+    every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
+    keep_last: Count = Field(2, description="checkpoints kept; older ones are removed after a newer one is committed")
+
+
+class RunConfig(_Section):
+    """Everything that decides a run's numbers."""
+
+    name: str = Field("run", description="name shown in reports")
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.training.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"training.seq_len must be at most model.max_seq_len; got {self.training.seq_len} > {self.model.max_seq_len}"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """Return the whole configuration, defaults included, as TOML that `load_config` reads back to an equal value."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets, smallest model first."""
+    found = {path.name.removesuffix(".toml") for path in resources.files("mfdist.presets").iterdir() if path.name.endswith(".toml")}
+    order = ("demo", "tiny", "small", "base")
+    return [name for name in order if name in found] + sorted(found - set(order))
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a preset or a TOML file and apply `section.key=value` overrides, the last of a key winning.
+
+    Args:
+        name_or_path: a preset's name, or the path of a TOML file.
+        overrides: strings such as `model.bits=10`; the value is TOML, or else taken as a plain string.
+
+    Raises:
+        ConfigError: no such file, not TOML, or a key or value that is wrong; the message names the nearest right key
+            and where the wrong one stands.
+    """
+    text, origin = _read_source(str(name_or_path))
+    return parse_config(text, origin=origin, overrides=overrides)
+
+
+def parse_config(text: str, *, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate TOML text as `load_config` does; `origin` names it in messages."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration must be TOML; {origin}: {error}") from None
+    from_set = {}
+    for override in overrides:
+        key, value = _parse_override(override)
+        _assign(tree, key, value)
+        from_set[key] = f"--set {override}"
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, text, origin, from_set)) from None
+
+
+def _read_source(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in preset_names():
+        return (resources.files("mfdist.presets") / f"{name_or_path}.toml").read_text("utf-8"), f"preset {name_or_path}"
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.exists():
+        try:
+            return path.read_text("utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ConfigError(f"configuration file {path} cannot be read ({reason}); give a TOML file or one of {_presets()}") from None
+    close = difflib.get_close_matches(name_or_path, preset_names(), n=1)
+    hint = f'; did you mean "{close[0]}"?' if close else ""
+    raise ConfigError(f'configuration must be a TOML file or one of {_presets()}; got "{name_or_path}"{hint}')
+
+
+def _presets() -> str:
+    return ", ".join(preset_names())
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, raw = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(f'--set takes section.key=value, such as model.bits=10; got "{override}"')
+    try:
+        return key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, raw
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f'--set {key}: "{section}" is a value, not a section')
+    tree[last] = value
+
+
+def _explain(error: ValidationError, text: str, origin: str, from_set: dict[str, str]) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    set_by = next((said for name, said in from_set.items() if name == key), None)
+    where = set_by or _line_of(text, location, origin)
+    if problem["type"] == "extra_forbidden":
+        right = _nearest(key)
+        return f'unknown key "{key}" in {where}{right}'
+    if problem["type"] == "missing":
+        return f'key "{key}" is missing in {origin}; add it to the file or give --set {key}=...'
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if problem["type"] == "value_error":
+        return f"{message} (in {where})"
+    return f'{message}: got {key}={problem["input"]!r} in {where}'
+
+
+def _line_of(text: str, location: Sequence[str], origin: str) -> str:
+    section: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        stripped = line.strip()
+        if stripped.startswith("["):
+            section = stripped.strip("[] ").split(".")
+        elif [*section, *(part.strip() for part in stripped.partition("=")[0].split("."))] == list(location):
+            return f"{origin}, line {number}"
+        if section == list(location) and stripped.startswith("["):
+            return f"{origin}, line {number}"
+    return origin
+
+
+def _nearest(key: str) -> str:
+    known = list(config_keys())
+    section, _, last = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    close = close or [name for name in known if name.rpartition(".")[2] == last][:1]
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f'; did you mean "{close[0]}"?'
+    return f"; keys here are {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
+
+
+def config_keys() -> Iterator[str]:
+    """Yield every dotted key a configuration may hold, in the order of the classes above."""
+    yield from _keys_of(RunConfig, "")
+
+
+def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        nested = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if nested is None:
+            yield prefix + name
+        else:
+            yield from _keys_of(nested, f"{prefix}{name}.")
