@@ -1,0 +1,1 @@
+"""Addressing: from activations to row ids and scores."""

@@ -1,0 +1,36 @@
+"""A table whose rows are one parameter of this process."""
+
+import torch
+from torch import Tensor, nn
+
+from mfdist.kernels import gather_sum
+from mfdist.spec import TableSpec
+from mfdist.table import Table
+
+
+class LocalTable(Table):
+    """A table held as an ordinary dense `nn.Parameter`, trained by any torch optimiser.
+
+    Args:
+        spec: name, shape and dtype.
+        std: standard deviation of the rows' normal initialisation.
+        device: where the rows are made; `meta` makes none.
+    """
+
+    def __init__(self, spec: TableSpec, *, std: float = 0.02, device: torch.device | str | None = None) -> None:
+        super().__init__(spec)
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(spec.num_rows, spec.row_dim, dtype=spec.dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all rows anew from N(0, std²)."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
+        """Return the lookup; see `Table.forward`."""
+        weight: Tensor = self.weight
+        kind = weight.device.type
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
+        return gather_sum(weight, row_ids, scores, code_stride, self.spec.name)
