@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mfdist.config_errors import explain
 from mfdist.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
@@ -31,7 +32,9 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Shape of a transformer; `kind` alone decides between a MemoryFormer and its dense twin."""
 
-    kind: Literal["memory", "dense"] = Field("memory", description="memory: lookup tables; dense: the Pythia-shaped twin")
+    kind: Literal["memory", "dense"] = Field(
+        "memory", description="memory: lookup tables; dense: the Pythia-shaped twin"
+    )
     num_layers: Count = Field(description="number of blocks")
     hidden_dim: Count = Field(description="width d of the residual stream")
     num_heads: Count = Field(description="attention heads; must divide hidden_dim")
@@ -46,7 +49,9 @@ class ModelConfig(_Section):
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
         if self.hidden_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide hidden_dim; got hidden_dim={self.hidden_dim}, num_heads={self.num_heads}")
+            raise ValueError(
+                f"num_heads must divide hidden_dim; got hidden_dim={self.hidden_dim}, num_heads={self.num_heads}"
+            )
         if self.kind == "memory" and self.hidden_dim % self.bits:
             raise ValueError(f"bits must divide hidden_dim; got hidden_dim={self.hidden_dim}, bits={self.bits}")
         if self.kind == "memory" and self.bits + self.extra_bits > MAX_BITS:
@@ -59,7 +64,7 @@ class DataConfig(_Section):
 
     source: str = Field(
         "python-stdlib",
-        description="a folder or file of text (.txt .md .py .jsonl .parquet, compressed or not), hf:NAME, or python-stdlib",
+        description="python-stdlib, hf:NAME, or a file or folder of text (.txt .md .py .jsonl .parquet, or .gz)",
     )
     text_field: str = Field("text", description="field that holds the text in .jsonl, .parquet and Hugging Face data")
     tokenizer: str = Field("bpe", description="bytes, bpe (trained on the source), or the path of a tokenizer.json")
@@ -108,14 +113,17 @@ class TrainingConfig(_Section):
     compile: bool = Field(False, description="compile the model with torch.compile")
     eval_every: Count = Field(100, description="steps between validations")
     eval_sequences: Count = Field(64, description="validation sequences each time; the last validation takes them all")
-    twin_steps: int = Field(0, ge=0, description="steps to time the dense twin for, reported beside this model; 0 does not")
+    twin_steps: int = Field(
+        0, ge=0, description="steps to time the dense twin for, reported beside this model; 0 does not"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files (pip install mfdist[tensorboard])")
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
         if self.batch_size % self.micro_batches:
             raise ValueError(
-                f"micro_batches must divide batch_size; got batch_size={self.batch_size}, micro_batches={self.micro_batches}"
+                "micro_batches must divide batch_size; "
+                f"got batch_size={self.batch_size}, micro_batches={self.micro_batches}"
             )
         return self
 
@@ -141,18 +149,20 @@ class RunConfig(_Section):
     def _check_lengths(self) -> Self:
         if self.training.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"training.seq_len must be at most model.max_seq_len; got {self.training.seq_len} > {self.model.max_seq_len}"
+                "training.seq_len must be at most model.max_seq_len; "
+                f"got {self.training.seq_len} > {self.model.max_seq_len}"
             )
         return self
 
     def to_toml(self) -> str:
-        """Return the whole configuration, defaults included, as TOML that `load_config` reads back to an equal value."""
+        """Return the whole configuration, defaults included, as TOML; `parse_config` reads back an equal value."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 def preset_names() -> list[str]:
     """Return the names of the shipped presets, smallest model first."""
-    found = {path.name.removesuffix(".toml") for path in resources.files("mfdist.presets").iterdir() if path.name.endswith(".toml")}
+    files = resources.files("mfdist.presets").iterdir()
+    found = {file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")}
     order = ("demo", "tiny", "small", "base")
     return [name for name in order if name in found] + sorted(found - set(order))
 
@@ -178,15 +188,15 @@ def parse_config(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Ru
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration must be TOML; {origin}: {error}") from None
-    from_set = {}
+    said: dict[str, str] = {}
     for override in overrides:
         key, value = _parse_override(override)
         _assign(tree, key, value)
-        from_set[key] = f"--set {override}"
+        said[key] = f"--set {override}"
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, text, origin, from_set)) from None
+        raise ConfigError(explain(error, text=text, origin=origin, overrides=said, keys=list(config_keys()))) from None
 
 
 def _read_source(name_or_path: str) -> tuple[str, str]:
@@ -198,7 +208,9 @@ def _read_source(name_or_path: str) -> tuple[str, str]:
             return path.read_text("utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ConfigError(f"configuration file {path} cannot be read ({reason}); give a TOML file or one of {_presets()}") from None
+            raise ConfigError(
+                f"configuration file {path} cannot be read ({reason}); give a TOML file or one of {_presets()}"
+            ) from None
     close = difflib.get_close_matches(name_or_path, preset_names(), n=1)
     hint = f'; did you mean "{close[0]}"?' if close else ""
     raise ConfigError(f'configuration must be a TOML file or one of {_presets()}; got "{name_or_path}"{hint}')
@@ -226,49 +238,6 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f'--set {key}: "{section}" is a value, not a section')
     tree[last] = value
-
-
-def _explain(error: ValidationError, text: str, origin: str, from_set: dict[str, str]) -> str:
-    problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    set_by = next((said for name, said in from_set.items() if name == key), None)
-    where = set_by or _line_of(text, location, origin)
-    if problem["type"] == "extra_forbidden":
-        right = _nearest(key)
-        return f'unknown key "{key}" in {where}{right}'
-    if problem["type"] == "missing":
-        return f'key "{key}" is missing in {origin}; add it to the file or give --set {key}=...'
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if problem["type"] == "value_error":
-        return f"{message} (in {where})"
-    return f'{message}: got {key}={problem["input"]!r} in {where}'
-
-
-def _line_of(text: str, location: Sequence[str], origin: str) -> str:
-    section: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip()
-        if stripped.startswith("["):
-            section = stripped.strip("[] ").split(".")
-        elif [*section, *(part.strip() for part in stripped.partition("=")[0].split("."))] == list(location):
-            return f"{origin}, line {number}"
-        if section == list(location) and stripped.startswith("["):
-            return f"{origin}, line {number}"
-    return origin
-
-
-def _nearest(key: str) -> str:
-    known = list(config_keys())
-    section, _, last = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == section]
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    close = close or [name for name in known if name.rpartition(".")[2] == last][:1]
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if close:
-        return f'; did you mean "{close[0]}"?'
-    return f"; keys here are {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
 
 
 def config_keys() -> Iterator[str]:
