@@ -1,0 +1,298 @@
+"""The training loop: from a run's directory to a trained, checkpointed model.
+
+`train` is the whole of it: prepare the data, build or load the model, step, validate, save, stop. Everything it has to
+say goes to an observer as events; it neither prints nor draws.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.config import RunConfig
+from mfdist.errors import ConfigError
+from mfdist.models import Transformer, build_model
+from mfdist.training.checkpointed import check_fingerprint
+from mfdist.training.data.batches import BatchOrder, TokenBatches
+from mfdist.training.data.ngram import baselines
+from mfdist.training.data.token_store import TokenStore, prepare_tokens
+from mfdist.training.device import choose_device, describe_device, peak_memory_bytes, synchronize
+from mfdist.training.evaluation import evaluate
+from mfdist.training.events import Event, Observer, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned, ignore
+from mfdist.training.generation import GenerationConfig, Generator
+from mfdist.training.interrupts import StopRequest, stop_on_signals
+from mfdist.training.metrics import MetricsFile, TensorBoard
+from mfdist.training.optimizer import RunOptimizer, table_parameter_names
+from mfdist.training.profile import lookup_share
+from mfdist.training.run import RunDirectory
+from mfdist.training.state import capture, load_training
+from mfdist.training.step import TrainStep
+from mfdist.training.twin import time_dense_twin
+
+PROFILE_EVERY = 50  # steps between measurements of the lookups' share
+NUM_SAMPLE_TOKENS = 100
+
+
+def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
+    """Train a run from its last committed step, or from the start, to its configured number of steps.
+
+    SIGINT and SIGTERM finish the step, save, and end it early; the run goes on when `train` is called again.
+
+    Args:
+        run: from `RunDirectory.create` or `open`.
+        observer: told every event.
+
+    Returns:
+        Where and why training stopped.
+
+    Raises:
+        ConfigError, DataError: the configuration or the text is wrong; nothing was trained.
+        ConsistencyError: the run's text has changed since its checkpoint.
+        NonFiniteError: loss or gradients became NaN or infinite; earlier commits stand.
+        CheckpointError: a checkpoint could not be written or read; earlier commits stand.
+        UnavailableError: another process trains this run.
+
+    Called on: the one process of the run, its main thread where signals are to be caught.
+    """
+    start = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(run.checkpoints.writer_lock())
+        observers: list[Observer] = [observer]
+
+        def tell(event: Event) -> None:
+            for each in observers:
+                each(event)
+
+        request = stack.enter_context(stop_on_signals(lambda message: tell(Warned(message=message))))
+        stack.enter_context(_determinism(run.config.training.is_deterministic))
+        session = _Session.prepare(run, tell)
+        metrics = MetricsFile(run.metrics_path, session.first_step)
+        stack.callback(metrics.close)
+        observers.append(metrics)
+        if session.config.training.tensorboard:
+            board = TensorBoard(run.path / "tensorboard")
+            stack.callback(board.close)
+            observers.append(board)
+        step, reason = session.run(request, tell)
+        stopped = Stopped(
+            run_dir=run.path,
+            step=step,
+            last_step=session.config.training.steps,
+            reason=reason,
+            elapsed_s=time.monotonic() - start,
+        )
+        tell(stopped)
+    return stopped
+
+
+class _Timing(NamedTuple):
+    step_s: float
+    is_profiled: bool
+
+
+class _Session:
+    """One stretch of training: everything that lives from `train`'s start to its end."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: RunConfig,
+        store: TokenStore,
+        model: Transformer,
+        optimizer: RunOptimizer,
+        first_step: int,
+        twin_tokens_per_s: float | None,
+    ) -> None:
+        self.run_directory = run
+        self.config = config
+        self.first_step = first_step
+        self._store = store
+        self._model = model
+        self._optimizer = optimizer
+        self._device = next(model.parameters()).device
+        self._checkpoints = run.checkpoints
+        self._batches = _batches(config, store)
+        self._train_step = TrainStep(model, optimizer, config.training, self._device)
+        self._twin_tokens_per_s = twin_tokens_per_s
+
+    @classmethod
+    def prepare(cls, run: RunDirectory, tell: Observer) -> "_Session":
+        """Read the text, build the model, and load the last commit where there is one."""
+        config = run.config
+        device = choose_device(config.training.device)
+        store = prepare_tokens(config.data, observer=tell)
+        config = _with_vocabulary(config, store)
+        run.write_config(config)
+        store.tokenizer.save(run.tokenizer_path)
+        batches = _batches(config, store)
+        is_new = not run.checkpoints.steps()
+        twin = None
+        if config.training.twin_steps and config.model.kind == "memory" and is_new:
+            twin = time_dense_twin(config, batches, device)
+        torch.manual_seed(config.training.seed)
+        with device:
+            model = build_model(config.model)
+        optimizer = RunOptimizer(model, config.optimizer)
+        first_step = 0 if is_new else _load(run, run.checkpoints, model, optimizer, store)
+        session = cls(run, config, store, model, optimizer, first_step, twin)
+        tell(session._started())
+        return session
+
+    def run(self, request: StopRequest, tell: Observer) -> tuple[int, str]:
+        """Step until the end or a request to stop; return the last finished step and the reason."""
+        training, checkpoint = self.config.training, self.config.checkpoint
+        step = saved = self.first_step
+        timings: list[_Timing] = []
+        while step < training.steps and request.reason is None:
+            event, timing = self._step(step)
+            step += 1
+            timings.append(timing)
+            tell(event)
+            if step % training.eval_every == 0 and step < training.steps:
+                tell(self._evaluate(step, training.eval_sequences))
+            if step % checkpoint.every == 0:
+                tell(self._save(step))
+                saved = step
+        if step > saved:
+            tell(self._save(step))
+        if step < training.steps:
+            return step, request.reason or "stopped"
+        if timings or step == self.first_step:
+            tell(self._evaluate(step, None))
+            self._sample(tell)
+        self._compare_speed(timings, tell)
+        return step, "finished"
+
+    def _step(self, step: int) -> tuple[Stepped, _Timing]:
+        training = self.config.training
+        is_profiled = self.config.model.kind == "memory" and (step - self.first_step) % PROFILE_EVERY == 2
+        inputs, targets = self._batches.at(step)
+        start = time.perf_counter()
+        if is_profiled:
+            result, share = lookup_share(lambda: self._train_step(step, inputs, targets), self._device)
+        else:
+            result, share = self._train_step(step, inputs, targets), None
+        synchronize(self._device)
+        step_s = time.perf_counter() - start
+        event = Stepped(
+            step=step + 1,
+            loss=result.loss,
+            dense_lr=result.rates["dense"],
+            table_lr=result.rates["tables"],
+            dense_grad_norm=result.dense_grad_norm,
+            table_grad_norm=result.table_grad_norm,
+            tokens_per_s=training.batch_size * training.seq_len / step_s,
+            step_s=step_s,
+            peak_memory_bytes=peak_memory_bytes(self._device),
+            lookup_share=share,
+        )
+        return event, _Timing(step_s, is_profiled)
+
+    def _evaluate(self, step: int, max_sequences: int | None) -> Event:
+        return evaluate(
+            self._model,
+            self._store,
+            step=step,
+            seq_len=self.config.training.seq_len,
+            precision=self.config.training.precision,
+            max_sequences=max_sequences,
+        )
+
+    def _save(self, step: int) -> Saved:
+        start = time.perf_counter()
+        info = self._checkpoints.save(
+            capture(
+                self._model, self._optimizer, step=step, config=self.config, data_fingerprint=self._store.fingerprint
+            )
+        )
+        self._checkpoints.prune(keep_last=self.config.checkpoint.keep_last)
+        return Saved(step=step, path=info.path, num_bytes=info.num_bytes, save_s=time.perf_counter() - start)
+
+    def _sample(self, tell: Observer) -> None:
+        if prompt := self.config.training.sample_prompt:
+            generator = Generator(self._model.eval(), self._store.tokenizer, self.config.training.precision)
+            text = "".join(generator.stream(prompt, GenerationConfig(num_tokens=NUM_SAMPLE_TOKENS)))
+            tell(Sampled(prompt=prompt, text=text))
+
+    def _compare_speed(self, timings: list[_Timing], tell: Observer) -> None:
+        plain = [timing.step_s for timing in timings if not timing.is_profiled]
+        if self._twin_tokens_per_s is not None and plain:
+            tokens_per_step = self.config.training.batch_size * self.config.training.seq_len
+            tell(
+                TwinTimed(
+                    tokens_per_s=self._twin_tokens_per_s,
+                    model_tokens_per_s=tokens_per_step / median(plain),
+                    num_steps=self.config.training.twin_steps,
+                )
+            )
+
+    def _started(self) -> Started:
+        tables = table_parameter_names(self._model)
+        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        in_tables = sum(size for name, size in sizes.items() if name in tables)
+        return Started(
+            run_dir=self.run_directory.path,
+            name=self.config.name,
+            kind=self.config.model.kind,
+            device=describe_device(self._device),
+            first_step=self.first_step,
+            last_step=self.config.training.steps,
+            num_table_parameters=in_tables,
+            num_dense_parameters=sum(sizes.values()) - in_tables,
+            num_train_tokens=len(self._store.train),
+            tokens_per_step=self.config.training.batch_size * self.config.training.seq_len,
+            baselines_bits_per_byte=baselines(self._store),
+        )
+
+
+def _batches(config: RunConfig, store: TokenStore) -> TokenBatches:
+    order = BatchOrder(
+        num_tokens=len(store.train),
+        seq_len=config.training.seq_len,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+    )
+    return TokenBatches(store.train, order)
+
+
+def _with_vocabulary(config: RunConfig, store: TokenStore) -> RunConfig:
+    size = store.tokenizer.vocab_size
+    if config.model.vocab_size == 0:
+        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    if config.model.vocab_size < size:
+        raise ConfigError(
+            f"model.vocab_size must cover the tokenizer's {size} tokens; got {config.model.vocab_size}; leave it at 0 to take the tokenizer's"
+        )
+    return config
+
+
+def _load(
+    run: RunDirectory, checkpoints: CheckpointDirectory, model: Transformer, optimizer: RunOptimizer, store: TokenStore
+) -> int:
+    state = checkpoints.load()
+    check_fingerprint(state.attributes["data"]["fingerprint"], store.fingerprint, run)
+    load_training(model, optimizer, state)
+    return state.step
+
+
+@contextmanager
+def _determinism(is_on: bool) -> Iterator[None]:
+    """Make torch repeat itself bit for bit while the body runs, then put its switches back."""
+    if not is_on:
+        yield
+        return
+    # cuBLAS reads this when its first handle is made; without it torch refuses deterministic matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_on, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on)
+        torch.utils.deterministic.fill_uninitialized_memory = filled

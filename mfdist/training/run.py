@@ -1,0 +1,121 @@
+"""A run's directory: its configuration, metrics, checkpoints and tokenizer in fixed places.
+
+    RUN/config.toml              the resolved configuration
+    RUN/metrics.jsonl            one JSON object an event
+    RUN/tokenizer.json           the tokenizer the model was trained with
+    RUN/checkpoints/step-…/      one zarr store a committed step
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.config import RunConfig, parse_config
+from mfdist.errors import ConfigError
+
+# What a resumed run may change without becoming another run: everything else decides the weights or the batches.
+_MAY_CHANGE = (
+    "name",
+    "optimizer.",
+    "checkpoint.",
+    "training.steps",
+    "training.device",
+    "training.precision",
+    "training.compile",
+    "training.micro_batches",
+    "training.eval_",
+    "training.sample_prompt",
+    "training.is_deterministic",
+    "training.twin_steps",
+    "training.tensorboard",
+    "data.cache_dir",
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where one run lives; made by `create` or `open`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path | str, config: RunConfig) -> Self:
+        """Make a new run's directory and store its configuration.
+
+        Raises:
+            ConfigError: the path holds a run already, or anything else; nothing was changed.
+        """
+        run = cls(Path(path))
+        if run.config_path.exists():
+            raise ConfigError(
+                f"--out must name a new directory; {run.path} holds a run already; "
+                f"go on with it by `mfdist train --resume {run.path}`, or choose another name"
+            )
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise ConfigError(f"--out must name a new or empty directory; {run.path} holds something else")
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.write_config(config)
+        except OSError as error:
+            raise ConfigError(f"the run's directory must be writable; {run.path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open an existing run.
+
+        Raises:
+            ConfigError: there is no run at `path`.
+        """
+        run = cls(Path(path))
+        if not run.config_path.is_file():
+            raise ConfigError(f"{run.path} must be a run's directory; it has no config.toml; start one by `mfdist train demo --out {run.path}`")
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        """Return the path of the resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Return the path of the metrics, JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Return the path of the tokenizer's file."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> CheckpointDirectory:
+        """Return the run's checkpoints."""
+        return CheckpointDirectory(self.path / "checkpoints")
+
+    @property
+    def config(self) -> RunConfig:
+        """Read the resolved configuration."""
+        return parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Replace the stored configuration, at once or not at all."""
+        partial = self.config_path.with_suffix(".toml.partial")
+        partial.write_text(config.to_toml(), "utf-8")
+        os.replace(partial, self.config_path)
+
+    def change_config(self, overrides: Sequence[str]) -> RunConfig:
+        """Apply `--set` overrides to a run that is to be continued and store the result.
+
+        Raises:
+            ConfigError: a key decides the weights or the batches, so that the run would become another one.
+        """
+        for override in overrides:
+            key = override.partition("=")[0].strip()
+            if not key.startswith(_MAY_CHANGE):
+                raise ConfigError(f"a resumed run keeps its model, data, seed and batches; got --set {override}; start a new run to change {key}")
+        config = parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path), overrides=overrides)
+        self.write_config(config)
+        return config

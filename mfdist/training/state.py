@@ -1,0 +1,105 @@
+"""A training run's state as a checkpoint holds it, and back.
+
+Every table is one array and one more a moment of its optimiser, under the table's name; every other tensor goes under
+`model/NAME` and `optimizer/NAME/MOMENT`; the rest (configuration, data position, versions) is JSON.
+"""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfdist.checkpoint.state import CheckpointState, TableState
+from mfdist.config import RunConfig
+from mfdist.errors import CheckpointError
+from mfdist.models import Transformer
+from mfdist.training.optimizer import RunOptimizer, table_parameter_names
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def capture(
+    model: Transformer, optimizer: RunOptimizer, *, step: int, config: RunConfig, data_fingerprint: str
+) -> CheckpointState:
+    """Return the state after `step` finished steps; its tensors alias the live ones, so save before training on."""
+    table_names = table_parameter_names(model)
+    moments = optimizer.state()
+    tables: dict[str, TableState] = {}
+    dense: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        kept = {moment: moments[name][moment] for moment in _MOMENTS} if name in moments else {}
+        if name in table_names:
+            tables[table_names[name]] = TableState(weight=parameter.detach(), optimizer=kept)
+        else:
+            dense[f"model/{name}"] = parameter.detach()
+            dense.update({f"optimizer/{name}/{moment}": value for moment, value in kept.items()})
+    return CheckpointState(
+        step=step,
+        tables=tables,
+        dense=dense,
+        attributes={
+            "config": config.to_toml(),
+            "data": {"fingerprint": data_fingerprint, "next_step": step},
+            "optimizer": {"name": "AdamW", "step": step},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        },
+    )
+
+
+def load_model(model: Transformer, state: CheckpointState) -> None:
+    """Copy a checkpoint's weights into the model, in place, on whatever device it lies.
+
+    Raises:
+        CheckpointError: an array is missing, left over, or of another shape; the message names it.
+    """
+    table_names = table_parameter_names(model)
+    wanted = dict(model.named_parameters())
+    found = {name: _weight(state, name, table_names) for name in wanted}
+    missing = [name for name, tensor in found.items() if tensor is None]
+    left_over = {f"model/{name}" for name in wanted}.symmetric_difference(
+        name for name in state.dense if name.startswith("model/")
+    ) - {f"model/{name}" for name in table_names}
+    if missing or left_over:
+        raise CheckpointError(
+            f"a checkpoint must hold the model's parameters; step {state.step} lacks {_some(missing)} and holds {_some(sorted(left_over))} besides"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            value = found[name]
+            assert value is not None
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{name} must have shape {tuple(parameter.shape)}; got {tuple(value.shape)} in step {state.step}"
+                )
+            parameter.copy_(value)
+
+
+def load_training(model: Transformer, optimizer: RunOptimizer, state: CheckpointState) -> None:
+    """Take over weights, optimiser state and random generator, so that training goes on as if never stopped."""
+    load_model(model, state)
+    names = table_parameter_names(model)
+    number: Any = state.attributes["optimizer"]["step"]
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, _ in model.named_parameters():
+        kept = (
+            dict(state.tables[names[name]].optimizer)
+            if name in names
+            else {moment: state.dense[f"optimizer/{name}/{moment}"] for moment in _MOMENTS if f"optimizer/{name}/{moment}" in state.dense}
+        )
+        if kept:
+            moments[name] = {"step": torch.tensor(float(number)), **kept}
+    optimizer.load_state(moments)
+    torch.set_rng_state(state.dense["rng/cpu"])
+
+
+def _weight(state: CheckpointState, name: str, table_names: Mapping[str, str]) -> Tensor | None:
+    if name in table_names:
+        table = state.tables.get(table_names[name])
+        return None if table is None else table.weight
+    return state.dense.get(f"model/{name}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"

@@ -1,0 +1,99 @@
+"""One optimiser step: micro-batches forward and backward, clipping, update."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mfdist.config import TrainingConfig
+from mfdist.errors import NonFiniteError
+from mfdist.models import Transformer
+from mfdist.training.diagnosis import first_non_finite
+from mfdist.training.optimizer import RunOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step measured."""
+
+    loss: float  # nats a token
+    dense_grad_norm: float
+    table_grad_norm: float
+    rates: dict[str, float]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the context in which a model of this precision computes."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def token_loss(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross entropy in nats of targets [B, T] after inputs [B, T]; targets of -100 do not count."""
+    return cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten(), reduction=reduction, ignore_index=-100)
+
+
+class TrainStep:
+    """Runs optimiser steps of one model.
+
+    A step whose loss or gradients are not finite raises before the update, so the parameters stay those of the step
+    before.
+    """
+
+    def __init__(self, model: Transformer, optimizer: RunOptimizer, config: TrainingConfig, device: torch.device) -> None:
+        self._model = model
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
+        self._optimizer = optimizer
+        self._config = config
+        self._device = device
+
+    def __call__(self, step: int, inputs: Tensor, targets: Tensor) -> StepResult:
+        """Train on one batch.
+
+        Args:
+            step: finished steps so far, which decides the learning rates.
+            inputs, targets: [B, T], int64; B a multiple of `micro_batches`.
+
+        Raises:
+            NonFiniteError: loss or gradients are NaN or infinite; the message names step and layer.
+        """
+        loss = torch.zeros((), device=self._device)
+        for part_inputs, part_targets in self._micro_batches(inputs, targets):
+            with autocast(self._device, self._config.precision):
+                part = token_loss(self._forward, part_inputs, part_targets) / self._config.micro_batches
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        norms = self._optimizer.clip()
+        measured = torch.stack([loss, norms["dense"].to(loss.device), norms["tables"].to(loss.device)]).tolist()
+        if not all(map(_is_finite, measured)):
+            self._optimizer.adamw.zero_grad(set_to_none=True)
+            raise NonFiniteError(self._explain(step, measured, inputs, targets))
+        rates = self._optimizer.learning_rates(step, self._config.steps)
+        self._optimizer.step(rates)
+        return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=measured[2], rates=rates)
+
+    def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in zip(inputs.chunk(self._config.micro_batches), targets.chunk(self._config.micro_batches), strict=True):
+            moved = [tensor.to(self._device, non_blocking=True) for tensor in part]
+            yield moved[0], moved[1]
+
+    def _explain(self, step: int, measured: list[float], inputs: Tensor, targets: Tensor) -> str:
+        what = "loss" if not _is_finite(measured[0]) else "gradient norm"
+        value = next(value for value in measured if not _is_finite(value))
+        layer = None
+        for part_inputs, part_targets in self._micro_batches(inputs, targets):
+            with autocast(self._device, self._config.precision):
+                layer = first_non_finite(self._model, lambda x=part_inputs, y=part_targets: token_loss(self._model, x, y))
+            if layer:
+                break
+        where = f"first in {layer}" if layer else "it did not happen again when the step was repeated"
+        return (
+            f"the {what} must stay finite; got {value} at step {step + 1}, {where}; nothing was updated: "
+            "go on from the last checkpoint with a lower optimizer.tables.lr or optimizer.dense.lr"
+        )
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,37 @@
+"""Timing the dense twin on a run's own batches, so that speed is always told beside the alternative's."""
+
+import time
+from statistics import median
+
+import torch
+
+from mfdist.config import RunConfig
+from mfdist.models import build_model
+from mfdist.training.data.batches import TokenBatches
+from mfdist.training.device import synchronize
+from mfdist.training.optimizer import RunOptimizer
+from mfdist.training.step import TrainStep
+
+NUM_WARMUP_STEPS = 3
+
+
+def time_dense_twin(config: RunConfig, batches: TokenBatches, device: torch.device) -> float:
+    """Train the dense twin for `training.twin_steps` steps and return its median tokens a second.
+
+    The twin has the run's shape, precision, batch and optimiser; it is dropped afterwards, and torch's random
+    generator is as before.
+    """
+    tokens_per_step = config.training.batch_size * config.training.seq_len
+    before = torch.get_rng_state()
+    with device:
+        twin = build_model(config.model.model_copy(update={"kind": "dense"}))
+    step = TrainStep(twin, RunOptimizer(twin, config.optimizer), config.training, device)
+    seconds = []
+    for index in range(NUM_WARMUP_STEPS + config.training.twin_steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step(index, *batches.at(index))
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    torch.set_rng_state(before)
+    return tokens_per_step / median(seconds[NUM_WARMUP_STEPS:])
