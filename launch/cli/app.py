@@ -1,0 +1,47 @@
+"""Assembles the verbs into one command."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from mfdist.launch.cli import checkpoint, failures
+from mfdist.launch.cli.doctor import doctor
+from mfdist.launch.cli.evaluate import evaluate
+from mfdist.launch.cli.generate import generate
+from mfdist.launch.cli.train import NOTES, train
+
+app = typer.Typer(
+    name="mfdist",
+    help="Train, run and keep transformers whose layers are lookup tables.",
+    epilog="Start here: mfdist train demo --out runs/demo. "
+    "Exit codes: 0 done; 1 failed, or stopped before the end; 2 misuse.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=NOTES)(train)
+app.command()(generate)
+app.command()(evaluate)
+app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(doctor)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line on `arguments` and return its exit code."""
+    command = typer.main.get_command(app)
+    return failures.run(lambda: command.main(args=list(arguments), prog_name="mfdist", standalone_mode=False))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"mfdist {metadata.version('mfdist')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(failures.MISUSE)

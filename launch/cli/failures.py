@@ -1,0 +1,100 @@
+"""How a command ends: exit codes, and one line on stderr for every failure.
+
+0: done. 1: failed, or stopped before the end. 2: misuse; nothing was changed. `mfdist.errors.OUTCOMES` says which error
+is which.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import cast
+
+import typer
+
+from mfdist.errors import OUTCOMES, MfdistError
+
+DONE, FAILED, MISUSE = 0, 1, 2
+
+# Typer brings its own copy of click in newer versions and imports click in older ones; this is the same class in both.
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived outside of training; unwinds so that temporary files go and the terminal is given back."""
+
+
+def run(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; failures become one line on stderr."""
+    _survive_any_encoding()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = command()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else DONE
+    except _UsageError as error:
+        return _misuse(error)
+    except MfdistError as error:
+        return _known(error)
+    except (KeyboardInterrupt, Terminated, typer.Abort):
+        return fail("stopped before the end")
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `mfdist generate RUN ... | head`; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{error.strerror or error}")
+    except MemoryError as error:
+        return fail(_out_of_memory(error))
+    except Exception as error:  # noqa: BLE001 - the last resort of a process: it is reported with its traceback
+        # torch's own class, known by its name because importing torch takes seconds.
+        if type(error).__name__ == "OutOfMemoryError":
+            return fail(_out_of_memory(error))
+        traceback.print_exc()
+        return fail(f"{type(error).__name__}: {error}; this is a defect in mfdist, please report the lines above")
+
+
+def fail(message: str, code: int = FAILED) -> int:
+    """Write `message` on stderr as one line and return the exit code."""
+    try:
+        sys.stderr.write(f"mfdist: {' '.join(message.split())}\n")
+        sys.stderr.flush()
+    except OSError:
+        return code  # nobody reads stderr any more; the exit code is all that is left to say
+    return code
+
+
+def _known(error: MfdistError) -> int:
+    code, _ = OUTCOMES[error.kind]
+    if error.kind == "internal":
+        traceback.print_exc()
+    return fail(str(error), code)
+
+
+def _misuse(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "mfdist"
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return fail(f"{message.rstrip().rstrip('.')}; see {command} --help", MISUSE)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    return (
+        f"there must be memory for the model and a batch; got: {str(error) or 'no more from the system'}; "
+        "raise training.micro_batches or lower training.batch_size"
+    )
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated(FAILED)
+
+
+def _survive_any_encoding() -> None:
+    """Replace what a stream's encoding cannot show, instead of failing after hours of training."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")

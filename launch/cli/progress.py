@@ -1,0 +1,114 @@
+"""What is known about a run so far, folded from its events; both displays and the JSON summary read it."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mfdist.training.events import Evaluated, Event, Saved, Started, Stepped, Stopped, TwinTimed
+
+_RECENT_STEPS = 50
+
+
+class RunProgress:
+    """The latest of everything a run has told.
+
+    Args:
+        clock: seconds on a clock that never goes back. The time left is measured on it, between steps, so that
+            validations and checkpoints count as well.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_STEPS)
+        self._num_steps = 0
+        self._steps_s = 0.0
+        self.started: Started | None = None
+        self.stepped: Stepped | None = None
+        self.evaluated: Evaluated | None = None
+        self.saved: Saved | None = None
+        self.twin: TwinTimed | None = None
+        self.stopped: Stopped | None = None
+
+    def update(self, event: Event) -> None:
+        """Take in one event."""
+        match event:
+            case Started():
+                self.started = event
+            case Stepped():
+                self._count(event)
+                self.stepped = event
+            case Evaluated():
+                self.evaluated = event
+            case Saved():
+                self.saved = event
+            case TwinTimed():
+                self.twin = event
+            case Stopped():
+                self.stopped = event
+
+    @property
+    def step(self) -> int:
+        """Finished steps, those of an earlier process included."""
+        if self.stepped is not None:
+            return self.stepped.step
+        return self.started.first_step if self.started is not None else 0
+
+    @property
+    def last_step(self) -> int:
+        """The step this run ends at."""
+        return self.started.last_step if self.started is not None else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected seconds to the last step, or None before the first."""
+        if self.stepped is None:
+            return None
+        remaining = self.last_step - self.step
+        (then, first), (now, last) = self._recent[0], self._recent[-1]
+        per_step = (now - then) / (last - first) if last > first else self.stepped.step_s
+        return max(per_step * remaining - (self._clock() - now), 0.0)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean training speed of this process, without the first step, which compiles kernels."""
+        if self.started is None or self.stepped is None:
+            return None
+        if not self._num_steps or self._steps_s <= 0.0:
+            return self.stepped.tokens_per_s
+        return self.started.tokens_per_step * self._num_steps / self._steps_s
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's outcome as plain JSON values; what is not known is None."""
+        stopped, started, scored, saved = self.stopped, self.started, self.evaluated, self.saved
+        return {
+            "run_dir": str(stopped.run_dir) if stopped else None,
+            "reason": stopped.reason if stopped else None,
+            "step": self.step if stopped is None else stopped.step,
+            "last_step": self.last_step if stopped is None else stopped.last_step,
+            "elapsed_s": stopped.elapsed_s if stopped else None,
+            "device": started.device if started else None,
+            "loss": self.stepped.loss if self.stepped else None,
+            "validation": {
+                "step": scored.step,
+                "loss": scored.loss,
+                "bits_per_byte": scored.bits_per_byte,
+                "num_tokens": scored.num_tokens,
+                "is_final": scored.is_final,
+            }
+            if scored
+            else None,
+            "baselines_bits_per_byte": dict(started.baselines_bits_per_byte) if started else {},
+            "tokens_per_s": self.tokens_per_s,
+            "dense_twin_tokens_per_s": self.twin.tokens_per_s if self.twin else None,
+            "peak_memory_bytes": self.stepped.peak_memory_bytes if self.stepped else None,
+            "num_table_parameters": started.num_table_parameters if started else None,
+            "num_dense_parameters": started.num_dense_parameters if started else None,
+            "checkpoint": str(saved.path) if saved else None,
+        }
+
+    def _count(self, event: Stepped) -> None:
+        if self._recent:
+            self._num_steps += 1
+            self._steps_s += event.step_s
+        self._recent.append((self._clock(), event.step))
