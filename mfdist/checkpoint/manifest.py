@@ -1,0 +1,129 @@
+"""The manifest: what a step consists of, file by file, with checksums; itself the attributes of a zarr group."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from mfdist.checkpoint.layout import FORMAT, FORMAT_VERSION, parse_step_name
+from mfdist.errors import CheckpointError
+
+#: Path inside a step. A group and not a loose file, because zarr-python warns of loose files when it lists a group.
+MANIFEST = "manifest/zarr.json"
+
+_READ_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What is known of one file of a step."""
+
+    num_bytes: int
+    crc32c: str  # eight hexadecimal digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything in a step but the manifest itself."""
+
+    step: int
+    created: str  # ISO 8601, UTC; for people, nothing is ordered by it
+    arrays: tuple[str, ...]  # paths in the order they were saved
+    files: Mapping[str, FileEntry]  # path inside the step → entry
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of all files together."""
+        return sum(entry.num_bytes for entry in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest as the metadata of a zarr v3 group; equal manifests give equal bytes."""
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "created": self.created,
+            "arrays": list(self.arrays),
+            "files": {path: [entry.num_bytes, entry.crc32c] for path, entry in sorted(self.files.items())},
+        }
+        return _document(body)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read and check the manifest of the step at `directory`.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of a newer format.
+        """
+        path = directory / MANIFEST
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"a committed step must have a manifest; cannot read {path} ({error.strerror}); use another step."
+            ) from error
+        try:
+            body: dict[str, Any] = json.loads(raw)["attributes"]
+            if body["crc32c"] != checksum(_canonical({k: v for k, v in body.items() if k != "crc32c"})):
+                raise ValueError("its contents do not have its checksum")
+            version = body["format_version"]
+            if version == FORMAT_VERSION and raw != _document({k: v for k, v in body.items() if k != "crc32c"}):
+                raise ValueError("its bytes are not those that were written")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"a step's manifest must be as it was written; {path} is damaged ({error}); use another step."
+            ) from error
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"this mfdist reads checkpoint format {FORMAT_VERSION}; {directory} has format {version}; "
+                "use the mfdist that wrote it or a newer one."
+            )
+        named = parse_step_name(directory.name)
+        if named is not None and named[0] != body["step"]:
+            raise CheckpointError(
+                f"a step must lie under its own name; {directory} holds step {body['step']}; rename it back."
+            )
+        return cls(
+            step=body["step"],
+            created=body["created"],
+            arrays=tuple(body["arrays"]),
+            files={name: FileEntry(*entry) for name, entry in body["files"].items()},
+        )
+
+    def problem_of(self, directory: Path, name: str) -> str | None:
+        """Compare the file `name` with its entry; return what is wrong with it, or None."""
+        entry = self.files.get(name)
+        if entry is None:
+            return "is not in the manifest"
+        crc = num_bytes = 0
+        try:
+            with (directory / name).open("rb") as file:
+                while block := file.read(_READ_BYTES):
+                    crc = google_crc32c.extend(crc, block)
+                    num_bytes += len(block)
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if num_bytes != entry.num_bytes:
+            return f"has {num_bytes} bytes, not the {entry.num_bytes} in the manifest"
+        if (found := f"{crc:08x}") != entry.crc32c:
+            return f"has crc32c {found}, not the {entry.crc32c} in the manifest"
+        return None
+
+
+def checksum(data: Any) -> str:
+    """Return the crc32c of bytes or of a contiguous uint8 array as eight hexadecimal digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, indent=1, sort_keys=True).encode()
+
+
+def _document(body: Mapping[str, Any]) -> bytes:
+    attributes = {**body, "crc32c": checksum(_canonical(body))}
+    return _canonical({"attributes": attributes, "node_type": "group", "zarr_format": 3}) + b"\n"
