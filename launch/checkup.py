@@ -119,7 +119,7 @@ def _kernels(device: str) -> str:
     expected_x, expected_weight = chunks.clone().requires_grad_(), weight.clone().requires_grad_()
     expected_scores = torch.sigmoid(2 * expected_x.abs()).prod(-1)
     expected = (expected_weight[row_ids] * expected_scores[..., None]).sum(1)
-    expected.square().sum().backward()
+    expected.square().sum().backward()  # type: ignore[no-untyped-call]
 
     got_x, got_weight = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
     codes, scores = sign_hash(got_x, bits)
@@ -142,6 +142,7 @@ def _kernels(device: str) -> str:
 def _checkpoint(folder: Path) -> str:
     """Save, verify and load a real checkpoint where runs would lie."""
     import torch
+
     from mfdist.checkpoint.directory import CheckpointDirectory
     from mfdist.checkpoint.state import CheckpointState, TableState
 

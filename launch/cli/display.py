@@ -1,6 +1,7 @@
 """Showing a run: chooses the display for a stream, and keeps training alive when the stream is gone."""
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from typing import Protocol, TextIO
 
@@ -45,12 +46,18 @@ def showing(stream: TextIO, progress: RunProgress, *, is_quiet: bool = False) ->
 
 
 class _Unbreakable:
-    """Passes everything on to a display until its stream fails, then only keeps count."""
+    """Passes events on to a display until its stream fails, then only keeps count.
+
+    A signal handler may tell of an event while another is being written, in the same thread; a stream cannot be entered
+    twice, so such an event waits for the first.
+    """
 
     def __init__(self, display: Display, stream: TextIO, progress: RunProgress) -> None:
         self._display: Display | None = display
         self._stream = stream
         self._progress = progress
+        self._waiting: deque[Event] = deque()
+        self._is_showing = False
 
     def start(self) -> None:
         with self._silenced_by_failure():
@@ -63,6 +70,17 @@ class _Unbreakable:
                 self._display.stop()
 
     def __call__(self, event: Event) -> None:
+        self._waiting.append(event)
+        if self._is_showing:
+            return
+        self._is_showing = True
+        try:
+            while self._waiting:
+                self._show(self._waiting.popleft())
+        finally:
+            self._is_showing = False
+
+    def _show(self, event: Event) -> None:
         if self._display is None:
             self._progress.update(event)
             return

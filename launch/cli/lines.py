@@ -43,7 +43,8 @@ class LineDisplay:
             case Preparing():
                 self._prepare(event)
             case Started():
-                self._write(f"{event.name}: " + "; ".join(f"{label} {value}" for label, value in wording.header(event)))
+                for label, value in [("name", event.name), *wording.header(event)]:
+                    self._write(f"{label}: {value}")
             case Stepped():
                 self._step(event)
             case Evaluated():
@@ -54,7 +55,7 @@ class LineDisplay:
                 self._write(f"warning: {event.message}")
             case Sampled():
                 self._write("sample:")
-                for line in quantities.printable(event.prompt + event.text).splitlines():
+                for line in quantities.printable(event.prompt + event.text).rstrip().splitlines():
                     self._write(f"  {line}")
             case Stopped():
                 self._close(event)
@@ -74,7 +75,7 @@ class LineDisplay:
             return
         self._spoke_at = self._clock()
         left = self._progress.seconds_left
-        fields = wording.status(self._progress) + ([] if left is None else [f"eta {quantities.duration(left)}"])
+        fields = wording.status(self._progress) + ([f"eta {quantities.duration(left)}"] if left else [])
         self._write("  ".join([f"step {event.step}/{self._progress.last_step}", *fields]))
 
     def _is_due(self) -> bool:

@@ -141,13 +141,13 @@ def _header(event: Started) -> Panel:
 
 def _sample(event: Sampled) -> Panel:
     text = Text(quantities.printable(event.prompt), style="bold")
-    text.append(Text(quantities.printable(event.text), style="not bold"))
+    text.append(Text(quantities.printable(event.text).rstrip(), style="not bold"))
     return Panel(text, title="a sample", title_align="left")
 
 
 def _comparison(rows: list[tuple[str, str, str]]) -> Table:
     table = Table(title="validation text, lower is better", title_justify="left", title_style="dim")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     table.add_column("bits per byte", justify="right")
     has_speed = any(speed for _, _, speed in rows)
     if has_speed:

@@ -25,6 +25,7 @@ class RunProgress:
         self._steps_s = 0.0
         self.started: Started | None = None
         self.stepped: Stepped | None = None
+        self.lookup_share: float | None = None  # the last measured one; it is measured now and then
         self.evaluated: Evaluated | None = None
         self.saved: Saved | None = None
         self.twin: TwinTimed | None = None
@@ -38,6 +39,7 @@ class RunProgress:
             case Stepped():
                 self._count(event)
                 self.stepped = event
+                self.lookup_share = self.lookup_share if event.lookup_share is None else event.lookup_share
             case Evaluated():
                 self.evaluated = event
             case Saved():
@@ -101,6 +103,7 @@ class RunProgress:
             "baselines_bits_per_byte": dict(started.baselines_bits_per_byte) if started else {},
             "tokens_per_s": self.tokens_per_s,
             "dense_twin_tokens_per_s": self.twin.tokens_per_s if self.twin else None,
+            "lookup_share": self.lookup_share,
             "peak_memory_bytes": self.stepped.peak_memory_bytes if self.stepped else None,
             "num_table_parameters": started.num_table_parameters if started else None,
             "num_dense_parameters": started.num_dense_parameters if started else None,

@@ -33,7 +33,7 @@ def header(event: Started) -> list[tuple[str, str]]:
         model = f"MemoryFormer, {quantities.count(event.num_table_parameters)} parameters in tables, {dense} dense"
     else:
         model = f"dense transformer, {dense} parameters"
-    steps = f"{event.last_step:,} of {event.tokens_per_step:,} tokens"
+    steps = f"{event.last_step:,}, each of {event.tokens_per_step:,} tokens"
     if event.first_step:
         steps += f", continued from step {event.first_step:,}"
     lines = [
@@ -57,9 +57,9 @@ def status(progress: RunProgress) -> list[str]:
     if progress.evaluated is not None:
         fields.append(f"val {progress.evaluated.bits_per_byte:.3f} bpb")
     fields.append(f"{quantities.count(step.tokens_per_s)} tok/s")
-    if step.lookup_share is not None:
-        fields.append(f"lookup {quantities.share(step.lookup_share)}")
-    fields.append(quantities.num_bytes(step.peak_memory_bytes))
+    if progress.lookup_share is not None:
+        fields.append(f"lookup {quantities.share(progress.lookup_share)}")
+    fields.append(f"memory {quantities.num_bytes(step.peak_memory_bytes)}")
     return fields
 
 
