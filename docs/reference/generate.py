@@ -1,0 +1,132 @@
+"""A mkdocs hook: writes the reference of the command line and of the configuration from the code, at every build.
+
+A page holds `<!-- generated: cli -->` or `<!-- generated: configuration -->` where the text goes.
+"""
+
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from mfdist.config import RunConfig
+from mfdist.launch.cli.app import app
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill a page's marker; called by mkdocs for each page."""
+    for marker, write in (("cli", _cli), ("configuration", _configuration)):
+        place = f"<!-- generated: {marker} -->"
+        if place in markdown:
+            markdown = markdown.replace(place, "\n".join(write()))
+    return markdown
+
+
+def _configuration() -> Iterator[str]:
+    yield from _section(RunConfig, "")
+
+
+def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    nested = []
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            nested.append((f"{prefix}{name}", field.annotation, field))
+        else:
+            keys.append(f"| `{name}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |")
+    if keys:
+        title = f"`[{prefix.rstrip('.')}]`" if prefix else "Top of the file"
+        about = (model.__doc__ or "").strip()
+        yield from ["", f"## {title}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|", *keys]
+    for path, section, _ in nested:
+        yield from _section(section, f"{path}.")
+
+
+def _type(field: FieldInfo) -> str:
+    annotation = field.annotation
+    options = [part for part in get_args(annotation) if isinstance(part, str)]
+    if options:
+        return ", ".join(f"`{option}`" for option in options)
+    if get_origin(annotation) is tuple:
+        return f"{len(get_args(annotation))} numbers"
+    plain = next((part for part in (annotation, *get_args(annotation)) if isinstance(part, type)), None)
+    words = {"int": "integer", "float": "number", "bool": "true or false", "str": "text", "Path": "path"}
+    word = words[plain.__name__] if plain is not None else str(annotation)
+    limits = _limits(field)
+    return f"{word} {limits}" if limits else word
+
+
+def _limits(field: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    metadata = [*field.metadata]
+    for part in get_args(field.annotation):
+        for item in getattr(part, "__metadata__", ()):
+            metadata += getattr(item, "metadata", [])
+    found = [
+        f"{sign} {getattr(item, name):g}"
+        for item in metadata
+        for name, sign in signs.items()
+        if getattr(item, name, None) is not None
+    ]
+    return ", ".join(found)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "must be given"
+    return "" if field.default is None else f"`{_toml(field.default)}`"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _cli() -> Iterator[str]:
+    root = typer.main.get_command(app)
+    yield from _command(root, "mfdist")
+
+
+def _command(command: Any, path: str) -> Iterator[str]:
+    yield from ["", f"## `{path}`", "", (command.help or "").strip(), ""]
+    arguments = [_usage(p) for p in command.params if p.param_type_name == "argument"]
+    children = getattr(command, "commands", {})
+    usage = [path, *(["COMMAND"] if children else []), *(["[OPTIONS]"] if command.params else []), *arguments]
+    yield from ["```text", " ".join(usage), "```", ""]
+    shown = [p for p in command.params if not getattr(p, "hidden", False)]
+    if shown:
+        yield from ["| option | meaning | default |", "|---|---|---|"]
+        yield from (f"| {_names(p)} | {_cell(p.help or '')} | {_option_default(p)} |" for p in shown)
+    if command.epilog:
+        yield from ["", command.epilog.strip()]
+    for name, child in children.items():
+        yield from _command(child, f"{path} {name}")
+
+
+def _usage(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required else f"[{name}]"
+
+
+def _names(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name.upper()}`"
+    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    return names if parameter.is_flag else f"{names} `{parameter.metavar or parameter.name.upper()}`"
+
+
+def _option_default(parameter: Any) -> str:
+    if parameter.required:
+        return "must be given"
+    if parameter.default in (None, False, ()) or callable(parameter.default):
+        return ""
+    return f"`{parameter.default}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
