@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mfdist import __version__
+
 #: Distributions that mfdist cannot run without, and those that one feature needs.
 REQUIRED = (
     "torch",
@@ -31,8 +33,8 @@ _NO_CGROUP_LIMIT_BYTES = 2**60
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python, mfdist and everything it uses; None where something is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("mfdist", *REQUIRED, *OPTIONAL):
+    found: dict[str, str | None] = {"python": platform.python_version(), "mfdist": __version__}
+    for name in (*REQUIRED, *OPTIONAL):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

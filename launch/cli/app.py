@@ -1,11 +1,11 @@
 """Assembles the verbs into one command."""
 
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from mfdist import __version__
 from mfdist.launch.cli import checkpoint, failures
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
@@ -40,7 +40,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
-        typer.echo(f"mfdist {metadata.version('mfdist')}")
+        typer.echo(f"mfdist {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -13,7 +13,7 @@ from mfdist.launch.cli.json_output import write_json
 if TYPE_CHECKING:
     from mfdist.checkpoint.directory import CheckpointDirectory, StepInfo
 
-app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=False)
 
 _Path = Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its steps.", show_default=False)]
 _AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document on stdout.")]

@@ -78,7 +78,7 @@ def _misuse(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "mfdist"
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return fail(f"{message.rstrip().rstrip('.')}; see {command} --help", MISUSE)
+    return fail(f"{message.rstrip().rstrip('.')} (see {command} --help)", MISUSE)
 
 
 def _out_of_memory(error: BaseException) -> str:

@@ -1,0 +1,60 @@
+"""Real runs of the command line in processes of their own, on a little text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parents[1] / "tiny.toml"
+COMMAND = [sys.executable, "-c", "from mfdist.launch.cli import main; main()"]
+DEADLINE_S = 120
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Return an environment without this machine's colour settings, with a cache of its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR", "COLUMNS")}
+    return {**kept, "XDG_CACHE_HOME": str(cache), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder with text in it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text").mkdir()
+    for number in range(20):
+        words = " ".join(f"word{(number * 7 + index * index) % 50}" for index in range(200))
+        (folder / "text" / f"{number:02d}.txt").write_text(f"Document {number}. {words}\n", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mfdist(workplace):
+    """Runs the command with arguments, as a user would; returns the finished process."""
+
+    def run(*arguments, **kwargs):
+        command = [*COMMAND, *map(str, arguments)]
+        settings = {"cwd": workplace, "env": environment(workplace / "cache"), "timeout": DEADLINE_S, **kwargs}
+        return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def new_run(workplace):
+    """The arguments that begin a tiny run."""
+
+    def arguments(out, *more):
+        return ["train", str(TINY), "--out", str(out), "--set", f"data.source={workplace / 'text'}", *map(str, more)]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def finished(workplace, mfdist, new_run):
+    """A finished run and the process that made it, with --json."""
+    done = mfdist(*new_run("finished run", "--json"))
+    assert done.returncode == 0, done.stderr
+    return workplace / "finished run", json.loads(done.stdout), done.stderr

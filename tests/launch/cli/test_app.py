@@ -1,0 +1,92 @@
+"""The command as a whole: version, help, misuse, and a quick start."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import mfdist
+import mfdist.config
+from mfdist.launch.cli import app, train
+
+
+def ended(capsys, *arguments):
+    code = app.run(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def words(text):
+    """Return help text without its boxes and line breaks."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+def test_version(capsys):
+    assert ended(capsys, "--version") == (0, f"mfdist {mfdist.__version__}\n", "")
+
+
+def test_no_verb_shows_the_help_and_is_misuse(capsys):
+    code, out, err = ended(capsys)
+    assert code == 2
+    assert "mfdist train demo --out" in words(out + err)
+
+
+@pytest.mark.parametrize(
+    "verb", [["train"], ["generate"], ["evaluate"], ["checkpoint", "list"], ["checkpoint", "verify"], ["doctor"]]
+)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_verb_has_help_with_an_example(capsys, verb, flag):
+    code, out, err = ended(capsys, *verb, flag)
+    assert (code, err) == (0, "")
+    assert f"Example: mfdist {' '.join(verb)} " in words(out)
+
+
+def test_the_help_of_train_lists_the_presets_and_says_where_keys_are_documented(capsys):
+    _, out, _ = ended(capsys, "train", "--help")
+    assert list(train.PRESETS) == mfdist.config.preset_names()
+    assert all(f"{name} (" in words(out) for name in train.PRESETS)
+    assert "docs/reference/configuration.md" in words(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["checkpoint"], "Missing command"),
+        (["train", "--steps"], "requires an argument"),
+        (["train", "--steps", "many"], "'--steps'"),
+        (["train", "--steps", "0"], "'--steps'"),
+        (["train", "--frobnicate"], "No such option"),
+        (["train"], "train needs a configuration or a run"),
+        (["train", "demo"], "a new run needs a folder; give one: mfdist train demo --out RUN"),
+        (["train", "demo", "--resume", "x"], 'got the configuration "demo" too'),
+        (["train", "--resume", "x", "--out", "y"], "got --out too"),
+        (["train", "dmeo", "--out", "x"], 'did you mean "demo"?'),
+        (["train", "demo", "--out", "x", "--set", "model.bitz=4"], 'did you mean "model.bits"?'),
+        (["train", "demo", "--out", "x", "--set", "bits"], "--set takes section.key=value"),
+        (["train", "demo", "--out", "x", "--device", "tpu"], "training.device"),
+        (["generate", "x"], "Missing option '--prompt'"),
+        (["generate"], "Missing argument 'RUN'"),
+        (["evaluate", "x", "--step", "-1"], "'--step'"),
+    ],
+)
+def test_misuse_is_one_line_and_changes_nothing(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ended(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("mfdist: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["train", "demo"]])
+def test_what_needs_no_model_imports_nothing_heavy(arguments):
+    script = (
+        "import sys\nfrom mfdist.launch.cli import app\napp.run(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'zarr', 'numba', 'triton', 'tokenizers', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
