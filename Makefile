@@ -49,7 +49,7 @@ bench: $(STAMPS)/base ## check the kernels against the reference, then time them
 	@$(BIN)/python tests/benchmarks/kernel_report.py $(ARGS)
 
 docs: $(STAMPS)/docs ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove what the targets made, .venv included; runs/ stays
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -64,7 +64,7 @@ class DataConfig(_Section):
 
     source: str = Field(
         "python-stdlib",
-        description="python-stdlib, hf:NAME, or a file or folder of .txt .md .rst .py .jsonl .parquet, compressed or not",
+        description="python-stdlib, hf:NAME, or a file or folder: .txt .md .rst .py .jsonl .parquet, compressed or not",
     )
     text_field: str = Field("text", description="field that holds the text in .jsonl, .parquet and Hugging Face data")
     tokenizer: str = Field("bpe", description="bytes, bpe (trained on the source), or the path of a tokenizer.json")

@@ -4,7 +4,9 @@ A page holds `<!-- generated: cli -->` or `<!-- generated: configuration -->` wh
 """
 
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -29,48 +31,42 @@ def _configuration() -> Iterator[str]:
 
 
 def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    nested = []
-    keys = []
+    sections, rows = [], []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            nested.append((f"{prefix}{name}", field.annotation, field))
+            sections.append((f"{prefix}{name}", field.annotation))
         else:
-            keys.append(f"| `{name}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |")
-    if keys:
+            rows.append(f"| `{name}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |")
+    if rows:
         title = f"`[{prefix.rstrip('.')}]`" if prefix else "Top of the file"
         about = (model.__doc__ or "").strip()
-        yield from ["", f"## {title}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|", *keys]
-    for path, section, _ in nested:
+        yield from ["", f"## {title}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|", *rows]
+    for path, section in sections:
         yield from _section(section, f"{path}.")
 
 
+_WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
 def _type(field: FieldInfo) -> str:
-    annotation = field.annotation
-    options = [part for part in get_args(annotation) if isinstance(part, str)]
-    if options:
-        return ", ".join(f"`{option}`" for option in options)
+    annotation, limits = field.annotation, [*field.metadata]
+    if get_origin(annotation) in (Union, UnionType):  # X | None, where X may be Annotated
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        limits += [limit for item in more for limit in getattr(item, "metadata", [])]
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{option}`" for option in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} numbers"
-    plain = next((part for part in (annotation, *get_args(annotation)) if isinstance(part, type)), None)
-    words = {"int": "integer", "float": "number", "bool": "true or false", "str": "text", "Path": "path"}
-    word = words[plain.__name__] if plain is not None else str(annotation)
-    limits = _limits(field)
-    return f"{word} {limits}" if limits else word
-
-
-def _limits(field: FieldInfo) -> str:
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    metadata = [*field.metadata]
-    for part in get_args(field.annotation):
-        for item in getattr(part, "__metadata__", ()):
-            metadata += getattr(item, "metadata", [])
-    found = [
-        f"{sign} {getattr(item, name):g}"
-        for item in metadata
-        for name, sign in signs.items()
-        if getattr(item, name, None) is not None
+    signs = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in limits
+        for name, sign in _SIGNS.items()
+        if getattr(limit, name, None) is not None
     ]
-    return ", ".join(found)
+    return " ".join([_WORDS[annotation], ", ".join(signs)]).strip()
 
 
 def _default(field: FieldInfo) -> str:
