@@ -1,0 +1,89 @@
+"""A MemoryFormer written again in numpy float64, loop by loop from the paper's equations; shares no code with mfdist."""
+
+import math
+
+import numpy as np
+
+
+def score(chunk, kind, temperature=1.0):
+    """p(z), equation 10, as the softmax over all sign patterns it is defined by (equation 9)."""
+    bits = len(chunk)
+    magnitudes = [sum(abs(value) for value in chunk) / temperature]
+    total = 0.0
+    for pattern in range(2**bits):
+        signs = [1 if pattern >> bit & 1 else -1 for bit in range(bits)]
+        total += math.exp(sum(sign * value for sign, value in zip(signs, chunk, strict=True)) / temperature)
+    p = math.exp(magnitudes[0]) / total
+    return p if kind == "paper" else sum(abs(value) for value in chunk) * p
+
+
+def code(chunk):
+    """The sign bits, the first activation's highest."""
+    number = 0
+    for value in chunk:
+        number = 2 * number + (1 if value >= 0 else 0)
+    return number
+
+
+def memory_layer(x, table, bias, bits, kind, temperature=1.0):
+    """Equation 11 for x [N, d], table [K·2^bits, h]."""
+    out = np.zeros((x.shape[0], table.shape[1]))
+    for n, row in enumerate(x):
+        for k in range(x.shape[1] // bits):
+            chunk = row[k * bits : (k + 1) * bits]
+            out[n] += score(chunk, kind, temperature) * table[k * 2**bits + code(chunk)]
+    return out if bias is None else out + bias
+
+
+def rms_norm(x, weight):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def layer_norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def rotate(vector, position, rotary_dim):
+    out = vector.copy()
+    half = rotary_dim // 2
+    for i in range(half):
+        angle = position * 10000.0 ** (-2 * i / rotary_dim)
+        a, b = vector[i], vector[i + half]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def attention(qkv, num_heads, rotary_dim):
+    """Causal attention of one sequence, qkv [T, 3d]."""
+    length, d = qkv.shape[0], qkv.shape[1] // 3
+    width = d // num_heads
+    out = np.zeros((length, d))
+    for head in range(num_heads):
+        columns = slice(head * width, (head + 1) * width)
+        query, key, value = (qkv[:, part * d : (part + 1) * d][:, columns] for part in range(3))
+        query = np.stack([rotate(row, position, rotary_dim) for position, row in enumerate(query)])
+        key = np.stack([rotate(row, position, rotary_dim) for position, row in enumerate(key)])
+        for t in range(length):
+            logits = key[: t + 1] @ query[t] / math.sqrt(width)
+            weights = np.exp(logits - logits.max())
+            out[t, columns] = (weights / weights.sum()) @ value[: t + 1]
+    return out
+
+
+def forward(parameters, tokens, *, num_layers, num_heads, bits, extra_bits, rotary_dim, kind):
+    """Logits [T, V] of one sequence of tokens."""
+    x = parameters["embedding.weight"][tokens]
+    for index in range(num_layers):
+        part = {name.removeprefix(f"blocks.{index}."): value for name, value in parameters.items()}
+
+        def layer(name, value, bits, part=part):
+            return memory_layer(value, part[f"{name}.table.weight"], part[f"{name}.bias"], bits, kind)
+
+        normed = rms_norm(x, part["attention_norm.weight"])
+        x = x + attention(layer("qkv", normed, bits), num_heads, rotary_dim)
+        wide = layer("ffn1", rms_norm(x, part["ffn1_norm.weight"]), bits)
+        wide = layer_norm(wide, part["ffn2_norm.weight"], part["ffn2_norm.bias"])
+        x = x + layer("ffn2", wide, bits + extra_bits)
+    return rms_norm(x, parameters["norm.weight"]) @ parameters["head.weight"].T

@@ -1,0 +1,96 @@
+"""The two groups: rates, decay, clipping and state."""
+
+import pytest
+import torch
+
+from mfdist.config import ModelConfig, OptimizerConfig, ParameterGroupConfig
+from mfdist.models import build_model
+from mfdist.training.optimizer import RunOptimizer, lr_factor, table_parameter_names
+
+
+def model():
+    torch.manual_seed(0)
+    return build_model(ModelConfig(num_layers=1, hidden_dim=16, num_heads=2, bits=4, vocab_size=11, max_seq_len=8))
+
+
+def with_gradients(made):
+    tokens = torch.arange(8)[None] % 11
+    made(tokens).square().sum().backward()
+    return made
+
+
+def test_every_parameter_is_in_one_group_and_tables_are_their_own():
+    made = model()
+    optimizer = RunOptimizer(made, OptimizerConfig())
+    grouped = [id(value) for group in optimizer.adamw.param_groups for value in group["params"]]
+    assert sorted(grouped) == sorted(id(value) for value in made.parameters())
+    tables = {id(value) for group in optimizer.adamw.param_groups if group["group"] == "tables" for value in group["params"]}
+    assert tables == {id(block) for block in (getattr(made.blocks[0], part).table.weight for part in ("qkv", "ffn1", "ffn2"))}
+    assert set(table_parameter_names(made).values()) == {"blocks.0.qkv", "blocks.0.ffn1", "blocks.0.ffn2"}
+    for group in optimizer.adamw.param_groups:
+        assert group["weight_decay"] == (0.1 if all(value.ndim > 1 for value in group["params"]) else 0.0)
+
+
+def test_tables_learn_at_three_times_the_dense_rate_unless_told():
+    rates = RunOptimizer(model(), OptimizerConfig(dense=ParameterGroupConfig(lr=0.002))).learning_rates(0, 1)
+    assert rates["tables"] == pytest.approx(3 * rates["dense"])
+    told = OptimizerConfig(dense=ParameterGroupConfig(lr=0.002), tables=ParameterGroupConfig(lr=0.5, schedule="constant"))
+    assert RunOptimizer(model(), told).learning_rates(50, 100)["tables"] == 0.5
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_rise_then_fall_to_the_floor(schedule):
+    settings = ParameterGroupConfig(warmup_fraction=0.1, min_lr_fraction=0.05, schedule=schedule)
+    factors = [lr_factor(settings, step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1.0
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.05)
+
+
+def test_one_step_runs_need_no_warm_up():
+    assert lr_factor(ParameterGroupConfig(), 0, 1) == 1.0
+
+
+def test_groups_are_clipped_apart_and_norms_are_those_before():
+    made = with_gradients(model())
+    config = OptimizerConfig(
+        dense=ParameterGroupConfig(lr=0.1, clip_norm=0.5), tables=ParameterGroupConfig(lr=0.1, clip_norm=0.25)
+    )
+    tables = table_parameter_names(made)
+    groups = {
+        "tables": [value.grad for name, value in made.named_parameters() if name in tables],
+        "dense": [value.grad for name, value in made.named_parameters() if name not in tables],
+    }
+    before = {name: torch.cat([g.flatten() for g in gradients]).norm().item() for name, gradients in groups.items()}
+    norms = RunOptimizer(made, config).clip()
+    after = {name: torch.cat([g.flatten() for g in gradients]).norm().item() for name, gradients in groups.items()}
+    assert {name: norm.item() for name, norm in norms.items()} == pytest.approx(before)
+    assert after == pytest.approx({"dense": 0.5, "tables": 0.25}, rel=1e-4)
+
+
+def test_no_clipping_leaves_gradients_alone():
+    made = with_gradients(model())
+    kept = [value.grad.clone() for value in made.parameters()]
+    config = OptimizerConfig(dense=ParameterGroupConfig(lr=0.1, clip_norm=0), tables=ParameterGroupConfig(clip_norm=0))
+    RunOptimizer(made, config).clip()
+    assert all(torch.equal(old, value.grad) for old, value in zip(kept, made.parameters(), strict=True))
+
+
+def test_state_moves_by_name_to_a_new_optimizer():
+    made, again = with_gradients(model()), model()
+    first = RunOptimizer(made, OptimizerConfig())
+    first.step(first.learning_rates(0, 10))
+    again.load_state_dict(made.state_dict())
+    second = RunOptimizer(again, OptimizerConfig())
+    second.load_state(first.state())
+    for each, optimizer in ((made, first), (again, second)):
+        with_gradients(each)
+        optimizer.step(optimizer.learning_rates(1, 10))
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+
+
+def test_the_dense_twin_has_no_table_group():
+    twin = build_model(ModelConfig(kind="dense", num_layers=1, hidden_dim=16, num_heads=2, vocab_size=11, max_seq_len=8))
+    optimizer = RunOptimizer(twin, OptimizerConfig())
+    assert {group["group"] for group in optimizer.adamw.param_groups} == {"dense"}
+    assert optimizer.clip()["tables"].item() == 0.0

@@ -1,0 +1,72 @@
+"""SIGKILL at random moments: a real training process dies, and the resumed run tells the same loss curve."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mfdist.config import parse_config
+from mfdist.training.loop import train
+from mfdist.training.metrics import read_metrics
+from mfdist.training.run import RunDirectory
+
+NUM_KILLS = 20
+NUM_STEPS = 400
+
+
+def curve(run):
+    return [(record["step"], record["loss"]) for record in read_metrics(run.metrics_path, "stepped")]
+
+
+def start(run):
+    code = "import sys; from mfdist.training.run import RunDirectory; from mfdist.training.loop import train; train(RunDirectory.open(sys.argv[1]))"
+    return subprocess.Popen([sys.executable, "-c", code, str(run.path)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_progress(run, process, step, deadline_s=60):
+    """Wait until the run has told a step past `step`, so that the kill falls into training, not into the start."""
+    end = time.monotonic() + deadline_s
+    while process.poll() is None and time.monotonic() < end:
+        told = curve(run)
+        if told and told[-1][0] > step:
+            return
+        time.sleep(0.01)
+    assert process.poll() is not None or time.monotonic() < end, "the resumed process made no step within its deadline"
+
+
+@pytest.mark.timeout(400)
+def test_twenty_kills_and_the_same_losses(tmp_path, tiny_config):
+    config = parse_config(
+        tiny_config.to_toml(),
+        origin="test",
+        overrides=[f"training.steps={NUM_STEPS}", "training.eval_every=50", "checkpoint.every=7"],
+    )
+    whole, killed = (RunDirectory.create(tmp_path / name, config) for name in ("whole", "killed"))
+    train(whole)
+    chance = random.Random(int(os.environ.get("MFDIST_TEST_SEED", "0")))
+    num_kills, resumed_at = 0, []
+    while num_kills < NUM_KILLS:
+        process = start(killed)
+        steps = killed.checkpoints.steps()
+        last = steps[-1].step if steps else 0
+        resumed_at.append(last)
+        wait_for_progress(killed, process, last)
+        time.sleep(chance.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+        if process.returncode == 0:
+            break  # it reached the end first: fewer kills than asked, checked below
+        assert process.returncode == -signal.SIGKILL, errors
+        num_kills += 1
+        if steps := killed.checkpoints.steps():
+            assert killed.checkpoints.verify(steps[-1].step) == []
+    assert num_kills == NUM_KILLS, f"the run ended after {num_kills} kills; give it more steps"
+    assert len(set(resumed_at)) > NUM_KILLS // 3, resumed_at
+    train(killed)
+    assert curve(killed) == curve(whole)
+    final = [read_metrics(run.metrics_path, "evaluated")[-1] for run in (whole, killed)]
+    assert final[0]["loss"] == final[1]["loss"] and final[0]["step"] == NUM_STEPS
