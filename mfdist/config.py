@@ -113,6 +113,8 @@ class TrainingConfig(_Section):
     compile: bool = Field(False, description="compile the model with torch.compile")
     eval_every: Count = Field(100, description="steps between validations")
     eval_sequences: Count = Field(64, description="validation sequences each time; the last validation takes them all")
+    sample_prompt: str = Field("def ", description="text the model continues after its last step; empty: none")
+    is_deterministic: bool = Field(True, description="repeat a run bit for bit on the same device")
     twin_steps: int = Field(
         0, ge=0, description="steps to time the dense twin for, reported beside this model; 0 does not"
     )
