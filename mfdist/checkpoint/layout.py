@@ -148,7 +148,8 @@ def row_blocks(shape: tuple[int, ...], item_bytes: int) -> RowBlocks:
     Even chunks keep padding small: zarr stores the last chunk at full size.
     """
     num_rows = max(1, shape[0] if shape else 1)
-    num_chunks = min(num_rows, max(1, math.ceil(math.prod(shape) * item_bytes / CHUNK_BYTES)))
+    row_bytes = max(1, math.prod(shape[1:]) * item_bytes)
+    num_chunks = math.ceil(num_rows / max(1, CHUNK_BYTES // row_bytes))
     rows_per_chunk = math.ceil(num_rows / num_chunks)
     num_chunks = math.ceil(num_rows / rows_per_chunk)
     return RowBlocks(shape, rows_per_chunk, rows_per_chunk * min(num_chunks, CHUNKS_PER_FILE))
