@@ -90,7 +90,9 @@ class MemoryLayer(nn.Module):
         Cost: N·K·D elements of the table read once.
         """
         if x.shape[-1] != self.in_features:
-            raise ConfigError(f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}")
+            raise ConfigError(
+                f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}"
+            )
         codes, scores = self.hash(x.reshape(-1, self.in_features))
         out: Tensor = self.table(codes, scores, code_stride=self.hash.code_stride)
         if self.bias is not None:

@@ -23,7 +23,8 @@ class TableSpec:
     def __post_init__(self) -> None:
         if self.num_rows < 1 or self.row_dim < 1:
             raise ConfigError(
-                f'a table needs at least one row of one column; got num_rows={self.num_rows}, row_dim={self.row_dim} for "{self.name}"'
+                f"a table needs at least one row of one column; got num_rows={self.num_rows}, "
+                f'row_dim={self.row_dim} for "{self.name}"'
             )
         if not self.dtype.is_floating_point:
             raise ConfigError(f'rows must be floating point; got {self.dtype} for table "{self.name}"')

@@ -43,4 +43,5 @@ class Table(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Return the spec as shown by `print(model)`."""
         spec = self.spec
-        return f'"{spec.name}", num_rows={spec.num_rows}, row_dim={spec.row_dim}, dtype={str(spec.dtype).removeprefix("torch.")}'
+        dtype = str(spec.dtype).removeprefix("torch.")
+        return f'"{spec.name}", num_rows={spec.num_rows}, row_dim={spec.row_dim}, dtype={dtype}'

@@ -1,7 +1,8 @@
 """MemoryFormer's addressing: the sign bits of each chunk are its code.
 
 Source: MemoryFormer (arXiv 2411.12992), equations 4–10. A chunk z of τ = `bits` activations has the code whose bits are
-z_i ≥ 0, the first activation giving the highest bit as in the authors' released code (the paper writes the lowest first).
+z_i ≥ 0, the first activation giving the highest bit as in the authors' released code (the paper writes the lowest
+first).
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class SignHash:
             raise ConfigError(f"bits must lie in 1..{MAX_BITS}; got {self.bits}")
         if self.in_features < 1 or self.in_features % self.bits:
             raise ConfigError(
-                f"in_features must be a positive multiple of bits; got in_features={self.in_features}, bits={self.bits}; "
-                f"nearest that fit: {_nearest_multiples(self.in_features, self.bits)}"
+                f"in_features must be a positive multiple of bits; got in_features={self.in_features}, "
+                f"bits={self.bits}; nearest that fit: {_nearest_multiples(self.in_features, self.bits)}"
             )
         if self.score not in SCORES:
             raise ConfigError(f'score must be one of {", ".join(SCORES)}; got "{self.score}"')

@@ -71,7 +71,7 @@ class MemoryBlock(Block):
 class DenseBlock(Block):
     """The twin's block, Pythia's: attention and a GELU feed-forward of width 4·d side by side.
 
-    y = x + Dense(Attention(Linear_qkv(LayerNorm(x)))) + Linear(GELU(Linear(LayerNorm(x)))), initialised as GPT-NeoX does.
+    y = x + Linear(Attention(Linear_qkv(LayerNorm(x)))) + Linear(GELU(Linear(LayerNorm(x)))); GPT-NeoX's start values.
     """
 
     def __init__(self, config: ModelConfig, name: str = "block") -> None:
@@ -84,7 +84,12 @@ class DenseBlock(Block):
         self.ffn1 = nn.Linear(d, 4 * d)
         self.ffn2 = nn.Linear(4 * d, d)
         inner_std, outer_std = math.sqrt(2 / (5 * d)), 2 / (config.num_layers * math.sqrt(d))
-        for linear, std in ((self.qkv, inner_std), (self.ffn1, inner_std), (self.projection, outer_std), (self.ffn2, outer_std)):
+        for linear, std in (
+            (self.qkv, inner_std),
+            (self.ffn1, inner_std),
+            (self.projection, outer_std),
+            (self.ffn2, outer_std),
+        ):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 

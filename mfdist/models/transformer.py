@@ -59,7 +59,8 @@ class Transformer(nn.Module):
         seen = caches[0].length if caches else 0
         if seen + tokens.shape[1] > self.config.max_seq_len:
             raise ConfigError(
-                f"a sequence must have at most max_seq_len={self.config.max_seq_len} tokens; got {seen + tokens.shape[1]}"
+                f"a sequence must have at most max_seq_len={self.config.max_seq_len} tokens; "
+                f"got {seen + tokens.shape[1]}"
             )
         x = self.embedding(tokens)
         for index, block in enumerate(self.blocks):
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
 class MemoryFormer(Transformer):
     """The MemoryFormer: projections are memory layers, the classifier head is the only matrix.
 
-    Source: MemoryFormer (arXiv 2411.12992), section 2.4; rotary positions and untied embeddings as in the released code.
+    Source: MemoryFormer (arXiv 2411.12992), section 2.4; rotary positions and untied embeddings as released.
     """
 
     kind = "memory"

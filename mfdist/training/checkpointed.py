@@ -1,11 +1,10 @@
 """A trained model as a run's checkpoint holds it, ready for use."""
 
-from mfdist.config import parse_config
-from mfdist.errors import CheckpointError, ConsistencyError
+from mfdist.errors import CheckpointError
 from mfdist.models import Transformer, build_model
 from mfdist.training.device import choose_device
 from mfdist.training.run import RunDirectory
-from mfdist.training.state import load_model
+from mfdist.training.state import check_data, config_of, load_model
 
 
 def load_run_model(
@@ -23,19 +22,12 @@ def load_run_model(
         ConsistencyError: the checkpoint was trained on other data.
     """
     if not run.checkpoints.steps():
-        raise CheckpointError(f"{run.path} has no committed checkpoint yet; train on by `mfdist train --resume {run.path}`")
+        resume = f"mfdist train --resume {run.path}"
+        raise CheckpointError(f"{run.path} has no committed checkpoint yet; train on by `{resume}`")
     state = run.checkpoints.load(step)
-    check_fingerprint(state.attributes["data"]["fingerprint"], data_fingerprint, run)
-    config = parse_config(state.attributes["config"], origin=f"{run.path}, step {state.step}")
-    model = build_model(config.model, device="meta").to_empty(device=choose_device(run.config.training.device))
+    if data_fingerprint is not None:
+        check_data(state, data_fingerprint)
+    device = choose_device(run.config.training.device)
+    model = build_model(config_of(state).model, device="meta").to_empty(device=device)
     load_model(model, state)
     return model.eval().requires_grad_(False), state.step
-
-
-def check_fingerprint(trained_on: str, found: str | None, run: RunDirectory) -> None:
-    """Raise ConsistencyError where a run's tokens are no longer those it was trained on."""
-    if found is not None and found != trained_on:
-        raise ConsistencyError(
-            f"a run must see the text it began with; {run.path} was trained on tokens {trained_on[:12]} and the source "
-            f"now gives {found[:12]}: the files or the tokenizer changed; restore them or start a new run"
-        )

@@ -17,7 +17,8 @@ def choose_device(name: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise ConfigError(
-            f"training.device=cuda needs a GPU that torch {torch.__version__} can use, and it sees none; use auto or cpu, or see `mfdist doctor`"
+            f"training.device=cuda needs a GPU that torch {torch.__version__} can use, and it sees none; "
+            "use auto or cpu, or see `mfdist doctor`"
         )
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 

@@ -22,9 +22,7 @@ def first_non_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | N
         if not _is_all_finite(parameter):
             return f"{name} (parameter)"
     found: list[str] = []
-    handles = [
-        module.register_forward_hook(_watch(name, found)) for name, module in model.named_modules() if name
-    ]
+    handles = [module.register_forward_hook(_watch(name, found)) for name, module in model.named_modules() if name]
     try:
         loss = loss_of()
     finally:
@@ -36,7 +34,11 @@ def first_non_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | N
         return "the loss itself"
     loss.backward()  # type: ignore[no-untyped-call]
     # Backward runs from the head down, so the last module in forward order whose gradient is bad saw it first.
-    bad = [name for name, parameter in model.named_parameters() if parameter.grad is not None and not _is_all_finite(parameter.grad)]
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not _is_all_finite(parameter.grad)
+    ]
     model.zero_grad(set_to_none=True)
     return f"{bad[-1]} (gradient)" if bad else None
 

@@ -29,7 +29,13 @@ class EvaluationReport:
 
 
 def evaluate(
-    model: Transformer, store: TokenStore, *, step: int, seq_len: int, precision: str = "fp32", max_sequences: int | None = None
+    model: Transformer,
+    store: TokenStore,
+    *,
+    step: int,
+    seq_len: int,
+    precision: str = "fp32",
+    max_sequences: int | None = None,
 ) -> Evaluated:
     """Return the mean loss over the validation text, or its first `max_sequences` sequences.
 
@@ -61,7 +67,9 @@ def evaluate_run(run: RunDirectory, step: int | None = None, observer: Observer 
     config = run.config
     store = prepare_tokens(config.data, observer=observer)
     model, found_step = load_run_model(run, step, data_fingerprint=store.fingerprint)
-    scored = evaluate(model, store, step=found_step, seq_len=config.training.seq_len, precision=config.training.precision)
+    scored = evaluate(
+        model, store, step=found_step, seq_len=config.training.seq_len, precision=config.training.precision
+    )
     return EvaluationReport(
         step=found_step,
         loss=scored.loss,

@@ -12,12 +12,12 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch.utils import deterministic
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError
 from mfdist.models import Transformer, build_model
-from mfdist.training.checkpointed import check_fingerprint
 from mfdist.training.data.batches import BatchOrder, TokenBatches
 from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
@@ -30,7 +30,7 @@ from mfdist.training.metrics import MetricsFile, TensorBoard
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import lookup_share
 from mfdist.training.run import RunDirectory
-from mfdist.training.state import capture, load_training
+from mfdist.training.state import capture, check_data, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.twin import time_dense_twin
 
@@ -138,7 +138,7 @@ class _Session:
         with device:
             model = build_model(config.model)
         optimizer = RunOptimizer(model, config.optimizer)
-        first_step = 0 if is_new else _load(run, run.checkpoints, model, optimizer, store)
+        first_step = 0 if is_new else _load(run.checkpoints, model, optimizer, store)
         session = cls(run, config, store, model, optimizer, first_step, twin)
         tell(session._started())
         return session
@@ -266,16 +266,15 @@ def _with_vocabulary(config: RunConfig, store: TokenStore) -> RunConfig:
         return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
     if config.model.vocab_size < size:
         raise ConfigError(
-            f"model.vocab_size must cover the tokenizer's {size} tokens; got {config.model.vocab_size}; leave it at 0 to take the tokenizer's"
+            f"model.vocab_size must cover the tokenizer's {size} tokens; got {config.model.vocab_size}; "
+            "leave it at 0 to take the tokenizer's"
         )
     return config
 
 
-def _load(
-    run: RunDirectory, checkpoints: CheckpointDirectory, model: Transformer, optimizer: RunOptimizer, store: TokenStore
-) -> int:
+def _load(checkpoints: CheckpointDirectory, model: Transformer, optimizer: RunOptimizer, store: TokenStore) -> int:
     state = checkpoints.load()
-    check_fingerprint(state.attributes["data"]["fingerprint"], store.fingerprint, run)
+    check_data(state, store.fingerprint)
     load_training(model, optimizer, state)
     return state.step
 
@@ -288,11 +287,11 @@ def _determinism(is_on: bool) -> Iterator[None]:
         return
     # cuBLAS reads this when its first handle is made; without it torch refuses deterministic matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    was_on, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    was_on, filled = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled

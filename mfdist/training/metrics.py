@@ -7,7 +7,6 @@ one history.
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ class MetricsFile:
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= first_step]
         partial = path.with_suffix(".jsonl.partial")
         partial.write_text("".join(kept), "utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
@@ -56,7 +55,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
-                "training.tensorboard=true needs the tensorboard package; pip install 'mfdist[tensorboard]', or set it to false"
+                "training.tensorboard=true needs the tensorboard package; "
+                "pip install 'mfdist[tensorboard]', or set it to false"
             ) from None
         self._writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
 
@@ -64,7 +64,15 @@ class TensorBoard:
         """Write one event's numbers."""
         match event:
             case Stepped():
-                for name in ("loss", "dense_lr", "table_lr", "dense_grad_norm", "table_grad_norm", "tokens_per_s", "lookup_share"):
+                for name in (
+                    "loss",
+                    "dense_lr",
+                    "table_lr",
+                    "dense_grad_norm",
+                    "table_grad_norm",
+                    "tokens_per_s",
+                    "lookup_share",
+                ):
                     if (value := getattr(event, name)) is not None:
                         self._writer.add_scalar(f"train/{name}", value, event.step)
             case Evaluated():
@@ -77,7 +85,7 @@ class TensorBoard:
 
 
 def read_metrics(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Return the records of a metrics file, only those of one kind where `event` is given; a torn last line is left out."""
+    """Return a metrics file's records, those of one kind where `event` is given; a torn last line is left out."""
     records = [json.loads(line) for line in _whole_lines(path)]
     return [record for record in records if event is None or record["event"] == event]
 

@@ -60,7 +60,9 @@ class RunOptimizer:
 
     def learning_rates(self, step: int, num_steps: int) -> dict[str, float]:
         """Return the rates of step `step` (counted from 0) of `num_steps`, by group."""
-        return {name: self._peak_lr[name] * lr_factor(settings, step, num_steps) for name, settings in self._configs.items()}
+        return {
+            name: self._peak_lr[name] * lr_factor(settings, step, num_steps) for name, settings in self._configs.items()
+        }
 
     def clip(self) -> dict[str, Tensor]:
         """Scale each group's gradients to at most its `clip_norm`; return their norms before that, fp32 scalars."""

@@ -1,12 +1,11 @@
 """A run's directory: its configuration, metrics, checkpoints and tokenizer in fixed places.
 
-    RUN/config.toml              the resolved configuration
-    RUN/metrics.jsonl            one JSON object an event
-    RUN/tokenizer.json           the tokenizer the model was trained with
-    RUN/checkpoints/step-…/      one zarr store a committed step
+RUN/config.toml              the resolved configuration
+RUN/metrics.jsonl            one JSON object an event
+RUN/tokenizer.json           the tokenizer the model was trained with
+RUN/checkpoints/step-…/      one zarr store a committed step
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,10 @@ class RunDirectory:
         """
         run = cls(Path(path))
         if not run.config_path.is_file():
-            raise ConfigError(f"{run.path} must be a run's directory; it has no config.toml; start one by `mfdist train demo --out {run.path}`")
+            raise ConfigError(
+                f"{run.path} must be a run's directory; it has no config.toml; "
+                f"start one by `mfdist train demo --out {run.path}`"
+            )
         return run
 
     @property
@@ -104,7 +106,7 @@ class RunDirectory:
         """Replace the stored configuration, at once or not at all."""
         partial = self.config_path.with_suffix(".toml.partial")
         partial.write_text(config.to_toml(), "utf-8")
-        os.replace(partial, self.config_path)
+        partial.replace(self.config_path)
 
     def change_config(self, overrides: Sequence[str]) -> RunConfig:
         """Apply `--set` overrides to a run that is to be continued and store the result.
@@ -115,7 +117,10 @@ class RunDirectory:
         for override in overrides:
             key = override.partition("=")[0].strip()
             if not key.startswith(_MAY_CHANGE):
-                raise ConfigError(f"a resumed run keeps its model, data, seed and batches; got --set {override}; start a new run to change {key}")
+                raise ConfigError(
+                    f"a resumed run keeps its model, data, seed and batches; got --set {override}; "
+                    f"start a new run to change {key}"
+                )
         config = parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path), overrides=overrides)
         self.write_config(config)
         return config

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mfdist.checkpoint.state import CheckpointState, TableState
-from mfdist.config import RunConfig
-from mfdist.errors import CheckpointError
+from mfdist.config import RunConfig, parse_config
+from mfdist.errors import CheckpointError, ConsistencyError
 from mfdist.models import Transformer
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 
@@ -42,10 +42,25 @@ def capture(
         attributes={
             "config": config.to_toml(),
             "data": {"fingerprint": data_fingerprint, "next_step": step},
-            "optimizer": {"name": "AdamW", "step": step},
+            "optimizer": {"name": "AdamW"},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         },
     )
+
+
+def config_of(state: CheckpointState) -> RunConfig:
+    """Return the configuration the checkpoint was written under."""
+    return parse_config(_text(state, "config"), origin=f"checkpoint of step {state.step}")
+
+
+def check_data(state: CheckpointState, fingerprint: str) -> None:
+    """Raise ConsistencyError where tokens of this fingerprint are not those the checkpoint was trained on."""
+    trained_on = _text(state, "data", "fingerprint")
+    if fingerprint != trained_on:
+        raise ConsistencyError(
+            f"a run must see the text it began with; step {state.step} was trained on tokens {trained_on[:12]} and the "
+            f"source now gives {fingerprint[:12]}: its files or the tokenizer changed; restore them or start a new run"
+        )
 
 
 def load_model(model: Transformer, state: CheckpointState) -> None:
@@ -63,7 +78,8 @@ def load_model(model: Transformer, state: CheckpointState) -> None:
     ) - {f"model/{name}" for name in table_names}
     if missing or left_over:
         raise CheckpointError(
-            f"a checkpoint must hold the model's parameters; step {state.step} lacks {_some(missing)} and holds {_some(sorted(left_over))} besides"
+            f"a checkpoint must hold the model's parameters; step {state.step} lacks "
+            f"{_some(missing)} and holds {_some(sorted(left_over))} besides"
         )
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -80,18 +96,33 @@ def load_training(model: Transformer, optimizer: RunOptimizer, state: Checkpoint
     """Take over weights, optimiser state and random generator, so that training goes on as if never stopped."""
     load_model(model, state)
     names = table_parameter_names(model)
-    number: Any = state.attributes["optimizer"]["step"]
     moments: dict[str, dict[str, Tensor]] = {}
     for name, _ in model.named_parameters():
         kept = (
             dict(state.tables[names[name]].optimizer)
             if name in names
-            else {moment: state.dense[f"optimizer/{name}/{moment}"] for moment in _MOMENTS if f"optimizer/{name}/{moment}" in state.dense}
+            else {
+                moment: state.dense[f"optimizer/{name}/{moment}"]
+                for moment in _MOMENTS
+                if f"optimizer/{name}/{moment}" in state.dense
+            }
         )
         if kept:
-            moments[name] = {"step": torch.tensor(float(number)), **kept}
+            moments[name] = {"step": torch.tensor(float(state.step)), **kept}
     optimizer.load_state(moments)
     torch.set_rng_state(state.dense["rng/cpu"])
+
+
+def _text(state: CheckpointState, *path: str) -> str:
+    value: Any = state.attributes
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, str):
+        raise CheckpointError(
+            f"a run's checkpoint must hold {'.'.join(path)}; step {state.step} does not; "
+            "it was not written by `mfdist train`"
+        )
+    return value
 
 
 def _weight(state: CheckpointState, name: str, table_names: Mapping[str, str]) -> Tensor | None:

@@ -42,7 +42,9 @@ class TrainStep:
     before.
     """
 
-    def __init__(self, model: Transformer, optimizer: RunOptimizer, config: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: Transformer, optimizer: RunOptimizer, config: TrainingConfig, device: torch.device
+    ) -> None:
         self._model = model
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
         self._optimizer = optimizer
@@ -75,7 +77,9 @@ class TrainStep:
         return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=measured[2], rates=rates)
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in zip(inputs.chunk(self._config.micro_batches), targets.chunk(self._config.micro_batches), strict=True):
+        for part in zip(
+            inputs.chunk(self._config.micro_batches), targets.chunk(self._config.micro_batches), strict=True
+        ):
             moved = [tensor.to(self._device, non_blocking=True) for tensor in part]
             yield moved[0], moved[1]
 
@@ -85,7 +89,9 @@ class TrainStep:
         layer = None
         for part_inputs, part_targets in self._micro_batches(inputs, targets):
             with autocast(self._device, self._config.precision):
-                layer = first_non_finite(self._model, lambda x=part_inputs, y=part_targets: token_loss(self._model, x, y))
+                layer = first_non_finite(
+                    self._model, lambda x=part_inputs, y=part_targets: token_loss(self._model, x, y)
+                )
             if layer:
                 break
         where = f"first in {layer}" if layer else "it did not happen again when the step was repeated"

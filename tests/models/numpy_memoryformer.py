@@ -1,4 +1,4 @@
-"""A MemoryFormer written again in numpy float64, loop by loop from the paper's equations; shares no code with mfdist."""
+"""A MemoryFormer written again in numpy float64, loop by loop from the paper; shares no code with mfdist."""
 
 import math
 

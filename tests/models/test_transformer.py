@@ -15,7 +15,15 @@ from . import numpy_memoryformer
 
 
 def config(kind="memory", **changes):
-    base = {"kind": kind, "num_layers": 2, "hidden_dim": 32, "num_heads": 2, "bits": 4, "vocab_size": 50, "max_seq_len": 32}
+    base = {
+        "kind": kind,
+        "num_layers": 2,
+        "hidden_dim": 32,
+        "num_heads": 2,
+        "bits": 4,
+        "vocab_size": 50,
+        "max_seq_len": 32,
+    }
     return ModelConfig(**(base | changes))
 
 

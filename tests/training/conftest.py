@@ -34,7 +34,7 @@ eval_sequences = 8
 every = 4
 """
 
-_WORDS = "the a row table of memory looks up adds former bits code and score sums then for each token in every layer".split()
+_WORDS = ["the", "a", "row", "table", "memory", "looks", "up", "adds", "bits", "code", "score", "sums", "then", "layer"]
 
 
 def write_text(folder: Path, num_files: int = 12, seed: int = 0) -> None:

@@ -96,7 +96,9 @@ def test_a_resumed_run_has_the_same_losses_and_weights_to_the_bit(tmp_path, tiny
         other = b.tables[name]
         assert torch.equal(table.weight, other.weight)
         assert all(torch.equal(value, other.optimizer[moment]) for moment, value in table.optimizer.items())
-    assert a.dense.keys() == b.dense.keys() and all(torch.equal(value, b.dense[name]) for name, value in a.dense.items())
+    assert a.dense.keys() == b.dense.keys() and all(
+        torch.equal(value, b.dense[name]) for name, value in a.dense.items()
+    )
     assert [r["step"] for r in read_metrics(parts.metrics_path, "stepped")] == list(range(1, 13))
 
 
@@ -139,7 +141,9 @@ def test_a_loss_that_is_not_finite_names_step_and_layer_and_changes_nothing(tiny
             with torch.no_grad():
                 model.blocks[1].ffn1.bias[3] = torch.nan
 
-    with pytest.raises(NonFiniteError, match=r"got nan at step 7, first in blocks\.1\.ffn1\.bias \(parameter\)") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"got nan at step 7, first in blocks\.1\.ffn1\.bias \(parameter\)"
+    ) as caught:
         train(tiny_run, observer=poison)
     assert "\n" not in str(caught.value)
     assert [info.step for info in tiny_run.checkpoints.steps()] == [4]
@@ -148,7 +152,11 @@ def test_a_loss_that_is_not_finite_names_step_and_layer_and_changes_nothing(tiny
 
 def test_diverging_by_a_huge_rate_is_stopped_not_trained_through(tmp_path, tiny_config):
     config = set_keys(
-        tiny_config, "optimizer.dense.lr=1e30", "optimizer.tables.lr=1e30", "optimizer.dense.clip_norm=0", "training.steps=50"
+        tiny_config,
+        "optimizer.dense.lr=1e30",
+        "optimizer.tables.lr=1e30",
+        "optimizer.dense.clip_norm=0",
+        "training.steps=50",
     )
     with pytest.raises(NonFiniteError, match=r"must stay finite; got (nan|inf) at step \d+, first in "):
         train(RunDirectory.create(tmp_path / "run", config))
@@ -186,7 +194,13 @@ def test_two_processes_cannot_train_one_run(tiny_run):
 
 
 def test_what_may_change_in_a_run_and_what_may_not(tiny_run):
-    for override in ("model.bits=2", "data.source=x", "training.seed=1", "training.batch_size=8", "training.seq_len=16"):
+    for override in (
+        "model.bits=2",
+        "data.source=x",
+        "training.seed=1",
+        "training.batch_size=8",
+        "training.seq_len=16",
+    ):
         with pytest.raises(ConfigError, match="a resumed run keeps its model, data, seed and batches"):
             tiny_run.change_config([override])
     assert tiny_run.change_config(["optimizer.tables.lr=0.5"]).optimizer.tables.lr == 0.5

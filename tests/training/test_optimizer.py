@@ -24,8 +24,12 @@ def test_every_parameter_is_in_one_group_and_tables_are_their_own():
     optimizer = RunOptimizer(made, OptimizerConfig())
     grouped = [id(value) for group in optimizer.adamw.param_groups for value in group["params"]]
     assert sorted(grouped) == sorted(id(value) for value in made.parameters())
-    tables = {id(value) for group in optimizer.adamw.param_groups if group["group"] == "tables" for value in group["params"]}
-    assert tables == {id(block) for block in (getattr(made.blocks[0], part).table.weight for part in ("qkv", "ffn1", "ffn2"))}
+    tables = {
+        id(value) for group in optimizer.adamw.param_groups if group["group"] == "tables" for value in group["params"]
+    }
+    assert tables == {
+        id(block) for block in (getattr(made.blocks[0], part).table.weight for part in ("qkv", "ffn1", "ffn2"))
+    }
     assert set(table_parameter_names(made).values()) == {"blocks.0.qkv", "blocks.0.ffn1", "blocks.0.ffn2"}
     for group in optimizer.adamw.param_groups:
         assert group["weight_decay"] == (0.1 if all(value.ndim > 1 for value in group["params"]) else 0.0)
@@ -34,7 +38,9 @@ def test_every_parameter_is_in_one_group_and_tables_are_their_own():
 def test_tables_learn_at_three_times_the_dense_rate_unless_told():
     rates = RunOptimizer(model(), OptimizerConfig(dense=ParameterGroupConfig(lr=0.002))).learning_rates(0, 1)
     assert rates["tables"] == pytest.approx(3 * rates["dense"])
-    told = OptimizerConfig(dense=ParameterGroupConfig(lr=0.002), tables=ParameterGroupConfig(lr=0.5, schedule="constant"))
+    told = OptimizerConfig(
+        dense=ParameterGroupConfig(lr=0.002), tables=ParameterGroupConfig(lr=0.5, schedule="constant")
+    )
     assert RunOptimizer(model(), told).learning_rates(50, 100)["tables"] == 0.5
 
 
@@ -90,7 +96,9 @@ def test_state_moves_by_name_to_a_new_optimizer():
 
 
 def test_the_dense_twin_has_no_table_group():
-    twin = build_model(ModelConfig(kind="dense", num_layers=1, hidden_dim=16, num_heads=2, vocab_size=11, max_seq_len=8))
+    twin = build_model(
+        ModelConfig(kind="dense", num_layers=1, hidden_dim=16, num_heads=2, vocab_size=11, max_seq_len=8)
+    )
     optimizer = RunOptimizer(twin, OptimizerConfig())
     assert {group["group"] for group in optimizer.adamw.param_groups} == {"dense"}
     assert optimizer.clip()["tables"].item() == 0.0

@@ -23,8 +23,8 @@ def curve(run):
 
 
 def start(run):
-    code = "import sys; from mfdist.training.run import RunDirectory; from mfdist.training.loop import train; train(RunDirectory.open(sys.argv[1]))"
-    return subprocess.Popen([sys.executable, "-c", code, str(run.path)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "from mfdist.launch.cli import main; main()", "train", "--resume", str(run.path)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_progress(run, process, step, deadline_s=60):

@@ -1,0 +1,1 @@
+"""Training: text, tokens, the loop, evaluation and generation."""
