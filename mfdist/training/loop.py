@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils import deterministic
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.config import RunConfig
@@ -287,9 +286,10 @@ def _determinism(is_on: bool) -> Iterator[None]:
         return
     # cuBLAS reads this when its first handle is made; without it torch refuses deterministic matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic: Any = torch.utils.deterministic  # its flag is a property that torch does not type
     was_on, filled = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor and hides nothing here
     try:
         yield
     finally:

@@ -58,7 +58,7 @@ class TensorBoard:
                 "training.tensorboard=true needs the tensorboard package; "
                 "pip install 'mfdist[tensorboard]', or set it to false"
             ) from None
-        self._writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(directory))
 
     def __call__(self, event: Event) -> None:
         """Write one event's numbers."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,9 +90,7 @@ class TrainStep:
         layer = None
         for part_inputs, part_targets in self._micro_batches(inputs, targets):
             with autocast(self._device, self._config.precision):
-                layer = first_non_finite(
-                    self._model, lambda x=part_inputs, y=part_targets: token_loss(self._model, x, y)
-                )
+                layer = first_non_finite(self._model, partial(token_loss, self._model, part_inputs, part_targets))
             if layer:
                 break
         where = f"first in {layer}" if layer else "it did not happen again when the step was repeated"

@@ -25,8 +25,10 @@ def test_the_dense_twin_costs_what_the_paper_prints_for_pythia(preset):
 
 @pytest.mark.parametrize("preset", PAPER)
 def test_a_memoryformer_costs_what_the_paper_prints(preset):
-    """The paper estimates 6/τ·s·d² where its shapes read 5.25/τ·s·d²; its printed figures follow the estimate (small's,
-    0.91, stands as 1.0). So the exact count must be 5.25/6 of the estimate, and the estimate the print within 0.1.
+    """The exact count is 5.25/6 of the paper's estimate, and the estimate is the print within 0.1.
+
+    The paper estimates 6/τ·s·d² where its shapes read 5.25/τ·s·d²; its printed figures follow the estimate (small's,
+    0.91, stands there as 1.0).
     """
     model = model_of(preset, "memory")
     block, d, bits = count(model, seq_len=2048).block, model.config.hidden_dim, model.config.bits
