@@ -41,6 +41,7 @@ fi
 
 # A CUDA build names the triton it needs; the CPU build names none and gets the tested one.
 kept=$(installed)
+[ -n "$kept" ] || { echo "torch 2.11 or later is needed; pip installed none"; exit 1; }
 names_triton=$("$python" -c 'from importlib.metadata import requires
 print(sum(line.startswith("triton") for line in requires("torch") or []))')
 if [ "$names_triton" != 0 ]; then drop='/^triton==/d'; else drop=; fi
