@@ -35,7 +35,11 @@ if [ -z "$(installed)" ]; then
     else
         echo "Installing torch $version, the CPU build (nvidia-smi shows no GPU)"
         $PIP install ${PIP_FLAGS:-} --no-index --no-deps "torch==$version" 2>/dev/null ||
-            $PIP install ${PIP_FLAGS:-} --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$version"
+            $PIP install ${PIP_FLAGS:-} --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$version" || {
+            echo "no CPU build of torch $version: pip finds no wheel here and PyTorch's CPU index gives none;"
+            echo "install a torch of 2.11 or later yourself and use it: make VENV_FLAGS=--system-site-packages"
+            exit 1
+        }
     fi
 fi
 
