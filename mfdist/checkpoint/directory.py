@@ -3,7 +3,7 @@
     RUN/checkpoints/
       step-000000100/              committed: a zarr store, never changed again
       step-000000200-2/            step 200, saved again; supersedes step-000000200, which is then deleted
-      .step-000000300.partial-71/  being written, or what a writer that died left; no reader looks at it
+      .step-000000300.partial-71-c0de/  being written, or what a writer that died left; no reader looks at it
       .writer.lock                 held by the one writer
 
 Readers take no lock. Listing and pruning import neither torch nor zarr.
@@ -11,6 +11,7 @@ Readers take no lock. Listing and pruning import neither torch nor zarr.
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class CheckpointDirectory:
         arrays = arrays_of(state)
         with self.writer_lock():
             self._remove_leftovers()
-            partial = self.path / partial_name(state.step, os.getpid())
+            partial = self.path / partial_name(state.step, os.getpid(), secrets.token_hex(4))
             superseded = self._revisions().get(state.step, {})
             final = self.path / step_name(state.step, max(superseded, default=0) + 1)
             try:

@@ -49,9 +49,12 @@ def parse_step_name(name: str) -> tuple[int, int] | None:
     return (step, revision) if step_name(step, revision) == name else None
 
 
-def partial_name(step: int, pid: int) -> str:
-    """Return the hidden name under which a step is written before it is committed."""
-    return f".{step_name(step)}.partial-{pid}"
+def partial_name(step: int, pid: int, token: str) -> str:
+    """Return the hidden name under which a step is written before it is committed.
+
+    The token sets an attempt apart from an earlier, interrupted one whose last writes may still come.
+    """
+    return f".{step_name(step)}.partial-{pid}-{token}"
 
 
 def removed_name(name: str, pid: int) -> str:
@@ -61,7 +64,7 @@ def removed_name(name: str, pid: int) -> str:
 
 def is_leftover(name: str) -> bool:
     """Say whether `name` is what a writer that died left behind."""
-    return re.fullmatch(r"\.step-\d{9,}(-\d+)?\.(partial|removed)-\d+", name) is not None
+    return re.fullmatch(r"\.step-\d{9,}(-\d+)?\.(partial-\d+-[0-9a-f]+|removed-\d+)", name) is not None
 
 
 def encode_part(part: str) -> str:

@@ -46,12 +46,12 @@ def small_state(step: int = 1, seed: int = 0) -> CheckpointState:
     )
 
 
-@pytest.fixture(name="contents")
+@pytest.fixture(scope="session", name="contents")
 def _contents() -> Callable[[CheckpointState], dict[str, object]]:
     return contents
 
 
-@pytest.fixture(name="small_state")
+@pytest.fixture(scope="session", name="small_state")
 def _small_state() -> Callable[..., CheckpointState]:
     return small_state
 

@@ -28,10 +28,19 @@ FILES = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, small_state: State) -> Path:
+    directory = CheckpointDirectory(tmp_path_factory.mktemp("saved"))
+    for step in (1, 2):
+        directory.save(small_state(step))
+    return directory.path
+
+
 @pytest.fixture
-def step(directory: CheckpointDirectory, small_state: State) -> Path:
-    directory.save(small_state(1))
-    return directory.save(small_state(2)).path
+def step(directory: CheckpointDirectory, saved: Path) -> Path:
+    """Step 2 of two, in a copy of its own to damage."""
+    shutil.copytree(saved, directory.path)
+    return directory.path / "step-000000002"
 
 
 def flip(path: Path, bit: int) -> None:
@@ -151,6 +160,6 @@ def test_a_newer_format_is_refused_by_version(directory: CheckpointDirectory, st
     del body["crc32c"]
     body["crc32c"] = f"{value(json.dumps(body, indent=1, sort_keys=True).encode()):08x}"
     (step / MANIFEST).write_text(json.dumps({**document, "attributes": body}))
-    with pytest.raises(CheckpointError, match="reads checkpoint format 1;.*has format 2; use the mfdist"):
+    with pytest.raises(CheckpointError, match=r"reads checkpoint format 1;.*has format 2; use the mfdist"):
         directory.load()
     assert len(directory.verify()) == 1

@@ -66,7 +66,7 @@ def test_a_step_name_is_read_back(step: int, revision: int) -> None:
     assert layout.parse_step_name(name) == (step, revision)
     assert not layout.is_leftover(name)
     assert layout.is_leftover(layout.removed_name(name, 7))
-    assert layout.parse_step_name(layout.partial_name(step, 7)) is None
+    assert layout.parse_step_name(layout.partial_name(step, 7, "c0de")) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Saves in child processes that die by SIGKILL; after each death the last commit must be whole. Run by test_crash.py.
+
+    python crashes.py DIRECTORY NUM_RANDOM NUM_CHOSEN
+
+NUM_RANDOM children are killed at a random time; NUM_CHOSEN kill themselves right before one of the writer's calls to
+the file system, the calls chosen evenly over a series of saves, so that every stage of a save is among them. Children
+are forked, because importing torch and zarr takes longer than all the rest. Prints a line of JSON: how many died while
+a step was half written, and the latest step.
+"""
+
+import json
+import os
+import random
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import zarr
+
+from mfdist.checkpoint import reader, writer
+from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.state import CheckpointState, TableState
+
+CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def state_of(step: int) -> CheckpointState:
+    """What step `step` must hold, whoever asks."""
+    generator = torch.Generator().manual_seed(step)
+    tables = {
+        name: TableState(
+            weight=torch.randn(50, 16, generator=generator), optimizer={"sum": torch.randn(50, generator=generator)}
+        )
+        for name in ("a", "b")
+    }
+    return CheckpointState(step=step, tables=tables, dense={"bias": torch.full((3,), step)}, attributes={"s": step})
+
+
+def save_series(path: Path, last: int, report: Callable[[int], None]) -> None:
+    """Go on saving after step `last`, every third step twice, keeping two."""
+    directory = CheckpointDirectory(path)
+    with directory.writer_lock():
+        for step in range(last + 1, last + 1000):
+            for _ in range(2 if step % 3 == 0 else 1):
+                directory.save(state_of(step))
+                report(step)
+            directory.prune(2)
+
+
+def check(path: Path, reported: int) -> None:
+    """Assert that the newest step is whole, is not older than the one reported, and is what it must be."""
+    directory = CheckpointDirectory(path)
+    steps = directory.steps()
+    assert all(info.damage is None for info in steps), steps
+    latest = steps[-1].step if steps else 0
+    assert latest >= reported, f"step {reported} was committed, {latest} is the latest"
+    for info in steps:
+        assert directory.verify(info.step) == []
+        loaded, expected = directory.load(info.step), state_of(info.step)
+        assert loaded.attributes == expected.attributes
+        assert loaded.dense["bias"].equal(expected.dense["bias"])
+        for name, table in expected.tables.items():
+            assert loaded.tables[name].weight.equal(table.weight), name
+            assert loaded.tables[name].optimizer["sum"].equal(table.optimizer["sum"]), name
+
+
+def forked(body: Callable[[], None]) -> int:
+    """Run `body` in a child process; return its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            body()
+        except BaseException:  # noqa: BLE001 - a child must not come back into the parent's code
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def die_before_call(path: Path, number: int) -> None:
+    count = 0
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal count
+        if event in CALLS and str(path) in str(args[0]):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def crash(path: Path, last: int, *, delay_s: float | None = None, before_call: int | None = None) -> int:
+    """Save in a child that dies; return the last step it reported as committed."""
+    read_end, write_end = os.pipe()
+
+    def body() -> None:
+        if before_call is not None:
+            die_before_call(path, before_call)
+        os.write(write_end, struct.pack("<q", last))
+        save_series(path, last, lambda step: os.write(write_end, struct.pack("<q", step)) and None)
+
+    pid = forked(body)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        if delay_s is not None:
+            pipe.read(8)
+            time.sleep(delay_s)
+            os.kill(pid, signal.SIGKILL)
+        reports = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), "the child ended by itself"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return struct.unpack("<q", reports[-8:])[0] if reports else last
+
+
+def main(path: Path, num_random: int, num_chosen: int) -> None:
+    torch.set_num_threads(1)
+    rng = random.Random(0)
+    # A save makes about a hundred calls, so these reach into the fourth, past superseding and pruning.
+    chosen = [1 + round(index * 320 / max(1, num_chosen - 1)) for index in range(num_chosen)]
+    plans: list[dict[str, float]] = [{"before_call": number} for number in chosen]
+    plans += [{"delay_s": rng.uniform(0.0, 0.6)} for _ in range(num_random)]
+    rng.shuffle(plans)
+    num_torn = 0
+    latest = 0
+    for plan in plans:
+        reported = crash(path, latest, **plan)  # type: ignore[arg-type]
+        num_torn += any(path.glob(".step-*"))
+        _, status = os.waitpid(forked(lambda reported=reported: check(path, reported)), 0)  # type: ignore[misc]
+        assert status == 0, f"after {plan} the directory is not whole"
+        latest = max((int(entry.name[5:14]) for entry in path.glob("step-*")), default=0)
+    print(json.dumps({"num_kills": len(plans), "num_torn": num_torn, "latest": latest}))
+
+
+if __name__ == "__main__":
+    assert zarr and reader and writer  # imported before the first fork
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,32 @@
+"""A writer killed with SIGKILL, at random times and before chosen calls, loses nothing that it had committed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mfdist
+
+
+@pytest.mark.parametrize(
+    ("num_random", "num_chosen"), [(8, 20), pytest.param(100, 320, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_sigkill_loses_nothing_committed(tmp_path: Path, num_random: int, num_chosen: int) -> None:
+    script = Path(__file__).with_name("crashes.py")
+    root = str(Path(next(iter(mfdist.__path__))).parent)
+    process = subprocess.run(
+        [sys.executable, script, tmp_path / "checkpoints", str(num_random), str(num_chosen)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    outcome = json.loads(process.stdout)
+    assert outcome["num_kills"] == num_random + num_chosen
+    assert outcome["num_torn"] >= num_chosen // 2  # otherwise the kills missed what they are for
+    assert outcome["latest"] > num_random // 2

@@ -1,0 +1,180 @@
+"""A disk that fills up, fails or is read-only, and directories that vanish: one clear line, earlier steps intact."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import mfdist
+from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.state import CheckpointState, TableState
+from mfdist.errors import CheckpointError, UnavailableError
+
+State = Callable[..., CheckpointState]
+Contents = Callable[[CheckpointState], dict[str, object]]
+
+
+def large_state(step: int) -> CheckpointState:
+    """Twice what the small disk holds."""
+    table = TableState(weight=torch.ones(4096, 1024))
+    return CheckpointState(step=step, tables={"big": table}, dense={}, attributes={})
+
+
+def assert_refused(directory: CheckpointDirectory, state: CheckpointState) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        directory.save(state)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_intact(directory: CheckpointDirectory, expected: dict[str, object], contents: Contents) -> None:
+    assert {path.name for path in directory.path.iterdir()} == {".writer.lock", "step-000000001"}
+    assert directory.verify() == []
+    assert contents(directory.load()) == expected
+
+
+def test_a_full_disk_loses_nothing(small_disk: Path, small_state: State, contents: Contents) -> None:
+    directory = CheckpointDirectory(small_disk / "checkpoints")
+    directory.save(small_state(1))
+    message = assert_refused(directory, large_state(2))
+    assert "step 2" in message
+    assert "No space left on device" in message
+    assert_intact(directory, contents(small_state(1)), contents)
+    # Also where the step that does not fit would supersede a committed one.
+    assert_refused(directory, large_state(1))
+    assert_intact(directory, contents(small_state(1)), contents)
+    directory.save(small_state(3))  # there is room again
+
+
+def test_steps_can_be_pruned_on_a_disk_without_a_free_byte(small_disk: Path, small_state: State) -> None:
+    directory = CheckpointDirectory(small_disk / "checkpoints")
+    for step in (1, 2):
+        directory.save(small_state(step))
+    with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    assert directory.prune(1) == [1]
+
+
+def test_a_read_only_disk_is_said(small_disk: Path, small_state: State, contents: Contents) -> None:
+    directory = CheckpointDirectory(small_disk / "checkpoints")
+    directory.save(small_state(1))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert "Read-only file system" in assert_refused(directory, small_state(2))
+    assert_intact(directory, contents(small_state(1)), contents)
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        directory.prune(1)
+    assert "Read-only" in assert_refused(CheckpointDirectory(small_disk / "other"), small_state(2))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the test above takes its place")
+def test_a_read_only_directory_is_said(directory: CheckpointDirectory, small_state: State, contents: Contents) -> None:
+    directory.save(small_state(1))
+    directory.path.chmod(0o555)
+    try:
+        assert "Permission denied" in assert_refused(directory, small_state(2))
+        assert_intact(directory, contents(small_state(1)), contents)
+    finally:
+        directory.path.chmod(0o755)
+
+
+def test_a_file_where_the_directory_should_be_is_said(tmp_path: Path, small_state: State) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot make" in assert_refused(CheckpointDirectory(tmp_path / "file" / "checkpoints"), small_state(1))
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(
+    directory: CheckpointDirectory, small_state: State, contents: Contents
+) -> None:
+    # The kernel refuses the file that outgrows the limit: a real error from write(2), without a disk to fill.
+    directory.save(small_state(1))
+    code = (
+        "import resource, signal, sys, torch, zarr\n"
+        "from pathlib import Path\n"
+        "from mfdist.checkpoint.directory import CheckpointDirectory\n"
+        "from mfdist.checkpoint.state import CheckpointState, TableState\n"
+        "from mfdist.errors import CheckpointError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "tables = {'t': TableState(weight=torch.ones(2048, 1024))}\n"
+        "state = CheckpointState(step=2, tables=tables, dense={}, attributes={})\n"
+        "try:\n"
+        "    CheckpointDirectory(Path(sys.argv[1])).save(state)\n"
+        "except CheckpointError as error:\n"
+        "    sys.exit(str(error))\n"
+    )
+    root = str(Path(next(iter(mfdist.__path__))).parent)
+    process = subprocess.run(
+        [sys.executable, "-c", code, directory.path],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "File too large" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+    assert_intact(directory, contents(small_state(1)), contents)
+
+
+class Deleter(threading.Thread):
+    """Deletes a directory as soon as a step is being written in it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.path = path
+
+    def run(self) -> None:
+        while not any(self.path.glob(".step-*/tables/*/weight/zarr.json")):
+            pass
+        while self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def test_a_directory_deleted_during_a_save_is_said_and_made_anew(
+    directory: CheckpointDirectory, small_state: State
+) -> None:
+    many = TableState(weight=torch.ones(8192, 1024))
+    state = CheckpointState(step=2, tables={f"t{i}": many for i in range(4)}, dense={}, attributes={})
+    with directory.writer_lock():
+        directory.save(small_state(1))
+        deleter = Deleter(directory.path)
+        deleter.start()
+        assert_refused(directory, state)
+        deleter.join()
+        assert directory.steps() == []
+        info = directory.save(small_state(3))
+        assert directory.steps() == [info]
+        # The lock was taken anew with the directory.
+        with pytest.raises(UnavailableError):
+            CheckpointDirectory(directory.path).save(small_state(4))
+
+
+def test_an_interrupted_save_keeps_a_whole_step(
+    directory: CheckpointDirectory, small_state: State, contents: Contents
+) -> None:
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    directory.save(small_state(1))
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            for step in range(1, 1000):  # the same step again and again, until the signal comes
+                directory.save(small_state(1, seed=step % 2))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    directory.prune(1)
+    [info] = directory.steps()
+    assert directory.verify() == []
+    assert contents(directory.load()) in (contents(small_state(1, seed=0)), contents(small_state(1, seed=1)))
+    assert directory.save(small_state(2)).step > info.step
