@@ -1,5 +1,7 @@
 """`mfdist checkpoint`: list and verify the committed steps of a run."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +10,10 @@ import typer
 from mfdist.errors import CheckpointError, ConfigError
 from mfdist.launch import quantities
 from mfdist.launch.cli import failures
+from mfdist.launch.cli.display import showing
 from mfdist.launch.cli.json_output import write_json
+from mfdist.launch.cli.progress import RunProgress
+from mfdist.training.events import Preparing, ignore
 
 if TYPE_CHECKING:
     from mfdist.checkpoint.directory import CheckpointDirectory, StepInfo
@@ -30,8 +35,8 @@ def list_steps(path: _Path, as_json: _AsJson = False) -> None:
         write_json({"path": str(path), "checkpoints": [_described(info) for info in steps]})
         return
     for info in steps:
-        size = quantities.num_bytes(info.num_bytes)
-        typer.echo(f"step {info.step:>9,}  {size:>9}  {info.created}  {info.path}")
+        size = "DAMAGED" if info.damage else quantities.num_bytes(info.num_bytes)
+        typer.echo(f"step {info.step:>9,}  {size:>9}  {info.created:<20}  {info.path}")
     if not steps:
         typer.echo(f"nothing is committed yet in {path}")
 
@@ -51,7 +56,7 @@ def verify(path: _Path, as_json: _AsJson = False) -> int:
         raise CheckpointError(f"there must be a committed step to verify; {path} has none")
     found: list[dict[str, Any]] = []
     for info in steps:
-        damages = [str(damage) for damage in directory.verify(info.step)]
+        damages = _verify(directory, info)
         found.append({**_described(info), "ok": not damages, "damages": damages})
         if not as_json:
             _show(info, damages)
@@ -63,7 +68,6 @@ def verify(path: _Path, as_json: _AsJson = False) -> int:
 
 def _open(path: Path) -> tuple["CheckpointDirectory", list["StepInfo"]]:
     """Return the checkpoints at `path` and those of its steps that are meant."""
-    # numpy, torch and zarr come with these.
     from mfdist.checkpoint.directory import CheckpointDirectory
     from mfdist.checkpoint.layout import parse_step_name
     from mfdist.training.run import RunDirectory
@@ -80,8 +84,26 @@ def _open(path: Path) -> tuple["CheckpointDirectory", list["StepInfo"]]:
     raise ConfigError(f"PATH must be a run or one of its steps, such as RUN/checkpoints/step-000000400; got {path}")
 
 
+def _verify(directory: "CheckpointDirectory", info: "StepInfo") -> list[str]:
+    def tell(done: int, total: int) -> None:
+        observer(Preparing(activity=f"verifying step {info.step}", done=done, total=total, unit="bytes"))
+
+    # A large step takes minutes: who looks on sees it move, a log need not.
+    watched = showing(sys.stderr, RunProgress()) if sys.stderr.isatty() else contextlib.nullcontext(ignore)
+    with watched as observer:
+        return [str(damage) for damage in directory.verify(info.step, tell)]
+
+
 def _described(info: "StepInfo") -> dict[str, Any]:
-    return {"step": info.step, "path": str(info.path), "num_bytes": info.num_bytes, "created": info.created}
+    return {
+        "step": info.step,
+        "path": str(info.path),
+        "num_bytes": info.num_bytes,
+        "num_files": info.num_files,
+        "num_tables": info.num_tables,
+        "created": info.created,
+        "damage": info.damage,
+    }
 
 
 def _show(info: "StepInfo", damages: list[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import cast
+from typing import TextIO, cast
 
 import typer
 
@@ -32,7 +32,6 @@ def run(command: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result = command()
-        sys.stdout.flush()
         return result if isinstance(result, int) else DONE
     except _UsageError as error:
         return _misuse(error)
@@ -41,9 +40,7 @@ def run(command: Callable[[], object]) -> int:
     except (KeyboardInterrupt, Terminated, typer.Abort):
         return fail("stopped before the end")
     except BrokenPipeError:
-        # The reader of our output has gone, as in `mfdist generate RUN ... | head`; Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return FAILED  # the reader of our output has gone, as in `mfdist generate RUN ... | head`, and needs no message
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(f"{where}{error.strerror or error}")
@@ -55,6 +52,9 @@ def run(command: Callable[[], object]) -> int:
             return fail(_out_of_memory(error))
         traceback.print_exc()
         return fail(f"{type(error).__name__}: {error}; this is a defect in mfdist, please report the lines above")
+    finally:
+        _let_go(sys.stdout)
+        _let_go(sys.stderr)
 
 
 def fail(message: str, code: int = FAILED) -> int:
@@ -90,6 +90,14 @@ def _out_of_memory(error: BaseException) -> str:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated(FAILED)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Drop what a stream will never take, or Python would try again at exit and change the exit code."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _survive_any_encoding() -> None:

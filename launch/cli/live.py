@@ -1,5 +1,6 @@
 """The terminal display: a header, a bar that moves, and lines that scroll above it."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +35,13 @@ class LiveDisplay:
         self._clock = clock
         self._preparing: tuple[Preparing, float] | None = None
         self._live = Live(
-            console=console, get_renderable=self._moving, refresh_per_second=_REFRESHES_PER_S, transient=True
+            console=console,
+            get_renderable=self._moving,
+            refresh_per_second=_REFRESHES_PER_S,
+            transient=True,
+            # Stray prints scroll above the bar, but only where they would have gone to this terminal anyway.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
         )
 
     def start(self) -> None:

@@ -11,12 +11,20 @@ import pytest
 TINY = Path(__file__).parents[1] / "tiny.toml"
 COMMAND = [sys.executable, "-c", "from mfdist.launch.cli import main; main()"]
 DEADLINE_S = 120
+_UNUSUAL = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Return an environment without this machine's colour settings, with a cache of its own."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR", "COLUMNS")}
-    return {**kept, "XDG_CACHE_HOME": str(cache), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    """Return an environment without this machine's settings for streams, with a cache of its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in _UNUSUAL}
+    root = Path(__file__).parents[3]  # the tests also run where mfdist is not installed
+    return {
+        **kept,
+        "PYTHONPATH": str(root),
+        "XDG_CACHE_HOME": str(cache),
+        "TERM": "xterm-256color",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,8 +100,13 @@ def python(body):
     return [sys.executable, "-c", "\n".join([*lines, "sys.exit(failures.run(command))"])]
 
 
-def run_python(body, **kwargs):
-    return subprocess.run(python(body), capture_output=True, timeout=60, check=False, **kwargs)
+def buffered(**more):
+    """Return an environment in which Python buffers, as it does by default."""
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, **more}
+
+
+def run_python(body, **more):
+    return subprocess.run(python(body), capture_output=True, timeout=60, check=False, env=buffered(**more))
 
 
 def test_sigterm_outside_of_training_unwinds():
@@ -111,13 +117,29 @@ def test_sigterm_outside_of_training_unwinds():
 
 def test_a_reader_that_goes_away_is_no_traceback():
     body = "[(sys.stdout.write('x' * 100_000), sys.stdout.flush()) for _ in range(100)]"
-    with subprocess.Popen(python(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(python(body), env=buffered(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(10)
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 1
 
 
+def test_output_that_a_full_disk_refuses_is_a_failure():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(python("print('x', flush=True)"), stdout=full, stderr=-1, env=buffered(), timeout=60)
+    assert (done.returncode, done.stderr) == (1, b"mfdist: No space left on device\n")
+
+
+def test_what_is_left_in_the_buffer_of_a_gone_reader_does_not_change_the_exit_code():
+    body = "import contextlib; sys.stdin.read()\n    with contextlib.suppress(OSError): print('x', flush=True)"
+    command = python(body)
+    with subprocess.Popen(command, env=buffered(), stdin=-1, stdout=-1, stderr=-1) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
+
+
 def test_a_stream_that_cannot_encode_replaces():
-    done = run_python("print('漢'); raise OSError('漢')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = run_python("print('漢'); raise OSError('漢')", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"?\n", b"mfdist: ?\n")

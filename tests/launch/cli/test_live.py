@@ -89,6 +89,12 @@ def test_commands_can_be_pasted_whole():
     assert f"  mfdist evaluate '{RUN_DIR}' --json\n" in text
 
 
+def test_paths_are_shown_whole_on_a_narrow_terminal():
+    text = "".join(scrolled(whole_run(), 40).split())
+    assert f"{RUN_DIR}/checkpoints/step-000000400".replace(" ", "") in text
+    assert f"{RUN_DIR}/metrics.jsonl".replace(" ", "") in text
+
+
 def test_what_the_model_writes_cannot_steer_the_terminal():
     assert "\x1b" not in scrolled(whole_run(), 80)
 

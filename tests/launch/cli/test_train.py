@@ -105,6 +105,15 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(workplace, mfdis
     assert f"continued from step {summary['step']:,}" in on.stderr
 
 
+def test_training_outlives_the_reader_of_its_lines(workplace, new_run):
+    with reaped(start(workplace, new_run("unread"), stdout=-1, stderr=-1, text=True)) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(DEADLINE_S) == 0
+    assert (workplace / "unread" / "checkpoints" / "step-000000012").is_dir()
+
+
 @pytest.mark.parametrize("width", [80, 40])
 def test_a_real_terminal_shows_a_bar_and_is_given_back(workplace, new_run, width):
     shown, code = on_a_terminal(workplace, new_run(f"terminal {width}", "--steps", 3), width)
