@@ -37,7 +37,7 @@ if [ -z "$(installed)" ]; then
         $PIP install ${PIP_FLAGS:-} --no-index --no-deps "torch==$version" 2>/dev/null ||
             $PIP install ${PIP_FLAGS:-} --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$version" || {
             echo "no CPU build of torch $version: pip finds no wheel here and PyTorch's CPU index gives none;"
-            echo "install a torch of 2.11 or later yourself and use it: make VENV_FLAGS=--system-site-packages"
+            echo "have one of 2.11 or later in the system and use it: rm -r .venv; make VENV_FLAGS=--system-site-packages demo"
             exit 1
         }
     fi
