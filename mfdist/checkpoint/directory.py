@@ -78,7 +78,8 @@ class CheckpointDirectory:
             final = self.path / step_name(state.step, max(superseded, default=0) + 1)
             try:
                 manifest = write_step(partial, state, arrays)
-                self._commit(partial, final)
+                partial.rename(final)  # the commit: the one act that readers can see
+                fsync(self.path)
             except OSError as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 if isinstance(error, CheckpointError):
@@ -189,16 +190,6 @@ class CheckpointDirectory:
                 "choose another place."
             ) from error
         return WriterLock(self.path)
-
-    def _commit(self, partial: Path, final: Path) -> None:
-        """Make a finished step visible. The rename is the one act that readers can see."""
-        if self._lock is None or not self._lock.is_in_place():
-            raise CheckpointError(
-                f"nobody may remove a checkpoint directory in use; {self.path} was deleted or replaced during a save; "
-                "save again, it will be made anew."
-            )
-        partial.rename(final)
-        fsync(self.path)
 
     def _remove(self, path: Path) -> None:
         """Delete a committed step: out of sight in one rename, so that no reader sees half of it."""

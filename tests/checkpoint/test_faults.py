@@ -125,29 +125,36 @@ def test_a_write_that_fails_half_way_leaves_nothing(
 
 
 class Deleter(threading.Thread):
-    """Deletes a directory as soon as a step is being written in it."""
+    """Deletes what matches a pattern as soon as a save has come to its second table."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, directory: Path, pattern: str) -> None:
         super().__init__(daemon=True)
-        self.path = path
+        self.directory = directory
+        self.pattern = pattern
+        self.start()
 
     def run(self) -> None:
-        while not any(self.path.glob(".step-*/tables/*/weight/zarr.json")):
+        while not any(self.directory.glob(".step-*/tables/t1/weight/zarr.json")):
             pass
-        while self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+        for path in self.directory.parent.glob(self.pattern):
+            while path.exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def slow_state() -> CheckpointState:
+    """Large enough that a thread can act between its tables."""
+    table = TableState(weight=torch.ones(8192, 1024))
+    return CheckpointState(step=2, tables={f"t{i}": table for i in range(4)}, dense={}, attributes={})
 
 
 def test_a_directory_deleted_during_a_save_is_said_and_made_anew(
-    directory: CheckpointDirectory, small_state: State
+    directory: CheckpointDirectory, small_state: State, slow_state: CheckpointState
 ) -> None:
-    many = TableState(weight=torch.ones(8192, 1024))
-    state = CheckpointState(step=2, tables={f"t{i}": many for i in range(4)}, dense={}, attributes={})
     with directory.writer_lock():
         directory.save(small_state(1))
-        deleter = Deleter(directory.path)
-        deleter.start()
-        assert_refused(directory, state)
+        deleter = Deleter(directory.path, directory.path.name)
+        assert_refused(directory, slow_state)
         deleter.join()
         assert directory.steps() == []
         info = directory.save(small_state(3))
@@ -155,6 +162,16 @@ def test_a_directory_deleted_during_a_save_is_said_and_made_anew(
         # The lock was taken anew with the directory.
         with pytest.raises(UnavailableError):
             CheckpointDirectory(directory.path).save(small_state(4))
+
+
+def test_a_part_deleted_during_a_save_is_said(
+    directory: CheckpointDirectory, small_state: State, contents: Contents, slow_state: CheckpointState
+) -> None:
+    directory.save(small_state(1))
+    deleter = Deleter(directory.path, "checkpoints/.step-*/tables/t0")
+    assert "tables/t0" in assert_refused(directory, slow_state)
+    deleter.join()
+    assert_intact(directory, contents(small_state(1)), contents)
 
 
 def test_an_interrupted_save_keeps_a_whole_step(
