@@ -1,0 +1,16 @@
+"""The operations that touch tables: hashing activations to codes, the weighted lookup, and their gradients.
+
+Each is a folder: `op` registers it with torch (dispatch, shapes for the compiler, autograd), `reference` says in plain
+torch what it computes, `cpu_impl` (numba) and `triton_impl` compute it fast. The fast ones are imported, and compiled, by
+the first call that needs them. Letters: N tokens, K lookups a token, R rows, D row width, S code stride.
+"""
+
+if __name__ != "mfdist.kernels":
+    raise ImportError("this folder is imported as mfdist.kernels; `kernels` alone may be another project's package")
+
+from mfdist.kernels.gather_sum import gather_sum
+from mfdist.kernels.row_gradient import row_gradient
+from mfdist.kernels.row_id_check import check_errors
+from mfdist.kernels.sign_hash import sign_hash
+
+__all__ = ["check_errors", "gather_sum", "row_gradient", "sign_hash"]

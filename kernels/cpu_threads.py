@@ -1,0 +1,41 @@
+"""How the numba kernels are compiled and spread over threads: as many as torch uses, from numba's own pool."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+
+#: numba's fallback thread pool must not be entered by two threads at once.
+_pool = threading.Lock()
+
+
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile at the first call and remember the machine code on disk, beside the source or in the user's cache."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # neither folder can be written: compile in every process rather than fail
+            compiled = numba.njit(nogil=True, **options)(function)
+        return compiled
+
+    return decorate
+
+
+def num_threads(work: int, *, worth: int) -> int:
+    """Return how many threads to use: torch's number, but one for less than `worth` elements of work.
+
+    Waking a thread costs about as much as moving `worth` elements.
+    """
+    if work < worth:
+        return 1
+    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def call(kernel: Callable[..., Any], threads: int, *args: Any) -> Any:
+    """Call a kernel that contains `prange` loops with a number of threads."""
+    with _pool:
+        numba.set_num_threads(threads)
+        return kernel(*args)

@@ -1,0 +1,187 @@
+"""Explicit vectors for the numba kernels: a run of neighbouring fp32 values that lives in registers.
+
+LLVM vectorises none of the lookup loops by itself (every row may alias every other), so the kernels say what they mean:
+`load` a run of a row, `scaled_add` it to an accumulator, `store` it. A run's width is part of its type and LLVM splits it
+into whatever registers the processor has, so one kernel serves AVX-512, AVX2 and NEON.
+
+Rows arrive as flat numpy arrays whose dtype says how to read them: float32 as it is, uint16 as bf16, int16 as fp16.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+_HALF_BITS = 16
+
+
+class Lanes(types.Type):  # type: ignore[misc]
+    """Type of a run of `width` fp32 values."""
+
+    def __init__(self, width: int) -> None:
+        """Name the type by its width; numba compares types by name."""
+        super().__init__(name=f"Lanes({width})")
+        self.width = width
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(manager, lanes, _vector(ir.FloatType(), lanes.width))
+
+
+def _zeros_of(width: int) -> Callable[[], Any]:
+    @intrinsic
+    def zeros(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return ir.Constant(_vector(ir.FloatType(), width), [0.0] * width)
+
+        return Lanes(width)(), generate
+
+    made: Callable[[], Any] = zeros
+    return made
+
+
+#: A tile of columns: four AVX-512 registers, which hide the latency of their own additions, or eight of AVX2.
+WIDE = 64
+#: The next smaller tile, for widths such as 160 and 1000.
+NARROW = 16
+
+zeros_wide = _zeros_of(WIDE)
+zeros_narrow = _zeros_of(NARROW)
+zeros_single = _zeros_of(1)
+
+
+@intrinsic
+def width(typing_context: Any, lanes: Any) -> Any:
+    """Return the number of values in a run."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.intp, signature.args[0].width)
+
+    return types.intp(lanes), generate
+
+
+@intrinsic
+def load(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
+    """Return the run of `like`'s width that starts at `array[index]`, as fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type, _, lanes = signature.args
+        element = _element(array_type)
+        value = builder.load(_address(context, builder, array_type, args, element, lanes.width))
+        value.align = element.width // 8 if isinstance(element, ir.IntType) else array_type.dtype.bitwidth // 8
+        if array_type.dtype == types.uint16:
+            words = _vector(ir.IntType(32), lanes.width)
+            value = builder.shl(builder.zext(value, words), ir.Constant(words, [_HALF_BITS] * lanes.width))
+            return builder.bitcast(value, _vector(ir.FloatType(), lanes.width))
+        if array_type.dtype == types.int16:
+            return builder.fpext(value, _vector(ir.FloatType(), lanes.width))
+        return value
+
+    return like(array, types.intp, like), generate
+
+
+@intrinsic
+def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write a run at `array[index]`, rounded to the nearest even value of the array's format."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type, _, lanes = signature.args
+        element = _element(array_type)
+        run = args[2]
+        if array_type.dtype == types.uint16:
+            run = _round_to_bf16(builder, run, lanes.width)
+        elif array_type.dtype == types.int16:
+            run = builder.fptrunc(run, _vector(ir.HalfType(), lanes.width))
+        written = builder.store(run, _address(context, builder, array_type, args, element, lanes.width))
+        written.align = array_type.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def scaled_add(typing_context: Any, run: Any, scale: Any, to: Any) -> Any:
+    """Return run · scale + to, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _fused(builder, args[0], _splat(builder, args[1], signature.args[0].width), args[2])
+
+    return run(run, types.float32, to), generate
+
+
+@intrinsic
+def product_add(typing_context: Any, left: Any, right: Any, to: Any) -> Any:
+    """Return left · right + to, value by value, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _fused(builder, *args)
+
+    return left(left, right, to), generate
+
+
+@intrinsic
+def total(typing_context: Any, run: Any) -> Any:
+    """Return the sum of a run's values, halves added to halves."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, count = args[0], signature.args[0].width
+        while count > 1:
+            count //= 2
+            low = _shuffle(builder, value, range(count))
+            value = builder.fadd(low, _shuffle(builder, value, range(count, 2 * count)))
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(run), generate
+
+
+def _vector(element: Any, width: int) -> Any:
+    return ir.VectorType(element, width)
+
+
+def _element(array_type: Any) -> Any:
+    return {types.float32: ir.FloatType(), types.uint16: ir.IntType(16), types.int16: ir.HalfType()}[array_type.dtype]
+
+
+def _address(context: Any, builder: Any, array_type: Any, args: Any, element: Any, width: int) -> Any:
+    array = context.make_array(array_type)(context, builder, args[0])
+    return builder.bitcast(builder.gep(array.data, [args[1]]), _vector(element, width).as_pointer())
+
+
+def _fused(builder: Any, left: Any, right: Any, to: Any) -> Any:
+    vector = left.type
+    function = ir.FunctionType(vector, [vector] * 3)
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, function, f"llvm.fma.v{vector.count}f32"), [left, right, to]
+    )
+
+
+def _splat(builder: Any, scalar: Any, width: int) -> Any:
+    undefined = ir.Constant(_vector(ir.FloatType(), width), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return _shuffle(builder, first, [0] * width)
+
+
+def _shuffle(builder: Any, value: Any, picks: Any) -> Any:
+    picks = list(picks)
+    return builder.shuffle_vector(
+        value, ir.Constant(value.type, ir.Undefined), ir.Constant(_vector(ir.IntType(32), len(picks)), picks)
+    )
+
+
+def _round_to_bf16(builder: Any, run: Any, width: int) -> Any:
+    words = _vector(ir.IntType(32), width)
+
+    def constant(number: int) -> Any:
+        return ir.Constant(words, [number] * width)
+
+    bits = builder.bitcast(run, words)
+    odd = builder.and_(builder.lshr(bits, constant(_HALF_BITS)), constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(_HALF_BITS))
+    is_nan = builder.fcmp_unordered("uno", run, run)
+    # Rounding up may carry a NaN's payload into infinity or the sign, so NaN keeps its own pattern.
+    return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), _vector(ir.IntType(16), width))

@@ -1,0 +1,93 @@
+"""Turns a row id outside its table into an error, on the CPU at once and on a GPU without waiting for it.
+
+GPU kernels never touch memory outside the table; on a bad id they write NaN to what the id would have fed and leave the id
+in a word of pinned host memory. Every later call reads those words, which costs nothing, and `check_errors` waits for the
+device first. So a bad id is reported by the next call at the latest.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from mfdist.errors import RowIdError
+
+#: A word that holds this has seen no bad id.
+NOTHING = -(2**63)
+_MAX_WORDS = 4096
+
+
+def row_id_error(row_id: int, limit: int, name: str, *, is_code: bool, lookup: int | None = None) -> RowIdError:
+    """Return the error for one bad id.
+
+    Args:
+        row_id: the id or code as it was given.
+        limit: the first id past the end: the table's rows, or the codes of one lookup.
+        name: the table's name.
+        is_code: the id is a code that counts from its lookup's own first row.
+        lookup: which of the token's K lookups, where it is known.
+    """
+    at = "" if lookup is None else f" at lookup {lookup}"
+    if is_code:
+        return RowIdError(
+            f'code {row_id}{at} is outside table "{name}" (code_stride={limit}); codes lie in [0, code_stride), so bits must be '
+            "at most log2(code_stride)"
+        )
+    return RowIdError(
+        f'row id {row_id}{at} is outside table "{name}" (num_rows={limit}); ids lie in [0, num_rows), check what computed them'
+    )
+
+
+class _PinnedWords:
+    """One word of pinned memory for each (table name, limit) that a GPU kernel has been launched for."""
+
+    def __init__(self) -> None:
+        self._words: Tensor | None = None
+        self._slots: dict[tuple[str, int, bool], int] = {}
+        self._lock = threading.Lock()
+
+    def word(self, name: str, limit: int, is_code: bool) -> Tensor:
+        """Return the word to hand to a kernel; past `_MAX_WORDS` tables, the last word is shared."""
+        key = (name, limit, is_code)
+        with self._lock:
+            if self._words is None:
+                self._words = torch.full((_MAX_WORDS,), NOTHING, dtype=torch.int64).pin_memory()
+            slot = self._slots.get(key)
+            if slot is None:
+                slot = min(len(self._slots), _MAX_WORDS - 1)
+                self._slots[key] = slot
+            return self._words[slot : slot + 1]
+
+    def raise_if_any(self) -> None:
+        """Raise for the first word that holds a bad id, and forget all of them."""
+        words = self._words
+        if words is None or bool((words[: len(self._slots)] == NOTHING).all()):
+            return
+        with self._lock:
+            slot = int((words != NOTHING).nonzero()[0, 0])
+            row_id = int(words[slot])
+            words.fill_(NOTHING)
+            name, limit, is_code = next(key for key, held in self._slots.items() if held == slot)
+        raise row_id_error(row_id, limit, name, is_code=is_code)
+
+
+_pinned = _PinnedWords()
+
+
+def error_word(name: str, limit: int, *, is_code: bool) -> Tensor:
+    """Raise for a bad id an earlier launch has met, and return the int64 word in which the next launch reports its own."""
+    _pinned.raise_if_any()
+    return _pinned.word(name, limit, is_code)
+
+
+def check_errors() -> None:
+    """Wait for all GPU work and raise for any bad row id it met.
+
+    On the CPU, calls check as they run, and there is nothing to wait for.
+
+    Raises:
+        RowIdError: a lookup was given an id outside its table; its outputs hold NaN where that id was used.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    _pinned.raise_if_any()
