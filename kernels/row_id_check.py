@@ -51,22 +51,23 @@ class _PinnedWords:
         key = (name, limit, is_code)
         with self._lock:
             if self._words is None:
-                self._words = torch.full((_MAX_WORDS,), NOTHING, dtype=torch.int64).pin_memory()
-            slot = self._slots.get(key)
-            if slot is None:
-                slot = min(len(self._slots), _MAX_WORDS - 1)
-                self._slots[key] = slot
-            return self._words[slot : slot + 1]
+                # Two to a row, so that every word is aligned alike: Triton compiles a kernel for each alignment.
+                words = torch.full((_MAX_WORDS, 2), NOTHING, dtype=torch.int64)
+                self._words = words.pin_memory() if torch.cuda.is_available() else words
+            slot = self._slots.setdefault(key, min(len(self._slots), _MAX_WORDS - 1))
+            return self._words[slot, :1]
 
     def raise_if_any(self) -> None:
         """Raise for the first word that holds a bad id, and forget all of them."""
-        words = self._words
-        if words is None or bool((words[: len(self._slots)] == NOTHING).all()):
+        if self._words is None:
+            return
+        words = self._words.numpy()[: len(self._slots), 0]
+        if (words == NOTHING).all():
             return
         with self._lock:
-            slot = int((words != NOTHING).nonzero()[0, 0])
+            slot = int((words != NOTHING).argmax())
             row_id = int(words[slot])
-            words.fill_(NOTHING)
+            words.fill(NOTHING)
             name, limit, is_code = next(key for key, held in self._slots.items() if held == slot)
         raise row_id_error(row_id, limit, name, is_code=is_code)
 

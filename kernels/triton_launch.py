@@ -1,7 +1,11 @@
-"""What the Triton kernels share on the host: whether there is a Triton, and sizes."""
+"""What the Triton kernels share: where they run, tile sizes, and the check of row ids."""
 
+import contextlib
 import importlib.util
+from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
@@ -11,10 +15,20 @@ def needs_triton(tensor: Tensor) -> None:
     """Raise ConfigError where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            f"tensors on {tensor.device} need Triton, which is not installed; pip install triton, or use the CPU"
+            f"tensors on {tensor.device} need Triton; it is not installed; pip install triton, or use the CPU"
         )
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on the tensor's GPU; Triton's interpreter runs on the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def next_power_of_2(size: int) -> int:
     """Return the least power of two that is at least `size`, which must be positive."""
     return 1 << (size - 1).bit_length()
+
+
+def must_check(row_ids: Tensor, limit: int) -> bool:
+    """Return whether an id's dtype can hold one that is not below `limit`."""
+    return row_ids.dtype != torch.uint8 or limit <= 255

@@ -1,0 +1,120 @@
+"""gather_sum on a GPU: one program sums a tile of tokens × columns in fp32 registers.
+
+- Tables whose slice of columns fits the second-level cache: programs are ordered so that all tokens pass one slice before
+  the next one starts, and most reads are cache hits.
+- Larger tables: whole rows, a long contiguous read each.
+- Few tokens: the lookups of one token are read side by side, because there is no other work to hide the latency.
+
+Each output element is summed by one program in a fixed order, so results repeat bit for bit.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.row_id_check import error_word
+from mfdist.kernels.triton_ids import checked
+from mfdist.kernels.triton_launch import device_of, must_check, next_power_of_2
+
+_SLICE_COLUMNS = 64
+#: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
+_SLICE_BYTES = 24 << 20
+_FEW_TOKENS = 32
+
+
+def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:
+    """Return [N, D] in table.dtype; see `mfdist.kernels.gather_sum`."""
+    num_rows, dim = table.shape
+    num_tokens, num_lookups = row_ids.shape
+    if not num_tokens * num_lookups * dim:
+        return table.new_zeros(num_tokens, dim)
+    table, row_ids, scores = table.contiguous(), row_ids.contiguous(), scores.contiguous()
+    out = table.new_empty(num_tokens, dim)
+    limit = code_stride or num_rows
+    word = error_word(name, limit, is_code=code_stride > 0)
+    sizes: tuple[Any, ...] = (num_tokens, num_lookups, dim, code_stride, limit)
+    is_checked = must_check(row_ids, limit)
+    with device_of(table):
+        if num_tokens <= _FEW_TOKENS:
+            columns = min(_SLICE_COLUMNS, next_power_of_2(dim))
+            lookups = min(64, next_power_of_2(num_lookups))
+            _sum_few[(num_tokens, triton.cdiv(dim, columns))](
+                table, row_ids, scores, out, word, *sizes, lookups, columns, is_checked, num_warps=8
+            )
+        else:
+            tokens, columns, warps = tile(num_rows, dim, table.itemsize)
+            _sum_tile[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
+                table, row_ids, scores, out, word, *sizes, tokens, columns, is_checked, num_warps=warps
+            )
+    return out
+
+
+def tile(num_rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
+    """Return tokens and columns of a program's tile, and its warps."""
+    if num_rows * min(_SLICE_COLUMNS, dim) * itemsize <= _SLICE_BYTES:
+        return 16, min(_SLICE_COLUMNS, next_power_of_2(dim)), 4
+    columns = min(1024, next_power_of_2(dim))
+    return max(1, 1024 // columns), columns, 4
+
+
+@triton.jit
+def _sum_tile(
+    table, row_ids, scores, out, error_word,
+    N, K, D, S, limit,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, IS_CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Sum K rows for TOKENS tokens in COLUMNS columns, in the order k = 0..K-1."""
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_token = n < N
+    is_column = c < D
+    is_clean = is_token
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for k in tl.range(0, K, loop_unroll_factor=4):
+        ids = tl.load(row_ids + n * K + k, mask=is_token, other=0).to(tl.int64)
+        score = tl.load(scores + n * K + k, mask=is_token, other=0.0)
+        is_read = is_token
+        if IS_CHECKED:
+            is_read = checked(ids, is_token, limit, error_word)
+            is_clean = is_clean & is_read
+        at = (ids + tl.cast(k, tl.int64) * S)[:, None] * D + c[None, :]
+        rows = tl.load(table + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
+        total += rows.to(tl.float32) * score[:, None]
+    if IS_CHECKED:
+        total = tl.where(is_clean[:, None], total, float("nan"))
+    tl.store(
+        out + n[:, None] * D + c[None, :], total.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :]
+    )
+
+
+@triton.jit
+def _sum_few(
+    table, row_ids, scores, out, error_word,
+    N, K, D, S, limit,
+    LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, IS_CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Sum K rows for one token in COLUMNS columns, LOOKUPS of them read at a time and added up at the end."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = c < D
+    bad = tl.zeros([LOOKUPS], tl.int32)
+    totals = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
+    for first in range(0, K, LOOKUPS):
+        k = first + tl.arange(0, LOOKUPS)
+        is_lookup = k < K
+        ids = tl.load(row_ids + n * K + k, mask=is_lookup, other=0).to(tl.int64)
+        score = tl.load(scores + n * K + k, mask=is_lookup, other=0.0)
+        is_read = is_lookup
+        if IS_CHECKED:
+            is_read = checked(ids, is_lookup, limit, error_word)
+            bad += (is_lookup & (is_read == 0)).to(tl.int32)
+        at = (ids + k.to(tl.int64) * S)[:, None] * D + c[None, :]
+        rows = tl.load(table + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
+        totals += rows.to(tl.float32) * score[:, None]
+    total = tl.sum(totals, axis=0)
+    if IS_CHECKED:
+        total = tl.where(tl.sum(bad, axis=0) == 0, total, float("nan"))
+    tl.store(out + n * D + c, total.to(out.dtype.element_ty), mask=is_column)

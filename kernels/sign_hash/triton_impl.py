@@ -1,0 +1,85 @@
+"""sign_hash on a GPU: one pass over x forward, one backward; a program takes a block of chunks.
+
+A product over a chunk's activations is taken as exp(−Σ log(1 + exp(−2|z|/t))), a sum being what a warp reduces.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.triton_launch import device_of, next_power_of_2
+
+_BLOCK = 1024
+
+
+def sign_hash(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return codes [N, K], uint8 or int32, and fp32 scores [N, K]; see `mfdist.kernels.sign_hash`."""
+    shape = (x.shape[0], x.shape[1] // bits)
+    codes = x.new_empty(shape, dtype=torch.uint8 if bits <= 8 else torch.int32)
+    scores = x.new_empty(shape, dtype=torch.float32)
+    if codes.numel():
+        width = next_power_of_2(bits)
+        chunks = _BLOCK // width
+        with device_of(x):
+            _hash[(triton.cdiv(codes.numel(), chunks),)](
+                x.contiguous(), codes, scores, codes.numel(), -2 / temperature, bits, width, chunks, score == "released"
+            )
+    return codes, scores
+
+
+def sign_hash_gradient(x: Tensor, grad_scores: Tensor, bits: int, score: str, temperature: float) -> Tensor:
+    """Return the gradient of x [N, d], in its dtype, from that of the scores [N, K]."""
+    grad_x = x.new_empty(x.shape)
+    if grad_x.numel():
+        width = next_power_of_2(bits)
+        chunks = _BLOCK // width
+        with device_of(x):
+            _gradient[(triton.cdiv(grad_scores.numel(), chunks),)](
+                x.contiguous(), grad_scores.contiguous(), grad_x,
+                grad_scores.numel(), -2 / temperature,
+                bits, width, chunks, score == "released",
+            )  # fmt: skip
+    return grad_x
+
+
+@triton.jit
+def _hash(
+    x, codes, scores, num_chunks, slope,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, IS_RELEASED: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
+    i = tl.arange(0, WIDTH)
+    is_chunk = chunk < num_chunks
+    is_bit = (i < BITS)[None, :]
+    z = tl.load(x + chunk[:, None] * BITS + i[None, :], mask=is_chunk[:, None] & is_bit, other=0.0).to(tl.float32)
+    place = tl.where(i < BITS, 1 << tl.maximum(BITS - 1 - i, 0), 0)
+    code = tl.sum(tl.where(z >= 0, place[None, :], 0), axis=1)
+    tail = tl.exp(slope * tl.abs(z))
+    score = tl.exp(-tl.sum(tl.where(is_bit, tl.log(1.0 + tail), 0.0), axis=1))
+    if IS_RELEASED:
+        score = score * tl.sum(tl.abs(z), axis=1)
+    tl.store(codes + chunk, code.to(codes.dtype.element_ty), mask=is_chunk)
+    tl.store(scores + chunk, score, mask=is_chunk)
+
+
+@triton.jit
+def _gradient(
+    x, grad_scores, grad_x, num_chunks, slope,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, IS_RELEASED: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
+    i = tl.arange(0, WIDTH)
+    is_chunk = chunk < num_chunks
+    is_bit = (i < BITS)[None, :]
+    at = chunk[:, None] * BITS + i[None, :]
+    z = tl.load(x + at, mask=is_chunk[:, None] & is_bit, other=0.0).to(tl.float32)
+    tail = tl.exp(slope * tl.abs(z))
+    p = tl.exp(-tl.sum(tl.where(is_bit, tl.log(1.0 + tail), 0.0), axis=1))[:, None]
+    change = -slope * p * (tail / (1.0 + tail))
+    if IS_RELEASED:
+        change = p + tl.sum(tl.abs(z), axis=1)[:, None] * change
+    incoming = tl.load(grad_scores + chunk, mask=is_chunk, other=0.0).to(tl.float32)[:, None]
+    # At 0 the slope of |z| is 0; a NaN must come out as NaN.
+    grad = incoming * change * tl.where(z > 0, 1.0, tl.where(z < 0, -1.0, z))
+    tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=is_chunk[:, None] & is_bit)
