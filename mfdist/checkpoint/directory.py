@@ -86,7 +86,7 @@ class CheckpointDirectory:
                     raise
                 raise CheckpointError(
                     f"step {state.step} must be written whole to be saved; writing under {self.path} failed "
-                    f"({error.strerror or error}); earlier steps are intact, make room or mend the disk and save again."
+                    f"({_reason(error)}); earlier steps are intact, make room or mend the disk and save again."
                 ) from error
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -255,6 +255,10 @@ def _step_info(step: int, path: Path, manifest: Manifest) -> StepInfo:
         num_tables=len({array.split("/")[1] for array in manifest.arrays if array.startswith("tables/")}),
         created=manifest.created,
     )
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
 
 
 def _enumerate(steps: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +24,44 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 class _DurableStore(WrapperStore[LocalStore]):
-    """A local store whose files are on disk, and their checksums known, when `set` returns.
+    """A local store that knows its files' checksums and has them put on disk while the next ones are written.
 
     The checksum is taken from memory, so that it also covers the way to the disk.
     """
 
-    def __init__(self, store: LocalStore) -> None:
+    def __init__(self, store: LocalStore, pool: ThreadPoolExecutor) -> None:
         super().__init__(store)
         self.files: dict[str, FileEntry] = {}
+        self.syncs: list[Future[None]] = []
+        self._pool = pool
 
     def _with_store(self, store: LocalStore) -> "_DurableStore":
-        durable = type(self)(store)
+        durable = type(self)(store, self._pool)
         durable.files = self.files
+        durable.syncs = self.syncs
         return durable
 
     async def set(self, key: str, value: Buffer) -> None:
         await super().set(key, value)
-        await asyncio.to_thread(self._sync, key, value)
+        data = value.as_numpy_array()
+        self.files[key] = FileEntry(data.nbytes, await asyncio.to_thread(checksum, data))
+        self.syncs.append(self._pool.submit(fsync, self._store.root / key))
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         if key not in self.files:
             await self.set(key, value)
 
-    def _sync(self, key: str, value: Buffer) -> None:
-        data = value.as_numpy_array()
-        fsync(self._store.root / key)
-        self.files[key] = FileEntry(data.nbytes, checksum(data))
-
 
 class StepWriter:
     """Writes one new store at `root`; not thread-safe.
 
-    Call order: once the constructor, then `write_array` for each array, then read `files`. Any call may raise OSError,
-    after which the store is of no use.
+    Call order: once the constructor, then `write_array` for each array, then `finish`. Any call may raise OSError,
+    after which the store is of no use. `pool` waits for the disk.
     """
 
-    def __init__(self, root: Path, attributes: Mapping[str, Any]) -> None:
-        store = _DurableStore(LocalStore(root))
-        self._group = zarr.create_group(store, attributes=dict(attributes), zarr_format=3)
-        self.files: Mapping[str, FileEntry] = store.files
+    def __init__(self, root: Path, attributes: Mapping[str, Any], pool: ThreadPoolExecutor) -> None:
+        self._store = _DurableStore(LocalStore(root), pool)
+        self._group = zarr.create_group(self._store, attributes=dict(attributes), zarr_format=3)
 
     def write_array(
         self,
@@ -92,6 +92,12 @@ class StepWriter:
         )
         for start, rows in values:
             array[slice(start, start + len(rows)) if blocks.shape else ...] = rows
+
+    def finish(self) -> dict[str, FileEntry]:
+        """Wait until every file is on disk; return them by their paths in the store."""
+        for sync in self._store.syncs:
+            sync.result()
+        return self._store.files
 
 
 class StoredArray:

@@ -65,30 +65,30 @@ def write_step(root: Path, state: CheckpointState, arrays: dict[str, Tensor]) ->
 
     Cost: every byte is read, written and waited for once; a host copy of FILES_AT_ONCE files at most.
     """
-    writer = StepWriter(
-        root,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "step": state.step,
-            "attributes": dict(state.attributes),
-        },
-    )
-    for path, tensor in arrays.items():
-        name = dtype_name(tensor.dtype)
-        stored = STORED_DTYPES[name]
-        blocks = row_blocks(tuple(tensor.shape), tensor.element_size())
-        dtype = torch.empty(0, dtype=stored).numpy().dtype
-        writer.write_array(path, blocks, dtype, {"dtype": name}, _host_rows(tensor, stored, blocks))
-    manifest = Manifest(
-        step=state.step,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        arrays=tuple(arrays),
-        files=dict(writer.files),
-    )
-    (root / MANIFEST).parent.mkdir()
-    write_file(root / MANIFEST, manifest.to_bytes())
-    _seal(root, manifest)
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "attributes": dict(state.attributes),
+    }
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        writer = StepWriter(root, attributes, pool)
+        for path, tensor in arrays.items():
+            name = dtype_name(tensor.dtype)
+            stored = STORED_DTYPES[name]
+            blocks = row_blocks(tuple(tensor.shape), tensor.element_size())
+            dtype = torch.empty(0, dtype=stored).numpy().dtype
+            writer.write_array(path, blocks, dtype, {"dtype": name}, _host_rows(tensor, stored, blocks))
+        manifest = Manifest(
+            step=state.step,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            arrays=tuple(arrays),
+            files=writer.finish(),
+        )
+        (root / MANIFEST).parent.mkdir()
+        write_file(root / MANIFEST, manifest.to_bytes())
+        for _ in pool.map(fsync, _seal(root, manifest)):
+            pass  # a failed fsync is raised here
     return manifest
 
 
@@ -104,8 +104,8 @@ def _host_rows(tensor: Tensor, stored: torch.dtype, blocks: RowBlocks) -> Iterat
         yield start, tensor[start : start + num_rows].cpu().contiguous().view(stored).numpy()
 
 
-def _seal(root: Path, manifest: Manifest) -> None:
-    """Put every directory on disk, after making sure that each file written is still there and no other.
+def _seal(root: Path, manifest: Manifest) -> list[Path]:
+    """Return every directory of the step, after making sure that each file written is still there and no other.
 
     Somebody may have deleted the directory meanwhile; zarr would have made it again, with a part of the files.
     """
@@ -123,5 +123,4 @@ def _seal(root: Path, manifest: Manifest) -> None:
         raise CheckpointError(
             f"nobody else may touch a step being written; {root / name} was changed or removed; save again."
         )
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        list(pool.map(fsync, directories))
+    return directories

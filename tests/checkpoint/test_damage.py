@@ -81,11 +81,11 @@ def test_a_truncated_file_is_found_and_named(directory: CheckpointDirectory, ste
     assert_found(directory, file)
 
 
-def test_every_single_bit_of_a_manifest_counts(directory: CheckpointDirectory, step: Path) -> None:
+def test_no_bit_of_a_manifest_can_flip_unseen(directory: CheckpointDirectory, step: Path) -> None:
     path = step / MANIFEST
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
-    for bit in rng.choice(len(whole) * 8, size=400, replace=False):
+    for bit in rng.choice(len(whole) * 8, size=150, replace=False):
         flip(path, int(bit))
         with pytest.raises(CheckpointError):
             Manifest.read(step)
