@@ -1,10 +1,17 @@
 """Tensors as the numba kernels take them: flat numpy arrays, rows in a dtype that says how to read them."""
 
+import ctypes
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_PAGE_BYTES = 4096
+_MADV_HUGEPAGE = 14
+#: Below this the C library's own reuse of freed memory does better.
+_HUGE_BYTES = 32 << 20
 
 
 def flat(tensor: Tensor) -> Any:
@@ -19,3 +26,16 @@ def flat_rows(table: Tensor) -> Any:
         return table.numpy().reshape(-1)
     words = table.view(torch.int16).numpy().reshape(-1)
     return words.view(np.uint16) if table.dtype == torch.bfloat16 else words
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """Return a newly made tensor, its memory marked for huge pages on Linux if it is large.
+
+    A large tensor is new memory each time, and a fault for each 4 KiB page of it costs more than filling it.
+    """
+    if sys.platform == "linux" and fresh.nbytes >= _HUGE_BYTES:
+        first = -(-fresh.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+        size = (fresh.data_ptr() + fresh.nbytes - first) // _PAGE_BYTES * _PAGE_BYTES
+        # Only advice: where it is refused the pages stay small.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return fresh

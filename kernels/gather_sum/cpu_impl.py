@@ -1,36 +1,64 @@
 """gather_sum on the CPU: tiles of columns in registers, tokens in parallel, the table in the order the caches like.
 
-Three orders of the same sums, chosen by shape; each output element is always added up in the order k = 0..K-1 by one
-thread, so the result depends on neither the order nor the number of threads.
+Three orders of the same sums, chosen by shape. Each output element is added up by one thread in the order k = 0..K-1, so
+the result depends on neither the order nor the number of threads.
 
 - whole: a few tokens at a time read all their rows. For few tokens, small tables, and ids that may lie anywhere.
-- chunked: all tokens read from the tables of a few lookups, then from the next few. For tables past the last-level cache.
-- packed: as chunked, but the tables' tile of columns is first copied together. Rows a power of two apart fall on the same
-  few cache sets; side by side they fill the whole second-level cache. Worth the copy where a row is read several times.
+- chunked: all tokens read from the tables of a few lookups, then from the next few. For tables past the last cache.
+- packed: as chunked, but the tables' tile of columns is first copied together. Rows a power of two apart fall on the
+  same few cache sets; side by side they fill the whole second-level cache. Worth it where a row is read several times.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfdist.kernels.cpu_ids import checked_ids
+from mfdist.kernels.cpu_ids import checked_ids, id_at
 from mfdist.kernels.cpu_rows import flat, flat_rows
-from mfdist.kernels.cpu_threads import call, jit, num_threads
+from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 from mfdist.kernels.lanes import NARROW, WIDE, load, scaled_add, store, width, zeros_narrow, zeros_single, zeros_wide
 
 #: A table smaller than this stays in the last-level cache by itself.
 _CACHED_BYTES = 16 << 20
-#: Tables of a few lookups that are read together: a share of the last-level cache, and of a core's second-level cache.
-_CHUNK_BYTES = 8 << 20
+#: Tables of a few lookups that are read together: a share of the last-level cache, or of a core's second-level cache.
+_CHUNK_BYTES = 16 << 20
 _PACK_BYTES = 512 << 10
-#: Reads of a row, on average, that repay copying it.
+#: Reads of a row, on average, that repay copying it, and that repay reading the table in chunks.
 _PACK_READS = 4
+_CHUNK_READS = 0.5
 #: Elements of work that repay waking the threads.
 _PARALLEL_WORK = 1 << 18
 _TOKENS_TOGETHER = 16
+
+
+class _Lookup(NamedTuple):
+    """The arguments as kernels take them: the fields of `Ids`, flat arrays, sizes."""
+
+    id_bytes: int
+    narrow_ids: Any
+    middle_ids: Any
+    wide_ids: Any
+    table: Any
+    scores: Any
+    out: Any  # [N, D] fp32
+    N: int
+    K: int
+    D: int
+    S: int
+
+
+class _Part(NamedTuple):
+    """What one call adds: lookups [first, end) of tokens [low, high) in columns [left, right)."""
+
+    low: int
+    high: int
+    left: int
+    right: int
+    first: int
+    end: int
 
 
 def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:
@@ -42,165 +70,100 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int,
     if not work:
         return table.new_zeros(num_tokens, dim)
     out = torch.empty(num_tokens, dim)
-    shape = (num_tokens, num_lookups, dim, code_stride)
-    arrays = (flat_rows(table), ids, flat(scores), out.numpy().reshape(-1))
+    lookup = _Lookup(
+        *ids, flat_rows(table), flat(scores), out.numpy().reshape(-1), num_tokens, num_lookups, dim, code_stride
+    )
     threads = num_threads(work, worth=_PARALLEL_WORK)
     lookup_bytes = code_stride * dim * table.itemsize
     is_large = num_lookups * lookup_bytes > _CACHED_BYTES
     if is_large and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
-        chunk = max(1, _PACK_BYTES // (code_stride * WIDE * table.itemsize))
+        chunk = max(1, _PACK_BYTES // (code_stride * WIDE * np.dtype(np.float32).itemsize))
         num_tiles = dim // WIDE + dim % WIDE // NARROW
-        call(_packed, threads, *arrays, *shape, min(chunk, num_lookups), -(-threads // num_tiles))
-    elif is_large and 2 * num_tokens >= code_stride:
-        call(_in_parts, threads, *arrays, *shape, max(1, _CHUNK_BYTES // lookup_bytes), threads, 1)
+        call(_packed, threads, lookup, min(chunk, num_lookups), -(-threads // num_tiles))
+    elif is_large and num_tokens >= _CHUNK_READS * code_stride:
+        call(_in_parts, threads, lookup, max(1, _CHUNK_BYTES // lookup_bytes), threads, 1)
     elif threads == 1:
-        _whole(*arrays, *shape)
+        _whole(lookup)
     else:
-        token_parts = (
-            -(-num_tokens // _TOKENS_TOGETHER) if num_tokens >= _TOKENS_TOGETHER * threads else min(num_tokens, threads)
-        )
-        call(_in_parts, threads, *arrays, *shape, num_lookups, token_parts, -(-threads // token_parts))
+        parts = -(-num_tokens // _TOKENS_TOGETHER)
+        parts = parts if parts >= threads else min(num_tokens, threads)
+        call(_in_parts, threads, lookup, num_lookups, parts, -(-threads // parts))
     return out if table.dtype == torch.float32 else out.to(table.dtype)
 
 
 @jit()
-def _whole(table: Any, ids: Any, scores: Any, out: Any, N: Any, K: Any, D: Any, S: Any) -> None:
-    for low in range(0, N, _TOKENS_TOGETHER):
-        _add_columns(table, ids, scores, out, K, D, S, low, min(N, low + _TOKENS_TOGETHER), 0, D, 0, K)
+def _whole(lookup: Any) -> None:
+    for low in range(0, lookup.N, _TOKENS_TOGETHER):
+        high = min(lookup.N, low + _TOKENS_TOGETHER)
+        _add_columns(lookup, _Part(low, high, 0, lookup.D, 0, lookup.K))
 
 
 @jit(parallel=True)
-def _in_parts(
-    table: Any,
-    ids: Any,
-    scores: Any,
-    out: Any,
-    N: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    chunk: Any,
-    token_parts: Any,
-    column_parts: Any,
-) -> None:
-    tokens = -(-N // token_parts)
-    columns = -(-D // (column_parts * WIDE)) * WIDE
+def _in_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> None:
+    tokens = -(-lookup.N // token_parts)
+    columns = -(-lookup.D // (column_parts * WIDE)) * WIDE
     for part in numba.prange(token_parts * column_parts):
         low = part // column_parts * tokens
         left = part % column_parts * columns
-        for first in range(0, K, chunk):
-            _add_columns(
-                table,
-                ids,
-                scores,
-                out,
-                K,
-                D,
-                S,
-                low,
-                min(N, low + tokens),
-                left,
-                min(D, left + columns),
-                first,
-                min(K, first + chunk),
-            )
+        for first in range(0, lookup.K, chunk):
+            high, right, end = min(lookup.N, low + tokens), min(lookup.D, left + columns), min(lookup.K, first + chunk)
+            _add_columns(lookup, _Part(low, high, left, right, first, end))
 
 
-@jit()
-def _add_columns(
-    table: Any,
-    ids: Any,
-    scores: Any,
-    out: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    low: Any,
-    high: Any,
-    left: Any,
-    right: Any,
-    first: Any,
-    end: Any,
-) -> None:
-    column = left
-    while column + WIDE <= right:
-        _add_tile(table, D, column, 0, ids, scores, out, K, D, S, low, high, column, first, end, zeros_wide())
+@jit_part()
+def _add_columns(lookup: Any, part: Any) -> None:
+    column = part.left
+    while column + WIDE <= part.right:
+        _add_tile(lookup, lookup.table, lookup.D, column, 0, part, column, zeros_wide())
         column += WIDE
-    while column + NARROW <= right:
-        _add_tile(table, D, column, 0, ids, scores, out, K, D, S, low, high, column, first, end, zeros_narrow())
+    while column + NARROW <= part.right:
+        _add_tile(lookup, lookup.table, lookup.D, column, 0, part, column, zeros_narrow())
         column += NARROW
-    while column < right:
-        _add_tile(table, D, column, 0, ids, scores, out, K, D, S, low, high, column, first, end, zeros_single())
+    while column < part.right:
+        _add_tile(lookup, lookup.table, lookup.D, column, 0, part, column, zeros_single())
         column += 1
 
 
-@jit()
+@jit_part()
 def _add_tile(
-    source: Any,
-    source_width: Any,
-    source_column: Any,
-    source_lookup: Any,
-    ids: Any,
-    scores: Any,
-    out: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    low: Any,
-    high: Any,
-    column: Any,
-    first: Any,
-    end: Any,
-    zeros: Any,
+    lookup: Any, rows: Any, row_width: Any, row_column: Any, lookup_of_rows: Any, part: Any, column: Any, zeros: Any
 ) -> None:
-    """Add lookups [first, end) of tokens [low, high) to one tile of columns of `out`, starting it if first is 0."""
-    for n in range(low, high):
+    """Add to one tile of columns of `out`, or start it if the part begins with lookup 0.
+
+    The rows read are those of lookup `lookup_of_rows` and on, `row_width` apart, from their column `row_column`.
+    """
+    K, D, S = lookup.K, lookup.D, lookup.S
+    for n in range(part.low, part.high):
         total = zeros
-        if first > 0:
-            total = load(out, n * D + column, zeros)
-        for k in range(first, end):
-            row = (k - source_lookup) * S + np.int64(ids[n * K + k])
-            total = scaled_add(load(source, row * source_width + source_column, zeros), scores[n * K + k], total)
-        store(out, n * D + column, total)
+        if part.first > 0:
+            total = load(lookup.out, n * D + column, zeros)
+        for k in range(part.first, part.end):
+            row = (k - lookup_of_rows) * S + id_at(lookup, n * K + k)
+            total = scaled_add(load(rows, row * row_width + row_column, zeros), lookup.scores[n * K + k], total)
+        store(lookup.out, n * D + column, total)
 
 
 @jit(parallel=True)
-def _packed(
-    table: Any, ids: Any, scores: Any, out: Any, N: Any, K: Any, D: Any, S: Any, chunk: Any, token_parts: Any
-) -> None:
-    num_wide = D // WIDE
-    num_tiles = num_wide + D % WIDE // NARROW
-    tokens = -(-N // token_parts)
+def _packed(lookup: Any, chunk: Any, token_parts: Any) -> None:
+    num_wide = lookup.D // WIDE
+    num_tiles = num_wide + lookup.D % WIDE // NARROW
+    tokens = -(-lookup.N // token_parts)
     for task in numba.prange(num_tiles * token_parts):
         tile = task // token_parts
         low = task % token_parts * tokens
-        high = min(N, low + tokens)
+        high = min(lookup.N, low + tokens)
         if tile < num_wide:
-            _add_packed(table, ids, scores, out, K, D, S, chunk, low, high, tile * WIDE, zeros_wide())
+            _add_packed(lookup, chunk, low, high, tile * WIDE, zeros_wide())
         else:
-            column = num_wide * WIDE + (tile - num_wide) * NARROW
-            _add_packed(table, ids, scores, out, K, D, S, chunk, low, high, column, zeros_narrow())
+            _add_packed(lookup, chunk, low, high, num_wide * WIDE + (tile - num_wide) * NARROW, zeros_narrow())
 
 
-@jit()
-def _add_packed(
-    table: Any,
-    ids: Any,
-    scores: Any,
-    out: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    chunk: Any,
-    low: Any,
-    high: Any,
-    column: Any,
-    zeros: Any,
-) -> None:
-    pack_width = width(zeros)
-    pack = np.empty(chunk * S * pack_width, np.float32)
-    for first in range(0, K, chunk):
-        end = min(K, first + chunk)
-        for row in range((end - first) * S):
-            store(pack, row * pack_width, load(table, (first * S + row) * D + column, zeros))
-        _add_tile(pack, pack_width, 0, first, ids, scores, out, K, D, S, low, high, column, first, end, zeros)
+@jit_part()
+def _add_packed(lookup: Any, chunk: Any, low: Any, high: Any, column: Any, zeros: Any) -> None:
+    tile = width(zeros)
+    pack = np.empty(chunk * lookup.S * tile, np.float32)
+    for first in range(0, lookup.K, chunk):
+        end = min(lookup.K, first + chunk)
+        for row in range((end - first) * lookup.S):
+            store(pack, row * tile, load(lookup.table, (first * lookup.S + row) * lookup.D + column, zeros))
+        _add_tile(lookup, pack, tile, 0, first, _Part(low, high, column, column + tile, first, end), column, zeros)

@@ -2,22 +2,22 @@
 
 Two ways, chosen by shape; neither's result depends on the number of threads.
 
-- by lookup: where each lookup has a table of its own (a code stride), a thread takes a few lookups, and keeps one tile of
+- by lookup: where each lookup has a table of its own (a code stride), a thread takes a few lookups and keeps one tile of
   columns of their tables and of their gradients in the second-level cache while all tokens pass.
-- by row: for ids that may repeat anywhere. The lookups are sorted by row, keeping the tokens in order, and each thread sums
-  its own rows; the scores' gradients are a second pass over the tokens.
+- by row: for ids that may repeat anywhere. The lookups are sorted by row, keeping the tokens in order, and each thread
+  sums its own rows; the scores' gradients are a second pass over the tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfdist.kernels.cpu_ids import checked_ids
-from mfdist.kernels.cpu_rows import flat, flat_rows
-from mfdist.kernels.cpu_threads import call, jit, num_threads
+from mfdist.kernels.cpu_ids import checked_ids, id_at
+from mfdist.kernels.cpu_rows import flat, flat_rows, in_huge_pages
+from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 from mfdist.kernels.lanes import (
     NARROW,
     WIDE,
@@ -39,6 +39,24 @@ _MAX_OWN_ROWS = 4096
 _PARALLEL_WORK = 1 << 16
 
 
+class _Lookup(NamedTuple):
+    """The arguments as kernels take them: the fields of `Ids`, flat arrays, sizes."""
+
+    id_bytes: int
+    narrow_ids: Any
+    middle_ids: Any
+    wide_ids: Any
+    table: Any
+    scores: Any
+    grad: Any  # [N, D] fp32
+    grad_table: Any
+    grad_scores: Any
+    N: int
+    K: int
+    D: int
+    S: int
+
+
 def row_gradient(
     table: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int, name: str
 ) -> tuple[Tensor, Tensor]:
@@ -47,188 +65,112 @@ def row_gradient(
     num_tokens, num_lookups = row_ids.shape
     ids = checked_ids(row_ids, code_stride or num_rows, name, is_code=code_stride > 0)
     if not num_tokens * num_lookups * dim:
-        return torch.zeros_like(table, memory_format=torch.contiguous_format), torch.zeros(num_tokens, num_lookups)
-    grad_table = torch.empty_like(table, memory_format=torch.contiguous_format)
-    grad_scores = torch.empty(num_tokens, num_lookups)
-    arrays = (
+        return table.new_zeros(num_rows, dim), scores.new_zeros(num_tokens, num_lookups)
+    grad_table = in_huge_pages(table.new_empty(num_rows, dim))
+    grad_scores = scores.new_empty(num_tokens, num_lookups)
+    lookup = _Lookup(
+        *ids,
         flat_rows(table),
-        ids,
         flat(scores),
         flat(grad_output.float()),
         flat_rows(grad_table),
-        grad_scores.numpy().reshape(-1),
+        flat(grad_scores),
+        num_tokens,
+        num_lookups,
+        dim,
+        code_stride,
     )
-    shape = (num_tokens, num_lookups, dim, code_stride)
     threads = num_threads((num_tokens * num_lookups + num_rows) * dim, worth=_PARALLEL_WORK)
     if 0 < code_stride <= min(_MAX_OWN_ROWS, 2 * num_tokens):
-        fitting = _TILES_BYTES // (2 * code_stride * WIDE * 4)
-        chunk = max(1, min(fitting, -(-num_lookups // threads)))
-        call(_by_lookup, threads, *arrays, *shape, chunk)
+        fitting = _TILES_BYTES // (2 * code_stride * WIDE * np.dtype(np.float32).itemsize)
+        call(_by_lookup, threads, lookup, max(1, min(fitting, -(-num_lookups // threads))))
     else:
-        order, ends = _sorted_by_row(ids, num_rows, num_lookups, code_stride)
-        call(_by_row, threads, *arrays, *shape, order, ends, 4 * threads)
+        order, ends = _sorted_by_row(lookup, num_rows)
+        call(_by_row, threads, lookup, order, ends, 4 * threads)
     return grad_table, grad_scores
 
 
 @jit(parallel=True)
-def _by_lookup(
-    table: Any,
-    ids: Any,
-    scores: Any,
-    grad: Any,
-    grad_table: Any,
-    grad_scores: Any,
-    N: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    chunk: Any,
-) -> None:
-    for task in numba.prange(-(-K // chunk)):
-        first = task * chunk
-        end = min(K, first + chunk)
-        rows = np.empty(chunk * S * WIDE, np.float32)
-        sums = np.empty(chunk * S * WIDE, np.float32)
-        products = np.zeros(N * chunk, np.float32)
-        column = 0
-        while column + WIDE <= D:
-            _pass_tokens(
-                table, ids, scores, grad, grad_table, rows, sums, products, N, K, D, S, first, end, column, zeros_wide()
-            )
-            column += WIDE
-        while column + NARROW <= D:
-            _pass_tokens(
-                table,
-                ids,
-                scores,
-                grad,
-                grad_table,
-                rows,
-                sums,
-                products,
-                N,
-                K,
-                D,
-                S,
-                first,
-                end,
-                column,
-                zeros_narrow(),
-            )
-            column += NARROW
-        while column < D:
-            _pass_tokens(
-                table,
-                ids,
-                scores,
-                grad,
-                grad_table,
-                rows,
-                sums,
-                products,
-                N,
-                K,
-                D,
-                S,
-                first,
-                end,
-                column,
-                zeros_single(),
-            )
-            column += 1
-        for n in range(N):
-            for k in range(first, end):
-                grad_scores[n * K + k] = products[n * (end - first) + k - first]
+def _by_lookup(lookup: Any, chunk: Any) -> None:
+    for task in numba.prange(-(-lookup.K // chunk)):
+        _pass_columns(lookup, task * chunk, min(lookup.K, task * chunk + chunk))
 
 
-@jit()
+@jit_part()
+def _pass_columns(lookup: Any, first: Any, end: Any) -> None:
+    N, K, D = lookup.N, lookup.K, lookup.D
+    rows = np.empty((end - first) * lookup.S * WIDE, np.float32)
+    sums = np.empty((end - first) * lookup.S * WIDE, np.float32)
+    products = np.zeros(N * (end - first), np.float32)
+    column = 0
+    while column + WIDE <= D:
+        _pass_tokens(lookup, rows, sums, products, first, end, column, zeros_wide())
+        column += WIDE
+    while column + NARROW <= D:
+        _pass_tokens(lookup, rows, sums, products, first, end, column, zeros_narrow())
+        column += NARROW
+    while column < D:
+        _pass_tokens(lookup, rows, sums, products, first, end, column, zeros_single())
+        column += 1
+    for n in range(N):
+        for k in range(first, end):
+            lookup.grad_scores[n * K + k] = products[n * (end - first) + k - first]
+
+
+@jit_part()
 def _pass_tokens(
-    table: Any,
-    ids: Any,
-    scores: Any,
-    grad: Any,
-    grad_table: Any,
-    rows: Any,
-    sums: Any,
-    products: Any,
-    N: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    first: Any,
-    end: Any,
-    column: Any,
-    zeros: Any,
+    lookup: Any, rows: Any, sums: Any, products: Any, first: Any, end: Any, column: Any, zeros: Any
 ) -> None:
     """Do one tile of columns of lookups [first, end) for all tokens; `rows` and `sums` are scratch."""
+    K, D, S = lookup.K, lookup.D, lookup.S
     tile = width(zeros)
     num_rows = (end - first) * S
     for row in range(num_rows):
-        store(rows, row * tile, load(table, (first * S + row) * D + column, zeros))
+        store(rows, row * tile, load(lookup.table, (first * S + row) * D + column, zeros))
         store(sums, row * tile, zeros)
-    for n in range(N):
-        incoming = load(grad, n * D + column, zeros)
+    for n in range(lookup.N):
+        grad = load(lookup.grad, n * D + column, zeros)
         for k in range(first, end):
-            at = ((k - first) * S + np.int64(ids[n * K + k])) * tile
-            store(sums, at, scaled_add(incoming, scores[n * K + k], load(sums, at, zeros)))
-            products[n * (end - first) + k - first] += total(product_add(incoming, load(rows, at, zeros), zeros))
+            at = ((k - first) * S + id_at(lookup, n * K + k)) * tile
+            store(sums, at, scaled_add(grad, lookup.scores[n * K + k], load(sums, at, zeros)))
+            products[n * (end - first) + k - first] += total(product_add(grad, load(rows, at, zeros), zeros))
     for row in range(num_rows):
-        store(grad_table, (first * S + row) * D + column, load(sums, row * tile, zeros))
+        store(lookup.grad_table, (first * S + row) * D + column, load(sums, row * tile, zeros))
 
 
 @jit()
-def _sorted_by_row(ids: Any, R: Any, K: Any, S: Any) -> Any:
+def _sorted_by_row(lookup: Any, R: Any) -> Any:
     """Return the lookups n·K + k sorted by row, ties in order, and where each row's run ends (a counting sort)."""
+    N, K, S = lookup.N, lookup.K, lookup.S
     ends = np.zeros(R + 1, np.int64)
-    for lookup in range(ids.size):
-        ends[lookup % K * S + np.int64(ids[lookup]) + 1] += 1
+    for n in range(N):
+        for k in range(K):
+            ends[k * S + id_at(lookup, n * K + k) + 1] += 1
     for row in range(R):
         ends[row + 1] += ends[row]
-    order = np.empty(ids.size, np.int64)
-    for lookup in range(ids.size):
-        row = lookup % K * S + np.int64(ids[lookup])
-        order[ends[row]] = lookup
-        ends[row] += 1
-    return order, ends
+    order = np.empty(N * K, np.int64)
+    for n in range(N):
+        for k in range(K):
+            row = k * S + id_at(lookup, n * K + k)
+            order[ends[row]] = n * K + k
+            ends[row] += 1
+    return order, ends[:R]
 
 
 @jit(parallel=True)
-def _by_row(
-    table: Any,
-    ids: Any,
-    scores: Any,
-    grad: Any,
-    grad_table: Any,
-    grad_scores: Any,
-    N: Any,
-    K: Any,
-    D: Any,
-    S: Any,
-    order: Any,
-    ends: Any,
-    parts: Any,
-) -> None:
-    R = ends.size - 1
+def _by_row(lookup: Any, order: Any, ends: Any, parts: Any) -> None:
     for part in numba.prange(parts):
         # Equal shares of lookups plus rows, so that neither a hot row nor a long empty stretch makes one part late.
-        _sum_rows(
-            scores,
-            grad,
-            grad_table,
-            K,
-            D,
-            order,
-            ends,
-            _row_at(ends, R, part, parts),
-            _row_at(ends, R, part + 1, parts),
-        )
-    tokens = -(-N // parts)
+        _sum_rows(lookup, order, ends, _share(ends, part, parts), _share(ends, part + 1, parts))
+    tokens = -(-lookup.N // parts)
     for part in numba.prange(parts):
-        _multiply_rows(table, ids, grad, grad_scores, K, D, S, part * tokens, min(N, part * tokens + tokens))
+        _multiply_rows(lookup, part * tokens, min(lookup.N, part * tokens + tokens))
 
 
-@jit()
-def _row_at(ends: Any, R: Any, part: Any, parts: Any) -> Any:
+@jit_part()
+def _share(ends: Any, part: Any, parts: Any) -> Any:
+    """Return the first row of a part."""
+    R = ends.size
     wanted = (ends[R - 1] + R) * part // parts
     low, high = 0, R
     while low < high:
@@ -241,62 +183,52 @@ def _row_at(ends: Any, R: Any, part: Any, parts: Any) -> Any:
     return low
 
 
-@jit()
-def _sum_rows(
-    scores: Any, grad: Any, grad_table: Any, K: Any, D: Any, order: Any, ends: Any, low: Any, high: Any
-) -> None:
+@jit_part()
+def _sum_rows(lookup: Any, order: Any, ends: Any, low: Any, high: Any) -> None:
     for row in range(low, high):
-        start = ends[row - 1] if row > 0 else 0
+        run = order[(ends[row - 1] if row > 0 else 0) : ends[row]]
         column = 0
-        while column + WIDE <= D:
-            _sum_row(scores, grad, grad_table, K, D, order, start, ends[row], row, column, zeros_wide())
+        while column + WIDE <= lookup.D:
+            _sum_row(lookup, run, row, column, zeros_wide())
             column += WIDE
-        while column + NARROW <= D:
-            _sum_row(scores, grad, grad_table, K, D, order, start, ends[row], row, column, zeros_narrow())
+        while column + NARROW <= lookup.D:
+            _sum_row(lookup, run, row, column, zeros_narrow())
             column += NARROW
-        while column < D:
-            _sum_row(scores, grad, grad_table, K, D, order, start, ends[row], row, column, zeros_single())
+        while column < lookup.D:
+            _sum_row(lookup, run, row, column, zeros_single())
             column += 1
 
 
-@jit()
-def _sum_row(
-    scores: Any,
-    grad: Any,
-    grad_table: Any,
-    K: Any,
-    D: Any,
-    order: Any,
-    start: Any,
-    end: Any,
-    row: Any,
-    column: Any,
-    zeros: Any,
-) -> None:
-    incoming = zeros
-    for i in range(start, end):
-        incoming = scaled_add(load(grad, order[i] // K * D + column, zeros), scores[order[i]], incoming)
-    store(grad_table, row * D + column, incoming)
+@jit_part()
+def _sum_row(lookup: Any, run: Any, row: Any, column: Any, zeros: Any) -> None:
+    grad = zeros
+    for i in range(run.size):
+        at = run[i] // lookup.K * lookup.D + column
+        grad = scaled_add(load(lookup.grad, at, zeros), lookup.scores[run[i]], grad)
+    store(lookup.grad_table, row * lookup.D + column, grad)
 
 
-@jit()
-def _multiply_rows(
-    table: Any, ids: Any, grad: Any, grad_scores: Any, K: Any, D: Any, S: Any, low: Any, high: Any
-) -> None:
+@jit_part()
+def _multiply_rows(lookup: Any, low: Any, high: Any) -> None:
+    K, D = lookup.K, lookup.D
     for n in range(low, high):
         for k in range(K):
-            row = (k * S + np.int64(ids[n * K + k])) * D
+            row = (k * lookup.S + id_at(lookup, n * K + k)) * D
             wide = zeros_wide()
             narrow = zeros_narrow()
             single = zeros_single()
             column = 0
             while column + WIDE <= D:
-                wide = product_add(load(grad, n * D + column, wide), load(table, row + column, wide), wide)
+                wide = product_add(
+                    load(lookup.grad, n * D + column, wide), load(lookup.table, row + column, wide), wide
+                )
                 column += WIDE
             while column + NARROW <= D:
-                narrow = product_add(load(grad, n * D + column, narrow), load(table, row + column, narrow), narrow)
+                row_part = load(lookup.table, row + column, narrow)
+                narrow = product_add(load(lookup.grad, n * D + column, narrow), row_part, narrow)
                 column += NARROW
             while column < D:
-                single = product_add(load(grad, n * D + column, single), load(table, row + column, single), single)
+                row_part = load(lookup.table, row + column, single)
+                single = product_add(load(lookup.grad, n * D + column, single), row_part, single)
                 column += 1
-            grad_scores[n * K + k] = total(wide) + total(narrow) + total(single)
+            lookup.grad_scores[n * K + k] = total(wide) + total(narrow) + total(single)

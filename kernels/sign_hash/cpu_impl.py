@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfdist.kernels.cpu_rows import flat
-from mfdist.kernels.cpu_threads import call, jit, num_threads
+from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 
 _PARALLEL_WORK = 1 << 16
 _TOKENS_TOGETHER = 64
@@ -122,7 +122,7 @@ def _gradient_tokens(
             out[i] = out[i] if value > 0 else (-out[i] if value < 0 else value * out[i])
 
 
-@jit(fastmath={"contract"})
+@jit_part(fastmath={"contract"})
 def _exp(y: Any) -> Any:
     """Return exp(y) for y ≤ 0, at least exp(−87), to one or two units in the last place; NaN for NaN."""
     y = _LOWEST if y < _LOWEST else y
