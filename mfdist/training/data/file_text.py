@@ -79,9 +79,10 @@ def _decode(path: Path, stream: BinaryIO) -> Iterator[str]:
         left_out = "the rest is left out" if position else "it is left out"
         if (nul := block.find(0)) >= 0:
             raise DataError(f"{path} must be text; got a NUL byte at offset {position + nul}; {left_out}")
+        is_last = len(block) < BLOCK_BYTES
         carried = len(decoder.getstate()[0])
         try:
-            text = decoder.decode(block, final=not block)
+            text = decoder.decode(block, final=is_last)
         except UnicodeDecodeError as error:
             offset = position - carried + error.start
             raise DataError(
@@ -90,7 +91,7 @@ def _decode(path: Path, stream: BinaryIO) -> Iterator[str]:
             ) from None
         if text:
             yield text
-        if not block:
+        if is_last:
             return
         position += len(block)
 

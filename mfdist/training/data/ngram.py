@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mfdist.training.data.batches import Tokens
 from mfdist.training.data.token_store import TokenStore
-from mfdist.training.data.tokenizer import Tokenizer
+from mfdist.training.data.tokenizer import Tokenizer, Tokens
 
 #: The baselines: name -> order.
 BASELINES = {"byte unigram": 0, "order-2 n-gram": 2}
@@ -32,7 +31,7 @@ class ByteNgram:
 
     p_k(c | h) = (n(hc) + t(h) · p_{k-1}(c | h')) / (n(h) + t(h)), where n counts the training text, t(h) is the
     number of different bytes seen after h, and h' is h without its first byte; p_{-1} = 1/256, and p_k = p_{k-1} where
-    h was never seen. Memory at order 2: 64 MiB of counts, and three times as much more while counting.
+    h was never seen. Memory at order 2: 64 MiB of counts.
 
     Source: Witten and Bell, "The zero-frequency problem", 1991, interpolated.
     """
@@ -44,7 +43,7 @@ class ByteNgram:
         self.order = order
         grams = np.zeros(256 ** (order + 1), dtype=np.uint32)
         for codes in _codes(training, order):
-            grams += np.bincount(codes, minlength=len(grams)).astype(np.uint32)
+            np.add.at(grams, codes, np.uint32(1))  # as quick as bincount, without a second table
         # The lower orders are sums of the highest, over the first byte: one count of the text serves all.
         self._counts = [grams]
         for _ in range(order):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -33,7 +34,8 @@ class SplitWriter:
         """Create both files; `fraction` of the documents is held out."""
         self._dtype, self._seed, self._fraction = dtype, seed, fraction
         self._paths = train, validation
-        self._files: tuple[BinaryIO, BinaryIO] = (self._paths[0].open("wb"), self._paths[1].open("wb"))
+        self._open_files = ExitStack()
+        self._files = [self._open_files.enter_context(path.open("wb")) for path in self._paths]
         self._num_tokens = [0, 0]
         self._name: str | None = None
         self._side = 0
@@ -47,8 +49,7 @@ class SplitWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files:
-            file.close()
+        self._open_files.close()
 
     def append(self, name: str, tokens: Sequence[int]) -> None:
         """Append a document, or the next piece of the document that was appended last.
@@ -76,27 +77,28 @@ class SplitWriter:
             DataError: there is too little text for two sides.
             OSError: writing failed.
         """
-        for file in self._files:
-            file.close()
+        self._open_files.close()
         total = sum(self._num_tokens)
         if total < 2 * _MIN_TOKENS:
             raise DataError(f"text must have at least {2 * _MIN_TOKENS} tokens; got {total}; give more text")
         if min(self._num_tokens) < _MIN_TOKENS:
-            return [self._hold_out(total)]
+            return [self._hold_out(max(self._num_tokens))]
         share = self._num_tokens[1] / total
         if share > 0.5:
             return [f"the held-out documents are {share:.0%} of the text; another data.seed splits it otherwise"]
         return []
 
     def _hold_out(self, total: int) -> str:
+        """Gather everything in the training file and move a part of its `total` tokens to the validation file."""
         train, validation = self._paths
         if self._num_tokens[0] < self._num_tokens[1]:
             validation.replace(train)
         start, length = self._lowest[1]
-        is_whole = _MIN_TOKENS <= length <= total // 2
-        if not is_whole:
+        what = "the document of the lowest draw"
+        if not _MIN_TOKENS <= length <= total // 2:
             length = min(max(_MIN_TOKENS, round(total * self._fraction)), total // 2)
             start = total - length
+            what = "the end of the text"
         size = self._dtype.itemsize
         with train.open("r+b") as kept, validation.open("wb") as held:
             for block in _blocks(kept, start * size, (start + length) * size):
@@ -107,8 +109,8 @@ class SplitWriter:
                 kept.write(block)
                 end += len(block)
             kept.truncate(end)
-        what = "the document of the lowest draw" if is_whole else "the end of the text"
-        return f"by chance no document was held out, or all were; {what} ({length / total:.1%} of the tokens) is"
+        share = f"{length / total:.1%} of the tokens"
+        return f"documents are so few that none, or all, fell to validation; held out instead: {what}, {share}"
 
 
 def _blocks(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:

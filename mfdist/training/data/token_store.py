@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from mfdist.config import DataConfig
 from mfdist.errors import DataError
-from mfdist.training.data.batches import Tokens
 from mfdist.training.data.cache import default_cache_dir, make_once
 from mfdist.training.data.documents import Document, Source, open_source
 from mfdist.training.data.split import SplitWriter, is_held_out
-from mfdist.training.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from mfdist.training.data.tokenizer import ByteTokenizer, Tokenizer, Tokens, load_tokenizer, train_bpe
 from mfdist.training.events import Observer, Preparing, Warned
 
 #: Raised when the files, or what is made of a text, change; part of the key of a cached store.
@@ -129,14 +128,16 @@ def _tokenizer(config: DataConfig, source: Source, observer: Observer) -> Tokeni
         return load_tokenizer(config.tokenizer)
 
     def sample() -> Iterator[str]:
-        done = 0
+        done = told = 0
         # What cannot be read is told of when it is tokenised.
         for document in source.documents(on_skip=lambda message: None, shuffle_seed=config.seed):
             if is_held_out(document.name, config.seed, config.validation_fraction):
                 continue
             yield document.text
             done += len(document.text)
-            observer(Preparing(activity="reading text for the tokenizer", done=done, total=None, unit="characters"))
+            if done - told >= _BATCH_CHARS:
+                observer(Preparing(activity="reading text for the tokenizer", done=done, total=None, unit="characters"))
+                told = done
             if done >= BPE_SAMPLE_CHARS:
                 break
         observer(Preparing(activity="training the tokenizer", done=0, total=None, unit="merges"))

@@ -20,6 +20,9 @@ from mfdist.errors import DataError
 if TYPE_CHECKING:
     import tokenizers
 
+#: Token ids of a text, one-dimensional, as narrow as the vocabulary allows.
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
 END_OF_DOCUMENT = "<|endoftext|>"
 
 #: What published tokenizers call the token that ends a document, the most telling first.
