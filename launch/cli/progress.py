@@ -3,11 +3,13 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from mfdist.training.events import Evaluated, Event, Saved, Started, Stepped, Stopped, TwinTimed
 
 _RECENT_STEPS = 50
+_TIMED_STEPS = 1000
 
 
 class RunProgress:
@@ -21,8 +23,7 @@ class RunProgress:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_STEPS)
-        self._num_steps = 0
-        self._steps_s = 0.0
+        self._steps_s: deque[float] = deque(maxlen=_TIMED_STEPS)
         self.started: Started | None = None
         self.stepped: Stepped | None = None
         self.lookup_share: float | None = None  # the last measured one; it is measured now and then
@@ -37,7 +38,8 @@ class RunProgress:
             case Started():
                 self.started = event
             case Stepped():
-                self._count(event)
+                self._recent.append((self._clock(), event.step))
+                self._steps_s.append(event.step_s)
                 self.stepped = event
                 self.lookup_share = self.lookup_share if event.lookup_share is None else event.lookup_share
             case Evaluated():
@@ -73,12 +75,10 @@ class RunProgress:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Mean training speed of this process, without the first step, which compiles kernels."""
-        if self.started is None or self.stepped is None:
+        """Median training speed of the last steps, which a step that compiles or is profiled does not move."""
+        if self.started is None or not self._steps_s:
             return None
-        if not self._num_steps or self._steps_s <= 0.0:
-            return self.stepped.tokens_per_s
-        return self.started.tokens_per_step * self._num_steps / self._steps_s
+        return self.started.tokens_per_step / max(median(self._steps_s), 1e-9)
 
     def summary(self) -> dict[str, Any]:
         """Return the run's outcome as plain JSON values; what is not known is None."""
@@ -109,9 +109,3 @@ class RunProgress:
             "num_dense_parameters": started.num_dense_parameters if started else None,
             "checkpoint": str(saved.path) if saved else None,
         }
-
-    def _count(self, event: Stepped) -> None:
-        if self._recent:
-            self._num_steps += 1
-            self._steps_s += event.step_s
-        self._recent.append((self._clock(), event.step))

@@ -1,5 +1,6 @@
 """`mfdist train`: start a run from a configuration, or go on with one."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,6 +99,8 @@ def _go_on(path: Path, overrides: list[str], *, as_json: bool, is_quiet: bool) -
 
 
 def _train(run: "RunDirectory", *, as_json: bool, is_quiet: bool) -> int:
+    # torch's profiler, which measures the share of the lookups, would write on stderr, across the display.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from mfdist.training.loop import train as train_run
 
     progress = RunProgress()

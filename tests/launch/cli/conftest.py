@@ -1,12 +1,15 @@
-"""Real runs of the command line in processes of their own, on a little text."""
+"""Real runs of the command line on a little text: in processes of their own where that matters, else in this one."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mfdist.launch.cli import app
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 COMMAND = [sys.executable, "-c", "from mfdist.launch.cli import main; main()"]
@@ -38,16 +41,20 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def mfdist(workplace):
-    """Runs the command with arguments, as a user would; returns the finished process."""
+@pytest.fixture
+def mfdist(workplace, monkeypatch, capsys):
+    """Runs the command in this process, where torch is loaded once; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    before = signal.getsignal(signal.SIGTERM)
 
-    def run(*arguments, **kwargs):
-        command = [*COMMAND, *map(str, arguments)]
-        settings = {"cwd": workplace, "env": environment(workplace / "cache"), "timeout": DEADLINE_S, **kwargs}
-        return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    def run(*arguments):
+        code = app.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +68,10 @@ def new_run(workplace):
 
 
 @pytest.fixture(scope="session")
-def finished(workplace, mfdist, new_run):
-    """A finished run and the process that made it, with --json."""
-    done = mfdist(*new_run("finished run", "--json"))
+def finished(workplace, new_run):
+    """A finished run, its JSON summary, and what its process wrote on stderr."""
+    command = [*COMMAND, *new_run("finished run", "--json")]
+    settings = {"cwd": workplace, "env": environment(workplace / "cache"), "timeout": DEADLINE_S}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     assert done.returncode == 0, done.stderr
     return workplace / "finished run", json.loads(done.stdout), done.stderr

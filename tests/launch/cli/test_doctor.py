@@ -6,9 +6,9 @@ NAMES = ["packages", "memory", "disk", "cache", "cpu kernels", "checkpoint", "fi
 
 
 def test_json_tells_every_check_and_the_machine(mfdist, workplace):
-    done = mfdist("doctor", "--json")
-    document = json.loads(done.stdout)
-    assert done.returncode == (0 if document["ok"] else 1)
+    code, out, _ = mfdist("doctor", "--json")
+    document = json.loads(out)
+    assert code == (0 if document["ok"] else 1)
     assert [check["name"] for check in document["checks"]][: len(NAMES)] == NAMES
     failed = [check for check in document["checks"] if check["is_essential"] and not check["ok"]]
     assert failed == []
@@ -19,16 +19,16 @@ def test_json_tells_every_check_and_the_machine(mfdist, workplace):
 
 
 def test_a_folder_that_cannot_hold_runs_fails_with_a_remedy(mfdist):
-    done = mfdist("doctor", "--at", "/proc/self", "--json")
-    assert done.returncode == 1
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    code, out, _ = mfdist("doctor", "--at", "/proc/self", "--json")
+    assert code == 1
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert not checks["checkpoint"]["ok"]
     assert "--at" in checks["checkpoint"]["remedy"]
     assert checks["cpu kernels"]["ok"]
 
 
 def test_people_get_a_line_for_each_check(mfdist):
-    done = mfdist("doctor")
-    assert all(f"{name}: " in done.stdout for name in NAMES)
-    assert "versions: python" in done.stdout
-    assert "\x1b" not in done.stdout
+    _, out, _ = mfdist("doctor")
+    assert all(f"{name}: " in out for name in NAMES)
+    assert "versions: python" in out
+    assert "\x1b" not in out
