@@ -133,7 +133,8 @@ def _kernels(device: str) -> str:
     ):
         if ours is None or theirs is None:
             raise _Failed(f"there is no {name}")
-        error = float((ours.detach().cpu().reshape(theirs.shape) - theirs).norm() / theirs.norm())
+        right = theirs.detach()
+        error = float((ours.detach().cpu().reshape(right.shape) - right).norm() / right.norm())
         if not error <= _TOLERANCE:  # so written that NaN fails too
             raise _Failed(f"the {name} is off by {error:.1e} of its size; at most {_TOLERANCE:.0e} is right")
     return "compile, and agree with plain torch forward and backward"
