@@ -99,6 +99,7 @@ class TextFiles:
         for problem in self._problems:
             skip(problem)
         files = list(self._files)
+        self._check_libraries()
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(files)
         self._finished_bytes = 0
@@ -120,6 +121,17 @@ class TextFiles:
                 f" looked for {looked_for} and these with {', '.join(COMPRESSIONS)},"
                 f" found {len(files)} such files{reason}"
             )
+
+    def _check_libraries(self) -> None:
+        """Fail rather than train on what is left without the files that cannot be read."""
+        path = next((file.path for file in self._files if _suffixes_of(file.path.name)[0] == ".parquet"), None)
+        if path is not None:
+            try:
+                import pyarrow  # noqa: F401
+            except ImportError:
+                raise DataError(
+                    f"reading {path} needs the package pyarrow, which is not installed; pip install 'mfdist[parquet]'"
+                ) from None
 
     def _search(self) -> Iterator[_File]:
         entered = set()
@@ -214,13 +226,9 @@ def _json_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path, stream: BinaryIO, compression: str, text_field: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            f"reading {path} needs the package pyarrow, which is not installed; pip install 'mfdist[parquet]'"
-        ) from None
+    import pyarrow
+    import pyarrow.parquet
+
     with tempfile.TemporaryFile() as unpacked:
         if compression:  # parquet is read from its end, which a compressed stream cannot seek to
             shutil.copyfileobj(stream, unpacked, BLOCK_BYTES)
@@ -230,13 +238,12 @@ def _parquet_rows(path: Path, stream: BinaryIO, compression: str, text_field: st
                 unpacked if compression else stream, buffer_size=BLOCK_BYTES, pre_buffer=False
             )
             names = table.schema_arrow.names
-            columns = [text_field] if text_field in names else names[:0]
-            if not columns:
+            if text_field not in names:
                 raise DataError(
                     f"{path}: no column {text_field!r}; columns are {', '.join(names[:8])}; set data.text_field"
                 )
             number = 0
-            for batch in table.iter_batches(_PARQUET_ROWS_AT_A_TIME, columns=columns):
+            for batch in table.iter_batches(_PARQUET_ROWS_AT_A_TIME, columns=[text_field]):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row

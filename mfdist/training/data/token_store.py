@@ -10,6 +10,7 @@ A store is a folder of four files, whole or not there at all:
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,9 @@ BPE_SAMPLE_CHARS = 2**24
 
 _TRAIN, _VALIDATION, _TOKENIZER, _META = "train.bin", "validation.bin", "tokenizer.json", "store.json"
 
-_BATCH_CHARS = 2**21  # tokenised at a time
+_BATCH_CHARS_PER_CORE = 2**20  # tokenised at a time, at most _MAX_BATCH_CHARS
+_MAX_BATCH_CHARS = 2**24
+_REPORT_CHARS = 2**21
 _CHUNK_TOKENS = 2**20  # counted at a time
 _SKIPS_TOLD = 20
 
@@ -135,7 +138,7 @@ def _tokenizer(config: DataConfig, source: Source, observer: Observer) -> Tokeni
                 continue
             yield document.text
             done += len(document.text)
-            if done - told >= _BATCH_CHARS:
+            if done - told >= _REPORT_CHARS:
                 observer(Preparing(activity="reading text for the tokenizer", done=done, total=None, unit="characters"))
                 told = done
             if done >= BPE_SAMPLE_CHARS:
@@ -147,11 +150,11 @@ def _tokenizer(config: DataConfig, source: Source, observer: Observer) -> Tokeni
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    size = 0
+    size, full = 0, min(_BATCH_CHARS_PER_CORE * (os.cpu_count() or 1), _MAX_BATCH_CHARS)
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= _BATCH_CHARS:
+        if size >= full:
             yield batch
             batch, size = [], 0
     if batch:

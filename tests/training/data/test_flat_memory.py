@@ -1,5 +1,6 @@
 """Memory stays flat, whatever the length of a line: each case runs in a process of its own, whose peak is measured."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,6 @@ print(json.dumps([num_tokens, [], peak() - before]))
 
 
 def measure(program: str, *arguments: Path) -> tuple[int, list[str], int]:
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=280, check=True
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,6 @@ def test_what_does_not_load_is_one_line_that_names_it(folder: Path) -> None:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)  # what Python does for a module it cannot find
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what Python does for a module it cannot find
     with pytest.raises(DataError, match=r"needs the package datasets.*pip install 'mfdist\[hf\]'"):
         read(open_source("hf:any"))
