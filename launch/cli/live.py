@@ -87,7 +87,7 @@ class LiveDisplay:
             "" if left is None else f"{quantities.duration(left)} left",
             self._progress.step,
             self._progress.last_step,
-            wording.status(self._progress),
+            wording.status(self._progress) or ["the first step compiles the kernels"],
         )
 
     def _prepare(self, event: Preparing) -> None:
@@ -103,7 +103,8 @@ class LiveDisplay:
         event, since = self._preparing
         self._preparing = None
         took = quantities.duration(self._clock() - since)
-        self._say(f"{event.activity}: {wording.preparing(replace(event, total=None))} in {took}", "dim")
+        amount = wording.preparing(replace(event, total=None)) if event.done else "done"
+        self._say(f"{event.activity}: {amount} in {took}", "dim")
 
     def _say(self, line: str, style: str) -> None:
         self._console.print(Text(line, style=style, overflow="fold"))

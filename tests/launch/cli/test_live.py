@@ -68,6 +68,17 @@ def test_a_narrow_bar_drops_the_last_fields_whole():
     assert lines[1].rstrip() == "loss 3.210 · val 2.104 bpb · 8.2k tok/s"
 
 
+def test_the_bar_says_why_the_first_step_takes_long():
+    lines = bar([started()], 80)
+    assert lines[0].startswith("step 0/400 ")
+    assert lines[1].rstrip() == "the first step compiles the kernels"
+
+
+def test_a_preparation_that_counted_nothing_is_just_done():
+    event = Preparing(activity="training the tokenizer", done=0, total=None, unit="merges")
+    assert "training the tokenizer: done in 0.0s" in scrolled([event, started()], 80)
+
+
 def test_a_preparation_has_a_bar_and_leaves_a_line():
     half = Preparing(activity="tokenising", done=5 << 20, total=10 << 20, unit="bytes")
     lines = bar([half], 80)
