@@ -71,9 +71,10 @@ def attend(qkv: Tensor, num_heads: int, rotary_dim: int, cache: KeyValueCache | 
 
 
 def _rotation(first: int, num_new: int, rotary_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    frequency = torch.arange(0, rotary_dim, 2, device=like.device, dtype=torch.float32) / rotary_dim
-    position = torch.arange(first, first + num_new, device=like.device, dtype=torch.float32)
-    angle = position[:, None] * (ROTARY_BASE**-frequency)[None, :]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    exponent = torch.arange(0, rotary_dim, 2, device=like.device, dtype=dtype) / rotary_dim
+    position = torch.arange(first, first + num_new, device=like.device, dtype=dtype)
+    angle = position[:, None] * (ROTARY_BASE**-exponent)[None, :]
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 

@@ -80,9 +80,9 @@ class Generator:
                     caches = model.new_caches(1, window)
             with torch.inference_mode(), autocast(device, self.precision):
                 logits = model(torch.tensor([pending], device=device), caches)[0, -1].float().cpu()
-            logits[self.tokenizer.end_of_document] = -torch.inf
-            logits[self.tokenizer.vocab_size :] = -torch.inf
-            token = _sample(logits, config, randomness)
+                logits[self.tokenizer.end_of_document] = -torch.inf
+                logits[self.tokenizer.vocab_size :] = -torch.inf
+                token = _sample(logits, config, randomness)
             yield token
             pending = [token]
             context = [*context[-window:], token]

@@ -60,7 +60,8 @@ def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
     """
     start = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(run.checkpoints.writer_lock())
+        checkpoints = run.checkpoints
+        stack.enter_context(checkpoints.writer_lock())
         observers: list[Observer] = [observer]
 
         def tell(event: Event) -> None:
@@ -69,7 +70,7 @@ def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
 
         request = stack.enter_context(stop_on_signals(lambda message: tell(Warned(message=message))))
         stack.enter_context(_determinism(run.config.training.is_deterministic))
-        session = _Session.prepare(run, tell)
+        session = _Session.prepare(run, checkpoints, tell)
         metrics = MetricsFile(run.metrics_path, session.first_step)
         stack.callback(metrics.close)
         observers.append(metrics)
@@ -100,6 +101,7 @@ class _Session:
     def __init__(
         self,
         run: RunDirectory,
+        checkpoints: CheckpointDirectory,
         config: RunConfig,
         store: TokenStore,
         model: Transformer,
@@ -114,13 +116,13 @@ class _Session:
         self._model = model
         self._optimizer = optimizer
         self._device = next(model.parameters()).device
-        self._checkpoints = run.checkpoints
+        self._checkpoints = checkpoints
         self._batches = _batches(config, store)
         self._train_step = TrainStep(model, optimizer, config.training, self._device)
         self._twin_tokens_per_s = twin_tokens_per_s
 
     @classmethod
-    def prepare(cls, run: RunDirectory, tell: Observer) -> "_Session":
+    def prepare(cls, run: RunDirectory, checkpoints: CheckpointDirectory, tell: Observer) -> "_Session":
         """Read the text, build the model, and load the last commit where there is one."""
         config = run.config
         device = choose_device(config.training.device)
@@ -129,7 +131,7 @@ class _Session:
         run.write_config(config)
         store.tokenizer.save(run.tokenizer_path)
         batches = _batches(config, store)
-        is_new = not run.checkpoints.steps()
+        is_new = not checkpoints.steps()
         twin = None
         if config.training.twin_steps and config.model.kind == "memory" and is_new:
             twin = time_dense_twin(config, batches, device)
@@ -137,8 +139,8 @@ class _Session:
         with device:
             model = build_model(config.model)
         optimizer = RunOptimizer(model, config.optimizer)
-        first_step = 0 if is_new else _load(run.checkpoints, model, optimizer, store)
-        session = cls(run, config, store, model, optimizer, first_step, twin)
+        first_step = 0 if is_new else _load(checkpoints, model, optimizer, store)
+        session = cls(run, checkpoints, config, store, model, optimizer, first_step, twin)
         tell(session._started())
         return session
 

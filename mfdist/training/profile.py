@@ -1,5 +1,6 @@
 """Measuring which share of a step the lookups take."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,8 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
 
-_OPS = "mfdist::"
-
 
 def lookup_share(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """Run `work` under torch's profiler; return its result and the share of operator time spent in mfdist's kernels.
@@ -17,6 +16,8 @@ def lookup_share(work: Callable[[], T], device: torch.device) -> tuple[T, float]
     The share is of the device's time on a GPU and of the operators' own time on a CPU; forward and backward of
     hashing and lookup both count.
     """
+    # torch 2.13's profiler logs its own start and stop to stderr, in the middle of a progress display.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     is_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -27,5 +28,5 @@ def lookup_share(work: Callable[[], T], device: torch.device) -> tuple[T, float]
     for event in profiler.key_averages():
         spent = event.self_device_time_total if is_gpu else event.self_cpu_time_total
         total += spent
-        own += spent if event.key.startswith(_OPS) else 0.0
+        own += spent if "mfdist" in event.key else 0.0
     return result, own / total if total else 0.0

@@ -1,9 +1,11 @@
 """A run small enough to train in a second, on text made on the spot."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from mfdist.config import RunConfig, parse_config
 from mfdist.training.run import RunDirectory
@@ -44,6 +46,15 @@ def write_text(folder: Path, num_files: int = 12, seed: int = 0) -> None:
     for index in range(num_files):
         sentences = (" ".join(chance.choices(_WORDS, k=8)).capitalize() + ".\n" for _ in range(30))
         (folder / f"{index:02}.txt").write_text("".join(sentences))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: these models are too small for more, and spinning threads starve what runs beside them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

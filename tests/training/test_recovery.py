@@ -24,7 +24,8 @@ def curve(run):
 
 def start(run):
     command = [sys.executable, "-c", "from mfdist.launch.cli import main; main()", "train", "--resume", str(run.path)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for_progress(run, process, step, deadline_s=60):
