@@ -84,7 +84,9 @@ def test_an_installed_torch_is_kept_and_stays(tmp_path: Path) -> None:
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """Run make as a user does, also when these tests were started by make."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_an_old_or_missing_python_is_told(tmp_path: Path) -> None:
