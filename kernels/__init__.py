@@ -1,8 +1,8 @@
 """The operations that touch tables: hashing activations to codes, the weighted lookup, and their gradients.
 
 Each is a folder: `op` registers it with torch (dispatch, shapes for the compiler, autograd), `reference` says in plain
-torch what it computes, `cpu_impl` (numba) and `triton_impl` compute it fast. The fast ones are imported, and compiled, by
-the first call that needs them. Letters: N tokens, K lookups a token, R rows, D row width, S code stride.
+torch what it computes, `cpu_impl` (numba) and `triton_impl` compute it fast. The fast ones are imported, and compiled,
+by the first call that needs them. Letters: N tokens, K lookups a token, R rows, D row width, S code stride.
 """
 
 if __name__ != "mfdist.kernels":

@@ -42,7 +42,8 @@ def num_threads(work: int, *, worth: int) -> int:
     """
     if work < worth:
         return 1
-    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    most: int = numba.config.NUMBA_NUM_THREADS
+    return min(torch.get_num_threads(), most)
 
 
 def call(kernel: Callable[..., Any], threads: int, *args: Any) -> Any:

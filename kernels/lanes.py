@@ -1,8 +1,8 @@
 """Explicit vectors for the numba kernels: a run of neighbouring fp32 values that lives in registers.
 
 LLVM vectorises none of the lookup loops by itself (every row may alias every other), so the kernels say what they mean:
-`load` a run of a row, `scaled_add` it to an accumulator, `store` it. A run's width is part of its type and LLVM splits it
-into whatever registers the processor has, so one kernel serves AVX-512, AVX2 and NEON.
+`load` a run of a row, `scaled_add` it to an accumulator, `store` it. A run's width is part of its type and LLVM splits
+it into whatever registers the processor has, so one kernel serves AVX-512, AVX2 and NEON.
 
 Rows arrive as flat numpy arrays whose dtype says how to read them: float32 as it is, uint16 as bf16, int16 as fp16.
 """
@@ -10,7 +10,7 @@ Rows arrive as flat numpy arrays whose dtype says how to read them: float32 as i
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -18,7 +18,7 @@ from numba.extending import intrinsic, register_model
 _HALF_BITS = 16
 
 
-class Lanes(types.Type):  # type: ignore[misc]
+class Lanes(types.Type):
     """Type of a run of `width` fp32 values."""
 
     def __init__(self, width: int) -> None:
@@ -28,7 +28,7 @@ class Lanes(types.Type):  # type: ignore[misc]
 
 
 @register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: Lanes) -> None:
         super().__init__(manager, lanes, _vector(ir.FloatType(), lanes.width))
 
@@ -45,12 +45,15 @@ def _zeros_of(width: int) -> Callable[[], Any]:
     return made
 
 
-#: A tile of columns: four AVX-512 registers, which hide the latency of their own additions, or eight of AVX2.
-WIDE = 64
-#: The next smaller tile, for widths such as 160 and 1000.
-NARROW = 16
+#: A tile of columns: eight registers, of AVX-512 or of AVX2, which hide the latency of their own additions.
+WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
+#: A tile for kernels that hold two of them and add the values of one up.
+MIDDLE = 64
+#: The smallest tile but single columns, for widths such as 160 and 1000.
+NARROW = 32
 
 zeros_wide = _zeros_of(WIDE)
+zeros_middle = _zeros_of(MIDDLE)
 zeros_narrow = _zeros_of(NARROW)
 zeros_single = _zeros_of(1)
 
@@ -83,6 +86,17 @@ def load(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
         return value
 
     return like(array, types.intp, like), generate
+
+
+@intrinsic
+def at(typing_context: Any, array: Any, index: Any) -> Any:
+    """Return `array[index]`, without numba's test for an index that counts from the end."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load(builder.gep(data, [args[1]]))
+
+    return array.dtype(array, types.intp), generate
 
 
 @intrinsic

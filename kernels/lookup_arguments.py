@@ -13,25 +13,25 @@ def check_lookup(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: in
     """Raise ConfigError unless shapes, dtypes and devices fit together; the ids' values are the kernels' to check."""
     if table.ndim != 2 or row_ids.ndim != 2 or scores.shape != row_ids.shape:
         raise ConfigError(
-            f"a lookup takes a table [R, D], row_ids [N, K] and scores [N, K]; got {_shape(table)}, {_shape(row_ids)} and "
-            f'{_shape(scores)} for table "{name}"'
+            "a lookup takes a table [R, D], row_ids [N, K] and scores [N, K]; got "
+            f'{_shape(table)}, {_shape(row_ids)} and {_shape(scores)} for table "{name}"'
         )
-    if table.dtype not in _ROWS or row_ids.dtype not in _IDS or scores.dtype not in (torch.float32, table.dtype):
+    if table.dtype not in _ROWS or row_ids.dtype not in _IDS:
         raise ConfigError(
-            "a lookup takes rows in fp32, fp16 or bf16 (fp64 on the CPU), ids in uint8, int32 or int64 and scores in fp32; got "
-            f'{table.dtype}, {row_ids.dtype} and {scores.dtype} for table "{name}"'
+            "a lookup takes rows in fp32, fp16 or bf16 (on the CPU also fp64) and ids in uint8, int32 or int64; got "
+            f'{table.dtype} and {row_ids.dtype} for table "{name}"'
         )
-    if scores.dtype in (torch.float16, torch.bfloat16):
+    if scores.dtype != torch.float32 and not scores.dtype == table.dtype == torch.float64:
         raise ConfigError(f'scores must be fp32, as sign_hash gives them; got {scores.dtype} for table "{name}"')
     if not table.device == row_ids.device == scores.device:
         raise ConfigError(
-            f"a table, its row ids and scores must be on one device; got {table.device}, {row_ids.device} and "
-            f'{scores.device} for table "{name}"'
+            "a table, its row ids and scores must be on one device; got "
+            f'{table.device}, {row_ids.device} and {scores.device} for table "{name}"'
         )
     if code_stride < 0 or (code_stride and table.shape[0] != row_ids.shape[1] * code_stride):
         raise ConfigError(
-            f"with a code_stride the table must have K · code_stride rows; got {table.shape[0]} rows, K={row_ids.shape[1]}, "
-            f'code_stride={code_stride} for table "{name}"'
+            "with a code_stride the table must have K · code_stride rows; got "
+            f'{table.shape[0]} rows, K={row_ids.shape[1]}, code_stride={code_stride} for table "{name}"'
         )
 
 

@@ -1,8 +1,8 @@
 """Turns a row id outside its table into an error, on the CPU at once and on a GPU without waiting for it.
 
-GPU kernels never touch memory outside the table; on a bad id they write NaN to what the id would have fed and leave the id
-in a word of pinned host memory. Every later call reads those words, which costs nothing, and `check_errors` waits for the
-device first. So a bad id is reported by the next call at the latest.
+GPU kernels never touch memory outside the table; on a bad id they write NaN to what the id would have fed and leave the
+id in a word of pinned host memory. Every later call reads those words, which costs next to nothing, and `check_errors`
+waits for the device first. So a bad id is reported by the first call after the kernel has run, at the latest.
 """
 
 import threading
@@ -30,11 +30,11 @@ def row_id_error(row_id: int, limit: int, name: str, *, is_code: bool, lookup: i
     at = "" if lookup is None else f" at lookup {lookup}"
     if is_code:
         return RowIdError(
-            f'code {row_id}{at} is outside table "{name}" (code_stride={limit}); codes lie in [0, code_stride), so bits must be '
-            "at most log2(code_stride)"
+            f'code {row_id}{at} is outside its part of table "{name}" (code_stride={limit}); codes come from sign_hash, '
+            "with bits no more than log2(code_stride)"
         )
     return RowIdError(
-        f'row id {row_id}{at} is outside table "{name}" (num_rows={limit}); ids lie in [0, num_rows), check what computed them'
+        f'row id {row_id}{at} is outside table "{name}" (num_rows={limit}); give ids from 0 to num_rows - 1'
     )
 
 
@@ -76,7 +76,7 @@ _pinned = _PinnedWords()
 
 
 def error_word(name: str, limit: int, *, is_code: bool) -> Tensor:
-    """Raise for a bad id an earlier launch has met, and return the int64 word in which the next launch reports its own."""
+    """Raise for a bad id an earlier launch has met, and return the int64 word in which the next one reports its own."""
     _pinned.raise_if_any()
     return _pinned.word(name, limit, is_code)
 
@@ -89,6 +89,6 @@ def check_errors() -> None:
     Raises:
         RowIdError: a lookup was given an id outside its table; its outputs hold NaN where that id was used.
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     _pinned.raise_if_any()

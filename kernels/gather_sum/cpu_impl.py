@@ -16,10 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfdist.kernels.cpu_ids import checked_ids, id_at
+from mfdist.kernels.cpu_ids import checked_ids, find_rows
 from mfdist.kernels.cpu_rows import flat, flat_rows
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
-from mfdist.kernels.lanes import NARROW, WIDE, load, scaled_add, store, width, zeros_narrow, zeros_single, zeros_wide
+from mfdist.kernels.lanes import (
+    NARROW,
+    WIDE,
+    at,
+    load,
+    scaled_add,
+    store,
+    width,
+    zeros_narrow,
+    zeros_single,
+    zeros_wide,
+)
 
 #: A table smaller than this stays in the last-level cache by itself.
 _CACHED_BYTES = 16 << 20
@@ -112,35 +123,51 @@ def _in_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> N
 
 @jit_part()
 def _add_columns(lookup: Any, part: Any) -> None:
+    table, D = lookup.table, lookup.D
+    row_ids = find_rows(lookup, part.low, part.high, part.first, part.end, 0)
     column = part.left
     while column + WIDE <= part.right:
-        _add_tile(lookup, lookup.table, lookup.D, column, 0, part, column, zeros_wide())
+        _add_tile(lookup.scores, lookup.out, lookup.K, D, part, column, table, D, column, row_ids, zeros_wide())
         column += WIDE
     while column + NARROW <= part.right:
-        _add_tile(lookup, lookup.table, lookup.D, column, 0, part, column, zeros_narrow())
+        _add_tile(lookup.scores, lookup.out, lookup.K, D, part, column, table, D, column, row_ids, zeros_narrow())
         column += NARROW
     while column < part.right:
-        _add_tile(lookup, lookup.table, lookup.D, column, 0, part, column, zeros_single())
+        _add_tile(lookup.scores, lookup.out, lookup.K, D, part, column, table, D, column, row_ids, zeros_single())
         column += 1
 
 
 @jit_part()
 def _add_tile(
-    lookup: Any, rows: Any, row_width: Any, row_column: Any, lookup_of_rows: Any, part: Any, column: Any, zeros: Any
+    scores: Any,
+    out: Any,
+    K: Any,
+    D: Any,
+    part: Any,
+    column: Any,
+    rows: Any,
+    row_width: Any,
+    row_column: Any,
+    row_ids: Any,
+    zeros: Any,
 ) -> None:
     """Add to one tile of columns of `out`, or start it if the part begins with lookup 0.
 
-    The rows read are those of lookup `lookup_of_rows` and on, `row_width` apart, from their column `row_column`.
+    `row_ids` count the rows of `rows`, which is the table or a copied piece of it: they lie `row_width` apart, and are
+    read from `row_column` on.
     """
-    K, D, S = lookup.K, lookup.D, lookup.S
+    num_lookups = part.end - part.first
     for n in range(part.low, part.high):
         total = zeros
         if part.first > 0:
-            total = load(lookup.out, n * D + column, zeros)
-        for k in range(part.first, part.end):
-            row = (k - lookup_of_rows) * S + id_at(lookup, n * K + k)
-            total = scaled_add(load(rows, row * row_width + row_column, zeros), lookup.scores[n * K + k], total)
-        store(lookup.out, n * D + column, total)
+            total = load(out, n * D + column, zeros)
+        score = n * K + part.first
+        row = (n - part.low) * num_lookups
+        for i in range(num_lookups):
+            total = scaled_add(
+                load(rows, at(row_ids, row + i) * row_width + row_column, zeros), at(scores, score + i), total
+            )
+        store(out, n * D + column, total)
 
 
 @jit(parallel=True)
@@ -166,4 +193,6 @@ def _add_packed(lookup: Any, chunk: Any, low: Any, high: Any, column: Any, zeros
         end = min(lookup.K, first + chunk)
         for row in range((end - first) * lookup.S):
             store(pack, row * tile, load(lookup.table, (first * lookup.S + row) * lookup.D + column, zeros))
-        _add_tile(lookup, pack, tile, 0, first, _Part(low, high, column, column + tile, first, end), column, zeros)
+        part = _Part(low, high, column, column + tile, first, end)
+        row_ids = find_rows(lookup, low, high, first, end, first)
+        _add_tile(lookup.scores, lookup.out, lookup.K, lookup.D, part, column, pack, tile, 0, row_ids, zeros)

@@ -27,13 +27,13 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int 
         name: what errors call the table.
 
     Returns:
-        [N, D] in table.dtype, never aliasing the table, summed in fp32 in the order k = 0..K-1 (on a GPU, for few tokens,
-        in fixed interleaved parts of it). Differentiable in table (a dense gradient in its dtype, each row summed in fp32 in
-        the order of the tokens) and in scores; not twice.
+        [N, D] in table.dtype, never aliasing the table, summed in fp32 in the order k = 0..K-1 (on a GPU, for few
+        tokens, in fixed interleaved parts of it). Differentiable in table (a dense gradient in its dtype, each row
+        summed in fp32 in the order of the tokens) and in scores; not twice.
 
     Raises:
-        RowIdError: an id lies outside the table. On the CPU nothing was read. On a GPU the outputs that used the id are NaN
-            and the error comes from the next call, or from `check_errors`.
+        RowIdError: an id lies outside the table. On the CPU nothing was read. On a GPU the outputs that used the id are
+            NaN and the error comes from the next call, or from `check_errors`.
         ConfigError: shapes, dtypes or devices do not fit together.
 
     Cost: N·K·D elements read from the table, N·D written.

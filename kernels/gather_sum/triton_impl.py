@@ -10,7 +10,6 @@ Each output element is summed by one program in a fixed order, so results repeat
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

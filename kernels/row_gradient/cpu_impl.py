@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
-from mfdist.kernels.cpu_ids import checked_ids, id_at
+from mfdist.kernels.cpu_ids import checked_ids, find_rows
 from mfdist.kernels.cpu_rows import flat, flat_rows, in_huge_pages
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 from mfdist.kernels.lanes import (
+    MIDDLE,
     NARROW,
-    WIDE,
+    at,
     load,
     product_add,
     scaled_add,
     store,
     total,
     width,
+    zeros_middle,
     zeros_narrow,
     zeros_single,
-    zeros_wide,
 )
 
 #: What one tile of the tables and one of their gradients may take of a core's second-level cache.
@@ -82,7 +82,7 @@ def row_gradient(
     )
     threads = num_threads((num_tokens * num_lookups + num_rows) * dim, worth=_PARALLEL_WORK)
     if 0 < code_stride <= min(_MAX_OWN_ROWS, 2 * num_tokens):
-        fitting = _TILES_BYTES // (2 * code_stride * WIDE * np.dtype(np.float32).itemsize)
+        fitting = _TILES_BYTES // (2 * code_stride * MIDDLE * np.dtype(np.float32).itemsize)
         call(_by_lookup, threads, lookup, max(1, min(fitting, -(-num_lookups // threads))))
     else:
         order, ends = _sorted_by_row(lookup, num_rows)
@@ -98,62 +98,69 @@ def _by_lookup(lookup: Any, chunk: Any) -> None:
 
 @jit_part()
 def _pass_columns(lookup: Any, first: Any, end: Any) -> None:
-    N, K, D = lookup.N, lookup.K, lookup.D
-    rows = np.empty((end - first) * lookup.S * WIDE, np.float32)
-    sums = np.empty((end - first) * lookup.S * WIDE, np.float32)
-    products = np.zeros(N * (end - first), np.float32)
+    count = end - first
+    row_ids = find_rows(lookup, 0, lookup.N, first, end, first)
+    rows = np.empty(count * lookup.S * MIDDLE, np.float32)
+    sums = np.empty(count * lookup.S * MIDDLE, np.float32)
+    products = np.zeros(lookup.N * count, np.float32)
     column = 0
-    while column + WIDE <= D:
-        _pass_tokens(lookup, rows, sums, products, first, end, column, zeros_wide())
-        column += WIDE
-    while column + NARROW <= D:
-        _pass_tokens(lookup, rows, sums, products, first, end, column, zeros_narrow())
+    while column + MIDDLE <= lookup.D:
+        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, zeros_middle())
+        column += MIDDLE
+    while column + NARROW <= lookup.D:
+        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, zeros_narrow())
         column += NARROW
-    while column < D:
-        _pass_tokens(lookup, rows, sums, products, first, end, column, zeros_single())
+    while column < lookup.D:
+        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, zeros_single())
         column += 1
-    for n in range(N):
-        for k in range(first, end):
-            lookup.grad_scores[n * K + k] = products[n * (end - first) + k - first]
+    for n in range(lookup.N):
+        for i in range(count):
+            lookup.grad_scores[n * lookup.K + first + i] = products[n * count + i]
 
 
 @jit_part()
 def _pass_tokens(
-    lookup: Any, rows: Any, sums: Any, products: Any, first: Any, end: Any, column: Any, zeros: Any
+    lookup: Any,
+    row_ids: Any,
+    rows: Any,
+    sums: Any,
+    products: Any,
+    first: Any,
+    count: Any,
+    column: Any,
+    zeros: Any,
 ) -> None:
-    """Do one tile of columns of lookups [first, end) for all tokens; `rows` and `sums` are scratch."""
-    K, D, S = lookup.K, lookup.D, lookup.S
+    """Do one tile of columns of `count` lookups for all tokens; `rows` and `sums` are scratch, `products` are added to."""
+    N, K, D = lookup.N, lookup.K, lookup.D
+    table, scores, grads, grad_table = lookup.table, lookup.scores, lookup.grad, lookup.grad_table
     tile = width(zeros)
-    num_rows = (end - first) * S
-    for row in range(num_rows):
-        store(rows, row * tile, load(lookup.table, (first * S + row) * D + column, zeros))
+    origin = first * lookup.S
+    for row in range(count * lookup.S):
+        store(rows, row * tile, load(table, (origin + row) * D + column, zeros))
         store(sums, row * tile, zeros)
-    for n in range(lookup.N):
-        grad = load(lookup.grad, n * D + column, zeros)
-        for k in range(first, end):
-            at = ((k - first) * S + id_at(lookup, n * K + k)) * tile
-            store(sums, at, scaled_add(grad, lookup.scores[n * K + k], load(sums, at, zeros)))
-            products[n * (end - first) + k - first] += total(product_add(grad, load(rows, at, zeros), zeros))
-    for row in range(num_rows):
-        store(lookup.grad_table, (first * S + row) * D + column, load(sums, row * tile, zeros))
+    for n in range(N):
+        grad = load(grads, n * D + column, zeros)
+        for i in range(count):
+            start = at(row_ids, n * count + i) * tile
+            store(sums, start, scaled_add(grad, at(scores, n * K + first + i), load(sums, start, zeros)))
+            products[n * count + i] += total(product_add(grad, load(rows, start, zeros), zeros))
+    for row in range(count * lookup.S):
+        store(grad_table, (origin + row) * D + column, load(sums, row * tile, zeros))
 
 
 @jit()
 def _sorted_by_row(lookup: Any, R: Any) -> Any:
     """Return the lookups n·K + k sorted by row, ties in order, and where each row's run ends (a counting sort)."""
-    N, K, S = lookup.N, lookup.K, lookup.S
+    rows = find_rows(lookup, 0, lookup.N, 0, lookup.K, 0)
     ends = np.zeros(R + 1, np.int64)
-    for n in range(N):
-        for k in range(K):
-            ends[k * S + id_at(lookup, n * K + k) + 1] += 1
+    for i in range(rows.size):
+        ends[rows[i] + 1] += 1
     for row in range(R):
         ends[row + 1] += ends[row]
-    order = np.empty(N * K, np.int64)
-    for n in range(N):
-        for k in range(K):
-            row = k * S + id_at(lookup, n * K + k)
-            order[ends[row]] = n * K + k
-            ends[row] += 1
+    order = np.empty(rows.size, np.int64)
+    for i in range(rows.size):
+        order[ends[rows[i]]] = i
+        ends[rows[i]] += 1
     return order, ends[:R]
 
 
@@ -188,9 +195,9 @@ def _sum_rows(lookup: Any, order: Any, ends: Any, low: Any, high: Any) -> None:
     for row in range(low, high):
         run = order[(ends[row - 1] if row > 0 else 0) : ends[row]]
         column = 0
-        while column + WIDE <= lookup.D:
-            _sum_row(lookup, run, row, column, zeros_wide())
-            column += WIDE
+        while column + MIDDLE <= lookup.D:
+            _sum_row(lookup, run, row, column, zeros_middle())
+            column += MIDDLE
         while column + NARROW <= lookup.D:
             _sum_row(lookup, run, row, column, zeros_narrow())
             column += NARROW
@@ -210,25 +217,23 @@ def _sum_row(lookup: Any, run: Any, row: Any, column: Any, zeros: Any) -> None:
 
 @jit_part()
 def _multiply_rows(lookup: Any, low: Any, high: Any) -> None:
-    K, D = lookup.K, lookup.D
+    D = lookup.D
+    rows = find_rows(lookup, low, high, 0, lookup.K, 0)
     for n in range(low, high):
-        for k in range(K):
-            row = (k * lookup.S + id_at(lookup, n * K + k)) * D
-            wide = zeros_wide()
-            narrow = zeros_narrow()
-            single = zeros_single()
+        for k in range(lookup.K):
+            start = rows[(n - low) * lookup.K + k] * D
+            middle, narrow, single = zeros_middle(), zeros_narrow(), zeros_single()
             column = 0
-            while column + WIDE <= D:
-                wide = product_add(
-                    load(lookup.grad, n * D + column, wide), load(lookup.table, row + column, wide), wide
-                )
-                column += WIDE
+            while column + MIDDLE <= D:
+                row = load(lookup.table, start + column, middle)
+                middle = product_add(load(lookup.grad, n * D + column, middle), row, middle)
+                column += MIDDLE
             while column + NARROW <= D:
-                row_part = load(lookup.table, row + column, narrow)
+                row_part = load(lookup.table, start + column, narrow)
                 narrow = product_add(load(lookup.grad, n * D + column, narrow), row_part, narrow)
                 column += NARROW
             while column < D:
-                row_part = load(lookup.table, row + column, single)
-                single = product_add(load(lookup.grad, n * D + column, single), row_part, single)
+                row_end = load(lookup.table, start + column, single)
+                single = product_add(load(lookup.grad, n * D + column, single), row_end, single)
                 column += 1
-            lookup.grad_scores[n * K + k] = total(wide) + total(narrow) + total(single)
+            lookup.grad_scores[n * lookup.K + k] = total(middle) + total(narrow) + total(single)

@@ -31,8 +31,8 @@ def row_gradient(
         name: what errors call the table.
 
     Returns:
-        The dense gradient of the table, [R, D] in table.dtype, each row summed in fp32 in the order of the tokens, 0 where no
-        id points; and that of the scores, [N, K] in their dtype. Both are new, and the same bits at every repeat.
+        The dense gradient of the table, [R, D] in table.dtype, each row summed in fp32 in the order of the tokens, 0
+        where no id points; and that of the scores, [N, K] in their dtype. Both are new, and the same bits each time.
 
     Raises:
         RowIdError: an id lies outside the table; when, see gather_sum.

@@ -7,7 +7,7 @@ from torch import Tensor
 def row_gradient(
     table: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gather_sum: [R, D] in table.dtype and [N, K] in scores.dtype; ids are taken to be in range."""
+    """Return gather_sum's gradients, [R, D] in table.dtype and [N, K] in scores.dtype; ids are taken to be in range."""
     wide = torch.promote_types(table.dtype, scores.dtype)
     ids = row_ids.long()
     if code_stride:

@@ -36,9 +36,9 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
 
     Returns:
         Codes [N, K], K = d / bits, uint8 up to 8 bits and int32 beyond; and scores [N, K] in fp32, computed in fp32 and
-        differentiable, once, in x, through p and the norm alone. The slope of |z| at 0 is 0, as torch has it; 0.0 and −0.0
-        both give bit 1. NaN gives bit 0, a NaN score, and NaN gradients in its chunk; ±inf gives a factor 1 of p ("released":
-        the score inf, and a gradient that is not finite).
+        differentiable, once, in x, through p and the norm alone. The slope of |z| at 0 is 0, as torch has it; 0.0 and
+        −0.0 both give bit 1. NaN gives bit 0, a NaN score, and NaN gradients in its chunk. ±inf gives a factor 1 of p
+        and no gradient to itself ("released": the score inf, and gradients that are not finite).
 
     Raises:
         ConfigError: a value is out of range or `bits` does not divide d.
