@@ -26,7 +26,7 @@ help: ## list the targets
 
 demo: $(STAMPS)/base ## train a small MemoryFormer on this machine's Python sources (2-3 minutes) into a new runs/demo-N
 	@mkdir -p runs; n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; \
-	$(BIN)/mfdist train demo --out runs/demo-$$n $(ARGS)
+	$(BIN)/mfdist train demo --out runs/demo-$$n $(ARGS) && echo 'Here mfdist is $(BIN)/mfdist.'
 
 test: $(STAMPS)/test ## run the tests (less than 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
