@@ -13,8 +13,8 @@ from mfdist.kernels.row_id_check import row_id_error
 class Ids(NamedTuple):
     """Flat ids; the array of their own width holds them and the others are empty.
 
-    One type for all widths, so that kernels are compiled once. Kernels' own tuples start with these fields, because numba
-    takes no tuple within a tuple.
+    One type for all widths, so that kernels are compiled once. Kernels' own tuples start with these fields, because
+    numba takes no tuple within a tuple.
     """
 
     id_bytes: int

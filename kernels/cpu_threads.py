@@ -12,7 +12,7 @@ _pool = threading.Lock()
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a kernel at its first call and remember its machine code on disk, beside the source or in a user cache."""
+    """Compile a kernel at its first call and keep its machine code on disk, beside the source or in a user cache."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         options.update(nogil=True, no_cfunc_wrapper=True)

@@ -30,8 +30,8 @@ def row_id_error(row_id: int, limit: int, name: str, *, is_code: bool, lookup: i
     at = "" if lookup is None else f" at lookup {lookup}"
     if is_code:
         return RowIdError(
-            f'code {row_id}{at} is outside its part of table "{name}" (code_stride={limit}); codes come from sign_hash, '
-            "with bits no more than log2(code_stride)"
+            f'code {row_id}{at} is outside its part of table "{name}" (code_stride={limit}); '
+            "codes come from sign_hash, with bits no more than log2(code_stride)"
         )
     return RowIdError(
         f'row id {row_id}{at} is outside table "{name}" (num_rows={limit}); give ids from 0 to num_rows - 1'

@@ -1,7 +1,7 @@
 """gather_sum on the CPU: tiles of columns in registers, tokens in parallel, the table in the order the caches like.
 
-Three orders of the same sums, chosen by shape. Each output element is added up by one thread in the order k = 0..K-1, so
-the result depends on neither the order nor the number of threads.
+Three orders of the same sums, chosen by shape. Each output element is added up by one thread in the order k = 0..K-1,
+so the result depends on neither the order nor the number of threads.
 
 - whole: a few tokens at a time read all their rows. For few tokens, small tables, and ids that may lie anywhere.
 - chunked: all tokens read from the tables of a few lookups, then from the next few. For tables past the last cache.

@@ -1,7 +1,7 @@
 """gather_sum on a GPU: one program sums a tile of tokens × columns in fp32 registers.
 
-- Tables whose slice of columns fits the second-level cache: programs are ordered so that all tokens pass one slice before
-  the next one starts, and most reads are cache hits.
+- Tables whose slice of columns fits the second-level cache: programs are ordered so that all tokens pass one slice
+  before the next one starts, and most reads are cache hits.
 - Larger tables: whole rows, a long contiguous read each.
 - Few tokens: the lookups of one token are read side by side, because there is no other work to hide the latency.
 

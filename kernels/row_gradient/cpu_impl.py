@@ -2,8 +2,8 @@
 
 Two ways, chosen by shape; neither's result depends on the number of threads.
 
-- by lookup: where each lookup has a table of its own (a code stride), a thread takes a few lookups and keeps one tile of
-  columns of their tables and of their gradients in the second-level cache while all tokens pass.
+- by lookup: where each lookup has a table of its own (a code stride), a thread takes a few lookups and keeps one tile
+  of columns of their tables and of their gradients in the second-level cache while all tokens pass.
 - by row: for ids that may repeat anywhere. The lookups are sorted by row, keeping the tokens in order, and each thread
   sums its own rows; the scores' gradients are a second pass over the tokens.
 """
@@ -130,7 +130,7 @@ def _pass_tokens(
     column: Any,
     zeros: Any,
 ) -> None:
-    """Do one tile of columns of `count` lookups for all tokens; `rows` and `sums` are scratch, `products` are added to."""
+    """Do one tile of columns of `count` lookups for all tokens; `rows` and `sums` are scratch."""
     N, K, D = lookup.N, lookup.K, lookup.D
     table, scores, grads, grad_table = lookup.table, lookup.scores, lookup.grad, lookup.grad_table
     tile = width(zeros)

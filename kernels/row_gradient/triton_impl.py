@@ -1,8 +1,8 @@
 """row_gradient on a GPU: the lookups are sorted by row, and one program sums a tile of columns of one row. No atomics.
 
-1. Keys: every lookup's row, with a bad id's sent past the end. 2. A stable sort keeps the tokens of a row in order. 3. A
-binary search finds where each row's run ends. 4. Each row is summed over its run. 5. The scores' gradients are a pass of
-their own over the tokens. Every sum has one program and a fixed order, so results repeat bit for bit.
+1. Keys: every lookup's row, with a bad id's sent past the end. 2. A stable sort keeps the tokens of a row in order.
+3. A binary search finds where each row's run ends. 4. Each row is summed over its run. 5. The scores' gradients are a
+pass of their own over the tokens. Every sum has one program and a fixed order, so results repeat bit for bit.
 """
 
 import torch
@@ -60,7 +60,7 @@ def row_gradient(
 
 
 def _key_dtype(num_rows: int, *, is_checked: bool) -> torch.dtype:
-    """Return the narrowest dtype, which sorts fastest, that holds every row and, if ids are checked, the one past them."""
+    """Return the narrowest dtype, which sorts fastest, for all rows and, if ids are checked, the one past them."""
     largest = num_rows if is_checked else num_rows - 1
     return next(kind for kind in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(kind).max)
 
