@@ -37,7 +37,7 @@ def evaluate(
     precision: str = "fp32",
     max_sequences: int | None = None,
 ) -> Evaluated:
-    """Return the mean loss over the validation text, or its first `max_sequences` sequences.
+    """Return the mean loss over the validation text, or over `max_sequences` sequences spread over it.
 
     Bits per byte divide the summed loss by the UTF-8 bytes of the predicted tokens, so that models with different
     tokenizers compare; predicting the end of a document costs bits and yields no bytes.

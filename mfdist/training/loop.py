@@ -68,7 +68,8 @@ def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
             for each in observers:
                 each(event)
 
-        request = stack.enter_context(stop_on_signals(lambda message: tell(Warned(message=message))))
+        # Told from inside the signal handler: to the caller alone, since a file may be half way through a line.
+        request = stack.enter_context(stop_on_signals(lambda message: observer(Warned(message=message))))
         stack.enter_context(_determinism(run.config.training.is_deterministic))
         session = _Session.prepare(run, checkpoints, tell)
         metrics = MetricsFile(run.metrics_path, session.first_step)
@@ -134,7 +135,7 @@ class _Session:
         is_new = not checkpoints.steps()
         twin = None
         if config.training.twin_steps and config.model.kind == "memory" and is_new:
-            twin = time_dense_twin(config, batches, device)
+            twin = time_dense_twin(config, batches, device, tell)
         torch.manual_seed(config.training.seed)
         with device:
             model = build_model(config.model)

@@ -14,6 +14,7 @@ from typing import Self
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.config import RunConfig, parse_config
 from mfdist.errors import ConfigError
+from mfdist.training.metrics import read_metrics
 
 # What a resumed run may change without becoming another run: everything else decides the weights or the batches.
 _MAY_CHANGE = (
@@ -44,16 +45,19 @@ class RunDirectory:
     def create(cls, path: Path | str, config: RunConfig) -> Self:
         """Make a new run's directory and store its configuration.
 
+        A run that ended before its first step, because its text was wrong say, gives way to the new one.
+
         Raises:
             ConfigError: the path holds a run already, or anything else; nothing was changed.
         """
         run = cls(Path(path))
-        if run.config_path.exists():
+        has_run = run.config_path.exists()
+        if has_run and run.has_trained():
             raise ConfigError(
                 f"--out must name a new directory; {run.path} holds a run already; "
                 f"go on with it by `mfdist train --resume {run.path}`, or choose another name"
             )
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if not has_run and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise ConfigError(f"--out must name a new or empty directory; {run.path} holds something else")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,10 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """Read the resolved configuration."""
         return parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path))
+
+    def has_trained(self) -> bool:
+        """Return whether a step was ever made, committed or not."""
+        return bool(self.checkpoints.steps()) or bool(read_metrics(self.metrics_path, "stepped"))
 
     def write_config(self, config: RunConfig) -> None:
         """Replace the stored configuration, at once or not at all."""

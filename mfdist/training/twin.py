@@ -9,13 +9,14 @@ from mfdist.config import RunConfig
 from mfdist.models import build_model
 from mfdist.training.data.batches import TokenBatches
 from mfdist.training.device import synchronize
+from mfdist.training.events import Observer, Preparing
 from mfdist.training.optimizer import RunOptimizer
 from mfdist.training.step import TrainStep
 
 NUM_WARMUP_STEPS = 3
 
 
-def time_dense_twin(config: RunConfig, batches: TokenBatches, device: torch.device) -> float:
+def time_dense_twin(config: RunConfig, batches: TokenBatches, device: torch.device, observer: Observer) -> float:
     """Train the dense twin for `training.twin_steps` steps and return its median tokens a second.
 
     The twin has the run's shape, precision, batch and optimiser; it is dropped afterwards, and torch's random
@@ -27,11 +28,14 @@ def time_dense_twin(config: RunConfig, batches: TokenBatches, device: torch.devi
         twin = build_model(config.model.model_copy(update={"kind": "dense"}))
     step = TrainStep(twin, RunOptimizer(twin, config.optimizer), config.training, device)
     seconds = []
-    for index in range(NUM_WARMUP_STEPS + config.training.twin_steps):
+    num_steps = NUM_WARMUP_STEPS + config.training.twin_steps
+    for index in range(num_steps):
+        observer(Preparing(activity="timing the dense twin", done=index, total=num_steps, unit="steps"))
         synchronize(device)
         start = time.perf_counter()
         step(index, *batches.at(index))
         synchronize(device)
         seconds.append(time.perf_counter() - start)
+    observer(Preparing(activity="timing the dense twin", done=num_steps, total=num_steps, unit="steps"))
     torch.set_rng_state(before)
     return tokens_per_step / median(seconds[NUM_WARMUP_STEPS:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfdist.config import parse_config
-from mfdist.errors import CheckpointError, ConfigError, ConsistencyError, MfdistError, NonFiniteError
+from mfdist.errors import CheckpointError, ConfigError, ConsistencyError, DataError, MfdistError, NonFiniteError
 from mfdist.models import build_model
 from mfdist.training.evaluation import evaluate_run
 from mfdist.training.events import Evaluated, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned
@@ -207,7 +207,16 @@ def test_what_may_change_in_a_run_and_what_may_not(tiny_run):
     assert tiny_run.config.optimizer.tables.lr == 0.5
 
 
+def test_a_run_that_never_trained_gives_way(tmp_path, tiny_config):
+    (tmp_path / "empty").mkdir()
+    bad = set_keys(tiny_config, f"data.source={tmp_path / 'empty'}")
+    with pytest.raises(DataError, match="empty"):
+        train(RunDirectory.create(tmp_path / "run", bad))
+    assert RunDirectory.create(tmp_path / "run", tiny_config).config == tiny_config
+
+
 def test_runs_do_not_overwrite_each_other(tmp_path, tiny_config, tiny_run):
+    recorded(tiny_run)
     with pytest.raises(ConfigError, match=r"holds a run already; go on with it by `mfdist train --resume"):
         RunDirectory.create(tiny_run.path, tiny_config)
     (tmp_path / "full").mkdir()
