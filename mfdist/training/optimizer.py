@@ -1,7 +1,7 @@
 """AdamW over two groups, the dense parameters and the tables, each with its own rate, schedule, decay and clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def table_parameter_names(model: nn.Module) -> dict[str, str]:
 class RunOptimizer:
     """AdamW with a dense and a table group, clipped and scheduled apart.
 
-    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: backward, `clip`, `step`.
+    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: backward, `gradient_norms`, `step`.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -64,23 +64,31 @@ class RunOptimizer:
             name: self._peak_lr[name] * lr_factor(settings, step, num_steps) for name, settings in self._configs.items()
         }
 
-    def clip(self) -> dict[str, Tensor]:
-        """Scale each group's gradients to at most its `clip_norm`; return their norms before that, fp32 scalars."""
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Return the 2-norm of each group's gradients, scalars on their device."""
         norms = {}
         for name, parameters in self._parameters.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            limit = self._configs[name].clip_norm
-            if limit and gradients:
-                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-            norms[name] = norm
+            norms[name] = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         return norms
 
-    def step(self, rates: dict[str, float]) -> None:
-        """Apply one update at the given rates and drop the gradients."""
+    def step(self, rates: Mapping[str, float], norms: Mapping[str, float]) -> None:
+        """Apply one update at the given rates, and drop the gradients.
+
+        A group whose norm exceeds its `clip_norm` is scaled down to it first; the others cost no pass over their
+        gradients.
+        """
+        for name, parameters in self._parameters.items():
+            limit = self._configs[name].clip_norm
+            if limit and norms[name] > limit:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norms[name]))
         for group in self.adamw.param_groups:
             group["lr"] = rates[group["group"]]
         self.adamw.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients without an update."""
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, dict[str, Tensor]]:

@@ -68,13 +68,13 @@ class TrainStep:
                 part = token_loss(self._forward, part_inputs, part_targets) / self._config.micro_batches
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
-        norms = self._optimizer.clip()
+        norms = self._optimizer.gradient_norms()
         measured = torch.stack([loss, norms["dense"].to(loss.device), norms["tables"].to(loss.device)]).tolist()
         if not all(map(_is_finite, measured)):
-            self._optimizer.adamw.zero_grad(set_to_none=True)
+            self._optimizer.drop_gradients()
             raise NonFiniteError(self._explain(step, measured, inputs, targets))
         rates = self._optimizer.learning_rates(step, self._config.steps)
-        self._optimizer.step(rates)
+        self._optimizer.step(rates, {"dense": measured[1], "tables": measured[2]})
         return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=measured[2], rates=rates)
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,6 +19,11 @@ def with_gradients(made):
     return made
 
 
+def update(optimizer, step):
+    norms = {name: norm.item() for name, norm in optimizer.gradient_norms().items()}
+    optimizer.step(optimizer.learning_rates(step, 10), norms)
+
+
 def test_every_parameter_is_in_one_group_and_tables_are_their_own():
     made = model()
     optimizer = RunOptimizer(made, OptimizerConfig())
@@ -68,30 +73,40 @@ def test_groups_are_clipped_apart_and_norms_are_those_before():
         "dense": [value.grad for name, value in made.named_parameters() if name not in tables],
     }
     before = {name: torch.cat([g.flatten() for g in gradients]).norm().item() for name, gradients in groups.items()}
-    norms = RunOptimizer(made, config).clip()
+    optimizer = RunOptimizer(made, config)
+    norms = {name: norm.item() for name, norm in optimizer.gradient_norms().items()}
+    gradients = {name: [g.clone() for g in each] for name, each in groups.items()}
+    optimizer.drop_gradients = lambda: None  # so that what AdamW was given can be seen
+    update(optimizer, 0)
     after = {name: torch.cat([g.flatten() for g in gradients]).norm().item() for name, gradients in groups.items()}
-    assert {name: norm.item() for name, norm in norms.items()} == pytest.approx(before)
+    assert norms == pytest.approx(before)
+    for name, limit in (("dense", 0.5), ("tables", 0.25)):
+        for scaled, whole in zip(groups[name], gradients[name], strict=True):
+            torch.testing.assert_close(scaled, whole * (limit / before[name]), rtol=1e-4, atol=1e-8)
     assert after == pytest.approx({"dense": 0.5, "tables": 0.25}, rel=1e-4)
 
 
-def test_no_clipping_leaves_gradients_alone():
+@pytest.mark.parametrize("clip_norm", [0.0, 1e9])
+def test_gradients_within_the_limit_are_left_alone(clip_norm):
     made = with_gradients(model())
     kept = [value.grad.clone() for value in made.parameters()]
-    config = OptimizerConfig(dense=ParameterGroupConfig(lr=0.1, clip_norm=0), tables=ParameterGroupConfig(clip_norm=0))
-    RunOptimizer(made, config).clip()
+    settings = ParameterGroupConfig(lr=0.1, clip_norm=clip_norm)
+    optimizer = RunOptimizer(made, OptimizerConfig(dense=settings, tables=settings))
+    optimizer.drop_gradients = lambda: None
+    update(optimizer, 0)
     assert all(torch.equal(old, value.grad) for old, value in zip(kept, made.parameters(), strict=True))
 
 
 def test_state_moves_by_name_to_a_new_optimizer():
     made, again = with_gradients(model()), model()
     first = RunOptimizer(made, OptimizerConfig())
-    first.step(first.learning_rates(0, 10))
+    update(first, 0)
     again.load_state_dict(made.state_dict())
     second = RunOptimizer(again, OptimizerConfig())
     second.load_state(first.state())
     for each, optimizer in ((made, first), (again, second)):
         with_gradients(each)
-        optimizer.step(optimizer.learning_rates(1, 10))
+        update(optimizer, 1)
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
 
 
@@ -101,4 +116,4 @@ def test_the_dense_twin_has_no_table_group():
     )
     optimizer = RunOptimizer(twin, OptimizerConfig())
     assert {group["group"] for group in optimizer.adamw.param_groups} == {"dense"}
-    assert optimizer.clip()["tables"].item() == 0.0
+    assert optimizer.gradient_norms()["tables"].item() == 0.0
