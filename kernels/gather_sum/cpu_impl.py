@@ -114,8 +114,8 @@ def _in_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> N
     tokens = -(-lookup.N // token_parts)
     columns = -(-lookup.D // (column_parts * WIDE)) * WIDE
     for part in numba.prange(token_parts * column_parts):
-        low = part // column_parts * tokens
-        left = part % column_parts * columns
+        low = min(lookup.N, part // column_parts * tokens)
+        left = min(lookup.D, part % column_parts * columns)
         for first in range(0, lookup.K, chunk):
             high, right, end = min(lookup.N, low + tokens), min(lookup.D, left + columns), min(lookup.K, first + chunk)
             _add_columns(lookup, _Part(low, high, left, right, first, end))
@@ -177,7 +177,7 @@ def _packed(lookup: Any, chunk: Any, token_parts: Any) -> None:
     tokens = -(-lookup.N // token_parts)
     for task in numba.prange(num_tiles * token_parts):
         tile = task // token_parts
-        low = task % token_parts * tokens
+        low = min(lookup.N, task % token_parts * tokens)
         high = min(lookup.N, low + tokens)
         if tile < num_wide:
             _add_packed(lookup, chunk, low, high, tile * WIDE, zeros_wide())

@@ -171,7 +171,7 @@ def _by_row(lookup: Any, order: Any, ends: Any, parts: Any) -> None:
         _sum_rows(lookup, order, ends, _share(ends, part, parts), _share(ends, part + 1, parts))
     tokens = -(-lookup.N // parts)
     for part in numba.prange(parts):
-        _multiply_rows(lookup, part * tokens, min(lookup.N, part * tokens + tokens))
+        _multiply_rows(lookup, min(lookup.N, part * tokens), min(lookup.N, part * tokens + tokens))
 
 
 @jit_part()
