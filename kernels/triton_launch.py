@@ -3,12 +3,15 @@
 import contextlib
 import importlib.util
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
+
+#: Multiply-adds rounded once, said outright: Triton 3.9 warns where it is left open, and later ones change the default.
+LAUNCH_OPTIONS: Final = {"enable_fp_fusion": True}
 
 
 def needs_triton(tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfdist.kernels.row_id_check import error_word
 from mfdist.kernels.triton_ids import checked
-from mfdist.kernels.triton_launch import device_of, must_check, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 
 _SLICE_COLUMNS = 64
 #: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
@@ -41,12 +41,22 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int,
             columns = min(_SLICE_COLUMNS, next_power_of_2(dim))
             lookups = min(64, next_power_of_2(num_lookups))
             _sum_few[(num_tokens, triton.cdiv(dim, columns))](
-                table, row_ids, scores, out, word, *sizes, lookups, columns, is_checked, num_warps=8
+                table, row_ids, scores, out, word, *sizes, lookups, columns, is_checked, num_warps=8, **LAUNCH_OPTIONS
             )
         else:
             tokens, columns, warps = tile(num_rows, dim, table.itemsize)
             _sum_tile[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
-                table, row_ids, scores, out, word, *sizes, tokens, columns, is_checked, num_warps=warps
+                table,
+                row_ids,
+                scores,
+                out,
+                word,
+                *sizes,
+                tokens,
+                columns,
+                is_checked,
+                num_warps=warps,
+                **LAUNCH_OPTIONS,
             )
     return out
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfdist.kernels.row_id_check import error_word
 from mfdist.kernels.triton_ids import checked
-from mfdist.kernels.triton_launch import device_of, must_check, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 
 _KEYS_TOGETHER = 1024
 _ROW_COLUMNS = 128
@@ -40,21 +40,31 @@ def row_gradient(
         _make_keys[(triton.cdiv(row_ids.numel(), _KEYS_TOGETHER),)](
             row_ids, keys, word,
             row_ids.numel(), num_lookups, code_stride, limit, num_rows,
-            _KEYS_TOGETHER, is_checked,
+            _KEYS_TOGETHER, is_checked, **LAUNCH_OPTIONS,
         )  # fmt: skip
         by_row, order = torch.sort(keys, stable=True)
         ends = torch.searchsorted(by_row, torch.arange(num_rows, dtype=keys.dtype, device=keys.device), right=True)
         columns = min(_ROW_COLUMNS, next_power_of_2(dim))
         entries = max(2, min(16, next_power_of_2(row_ids.numel() // num_rows + 1)))
         _sum_row[(num_rows, triton.cdiv(dim, columns))](
-            scores, grad_output, order, ends, grad_table, num_lookups, dim, entries, columns, num_warps=4
+            scores,
+            grad_output,
+            order,
+            ends,
+            grad_table,
+            num_lookups,
+            dim,
+            entries,
+            columns,
+            num_warps=4,
+            **LAUNCH_OPTIONS,
         )
         columns = min(_PRODUCT_COLUMNS, next_power_of_2(dim))
         lookups = min(_PRODUCT_LOOKUPS, next_power_of_2(num_lookups))
         _multiply_rows[(num_tokens, triton.cdiv(num_lookups, lookups))](
             table, row_ids, grad_output, grad_scores, word,
             num_lookups, dim, code_stride, limit,
-            lookups, columns, is_checked, num_warps=4,
+            lookups, columns, is_checked, num_warps=4, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return grad_table, grad_scores
 

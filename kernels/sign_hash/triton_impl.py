@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.triton_launch import device_of, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 
 _BLOCK = 1024
 
@@ -23,8 +23,10 @@ def sign_hash(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Ten
         chunks = _BLOCK // width
         with device_of(x):
             _hash[(triton.cdiv(codes.numel(), chunks),)](
-                x.contiguous(), codes, scores, codes.numel(), -2 / temperature, bits, width, chunks, score == "released"
-            )
+                x.contiguous(), codes, scores,
+                codes.numel(), -2 / temperature,
+                bits, width, chunks, score == "released", **LAUNCH_OPTIONS,
+            )  # fmt: skip
     return codes, scores
 
 
@@ -38,7 +40,7 @@ def sign_hash_gradient(x: Tensor, grad_scores: Tensor, bits: int, score: str, te
             _gradient[(triton.cdiv(grad_scores.numel(), chunks),)](
                 x.contiguous(), grad_scores.contiguous(), grad_x,
                 grad_scores.numel(), -2 / temperature,
-                bits, width, chunks, score == "released",
+                bits, width, chunks, score == "released", **LAUNCH_OPTIONS,
             )  # fmt: skip
     return grad_x
 

@@ -53,9 +53,7 @@ def assert_matches_oracle(lookup: Lookup) -> None:
     grad_table, grad_scores = expected_gradients(lookup)
     assert_is(table.grad, grad_table, table.dtype)
     assert_is(scores.grad, grad_scores, torch.float32)
-    direct = row_gradient(
-        lookup.table, lookup.row_ids, lookup.scores, lookup.grad_output, lookup.code_stride
-    )
+    direct = row_gradient(lookup.table, lookup.row_ids, lookup.scores, lookup.grad_output, lookup.code_stride)
     assert table.grad is not None and torch.equal(direct[0], table.grad)
     assert scores.grad is not None and torch.equal(direct[1], scores.grad)
 

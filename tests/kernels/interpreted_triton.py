@@ -1,0 +1,112 @@
+"""Runs the Triton kernels in Triton's interpreter against the references' oracle; test_triton starts it as a process.
+
+The interpreter must be chosen before a kernel is defined. It rounds fp32 to bf16 towards zero, so bf16 gets twice the
+tolerance here, and it takes about 0.1 ms an operation and program, so shapes are small.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from mfdist.errors import RowIdError
+from mfdist.kernels import check_errors
+from mfdist.kernels.gather_sum import triton_impl as sums
+from mfdist.kernels.row_gradient import triton_impl as gradients
+from mfdist.kernels.sign_hash import triton_impl as hashes
+from mfdist.testing import oracles
+from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.kernels.lookups import Lookup, expected_gradients, expected_sum, make_lookup
+
+
+def check(got: torch.Tensor, expected: object) -> None:
+    kind = str(got.dtype).removeprefix("torch.")
+    error = relative_error(got.double().numpy(), expected)  # type: ignore[arg-type]
+    assert error <= TOLERANCES[kind] * (2 if kind == "bfloat16" else 1), (kind, error)
+
+
+def check_lookup(lookup: Lookup) -> None:
+    arguments = (lookup.table, lookup.row_ids, lookup.scores)
+    check(sums.gather_sum(*arguments, lookup.code_stride, "t"), expected_sum(lookup))
+    got = gradients.row_gradient(*arguments, lookup.grad_output, lookup.code_stride, "t")
+    for one, expected in zip(got, expected_gradients(lookup), strict=True):
+        check(one, expected)
+    again = gradients.row_gradient(*arguments, lookup.grad_output, lookup.code_stride, "t")
+    assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
+
+
+def lookups() -> None:
+    check_lookup(make_lookup(63, 3, 8, 40))
+    check_lookup(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32))
+    check_lookup(make_lookup(40, 2, 8, 1, dtype=torch.float16, is_compact=False, id_dtype=torch.int64))
+    check_lookup(make_lookup(3, 70, 1, 100))  # few tokens, more lookups than are read at a time
+    for empty in (make_lookup(0, 3, 8, 8), make_lookup(5, 0, 8, 8)):
+        check_lookup(empty)
+    equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
+    equal.row_ids.fill_(3)
+    check_lookup(equal)
+    sums._SLICE_BYTES = 0  # as for a table whose slices fit no cache
+    check_lookup(make_lookup(35, 2, 8, 100))
+
+
+def hashing() -> None:
+    for bits, dtype, score in (
+        (8, torch.float32, "paper"),
+        (5, torch.float32, "released"),
+        (24, torch.float32, "paper"),
+        (10, torch.bfloat16, "released"),
+    ):
+        x = torch.randn(37, 3 * bits).to(dtype)
+        codes, scores = hashes.sign_hash(x, bits, score, 1.5)
+        expected_codes, expected = oracles.sign_hash(x.double().numpy(), bits, score, 1.5)
+        assert np.array_equal(codes.numpy(), expected_codes)
+        assert codes.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+        check(scores, expected)
+        grad = torch.randn(37, 3)
+        got = hashes.sign_hash_gradient(x, grad, bits, score, 1.5)
+        check(got, oracles.sign_hash_gradient(x.double().numpy(), grad.double().numpy(), bits, score, 1.5))
+    special = torch.tensor([[0.0, -0.0, float("nan"), -1.0, float("inf"), 1.0]])
+    codes, scores = hashes.sign_hash(special, 2, "paper", 1.0)
+    assert codes.tolist() == [[3, 0, 3]]
+    assert scores.isnan().tolist() == [[False, True, False]]
+    slopes = hashes.sign_hash_gradient(special, torch.ones(1, 3), 2, "paper", 1.0)
+    assert slopes[0, :2].tolist() == [0.0, 0.0]
+    assert slopes.isnan().tolist() == [[False, False, True, True, False, False]]
+
+
+def bad_ids() -> None:
+    """A bad id poisons what it would have fed, touches nothing else, and is told of at the next call."""
+    table = torch.randn(12, 8)
+    for num_tokens in (2, 40):  # either kernel
+        for bad in (12, -1):
+            ids = torch.zeros(num_tokens, 2, dtype=torch.int64)
+            ids[1, 1] = bad
+            scores = torch.ones(num_tokens, 2)
+            out = sums.gather_sum(table, ids, scores, 0, "layers.3.ffn2")
+            assert out.isnan().all(dim=1).tolist() == [n == 1 for n in range(num_tokens)]
+            expect_error(f'row id {bad} is outside table "layers.3.ffn2" (num_rows=12)')
+            grads = gradients.row_gradient(table, ids, scores, torch.ones(num_tokens, 8), 0, "other")
+            assert grads[0][0].tolist() == [2.0 * num_tokens - 1] * 8
+            assert grads[0][1:].count_nonzero() == 0
+            assert grads[1].isnan().nonzero().tolist() == [[1, 1]]
+            try:
+                sums.gather_sum(table, ids.clamp(0, 11), scores, 0, "layers.3.ffn2")
+            except RowIdError as error:
+                assert str(error).startswith(f'row id {bad} is outside table "other"')
+            else:
+                raise AssertionError("the next call must raise")
+    check_errors()
+
+
+def expect_error(start: str) -> None:
+    try:
+        check_errors()
+    except RowIdError as error:
+        assert str(error).startswith(start), error
+    else:
+        raise AssertionError("check_errors must raise")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    {"lookups": lookups, "hashing": hashing, "bad_ids": bad_ids}[sys.argv[1]]()

@@ -1,0 +1,105 @@
+"""The Triton kernels where there is no GPU: run in Triton's interpreter, and compiled for two generations of GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfdist.errors import ConfigError
+from mfdist.kernels import gather_sum, row_gradient, sign_hash
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, must_check, needs_triton, next_power_of_2
+from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("part", ["lookups", "hashing", "bad_ids"])
+def test_in_the_interpreter(part: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_triton", part],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SIZES = {"N": "i32", "K": "i32", "D": "i32", "S": "i32", "limit": "i32"}
+LOOKUP = {"table": "*bf16", "row_ids": "*u8", "scores": "*fp32", "out": "*bf16", "error_word": "*i64", **SIZES}
+KERNELS = {
+    "gather_sum._sum_tile": (LOOKUP, {"TOKENS": 16, "COLUMNS": 64, "IS_CHECKED": False}),
+    "gather_sum._sum_few": (LOOKUP, {"LOOKUPS": 64, "COLUMNS": 64, "IS_CHECKED": True}),
+    "row_gradient._make_keys": (
+        {"row_ids": "*i64", "keys": "*i32", "error_word": "*i64", "num_ids": "i64", "R": "i64", **SIZES},
+        {"IDS": 1024, "IS_CHECKED": True},
+    ),
+    "row_gradient._sum_row": (
+        {"scores": "*fp32", "grad_output": "*bf16", "order": "*i64", "ends": "*i64", "grad_table": "*bf16", **SIZES},
+        {"ENTRIES": 16, "COLUMNS": 128},
+    ),
+    "row_gradient._multiply_rows": (
+        {"grad_output": "*bf16", "grad_scores": "*fp32", **LOOKUP},
+        {"LOOKUPS": 16, "COLUMNS": 128, "IS_CHECKED": True},
+    ),
+    "sign_hash._hash": (
+        {"x": "*bf16", "codes": "*u8", "scores": "*fp32", "num_chunks": "i32", "slope": "fp32"},
+        {"BITS": 8, "WIDTH": 8, "CHUNKS": 128, "IS_RELEASED": True},
+    ),
+    "sign_hash._gradient": (
+        {"x": "*bf16", "grad_scores": "*fp32", "grad_x": "*bf16", "num_chunks": "i32", "slope": "fp32"},
+        {"BITS": 10, "WIDTH": 16, "CHUNKS": 64, "IS_RELEASED": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiling_for_a_gpu(name: str, capability: int) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from importlib import import_module
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    op, kernel_name = name.split(".")
+    kernel = getattr(import_module(f"mfdist.kernels.{op}.triton_impl"), kernel_name)
+    types, constants = KERNELS[name]
+    signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(LAUNCH_OPTIONS))
+    assert compiled.asm["cubin"]
+    assert "atom." not in compiled.asm["ptx"]  # their order would differ from run to run
+
+
+def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install triton"):
+        needs_triton(torch.zeros(1))
+
+
+def test_sizes_of_tiles() -> None:
+    assert [next_power_of_2(size) for size in (1, 2, 3, 100, 1024)] == [1, 2, 4, 128, 1024]
+    codes = torch.zeros(1, dtype=torch.uint8)
+    assert [must_check(codes, limit) for limit in (16, 255, 256)] == [True, True, False]
+    assert must_check(codes.int(), 1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_compact", [True, False], ids=["codes", "ids"])
+def test_on_a_gpu(is_compact: bool, dtype: torch.dtype) -> None:
+    lookup = make_lookup(100, 5, 64, 300, dtype=dtype, id_dtype=torch.int32, is_compact=is_compact)
+    table, ids, scores = lookup.table.cuda(), lookup.row_ids.cuda(), lookup.scores.cuda()
+    assert_is(gather_sum(table, ids, scores, lookup.code_stride), expected_sum(lookup), dtype)
+    got = row_gradient(table, ids, scores, lookup.grad_output.cuda(), lookup.code_stride)
+    expected = expected_gradients(lookup)
+    assert_is(got[0], expected[0], dtype)
+    assert_is(got[1], expected[1], torch.float32)
+    x = torch.randn(100, 64)
+    for one, two in zip(sign_hash(x.cuda(), 8), sign_hash(x, 8), strict=True):
+        assert torch.allclose(one.cpu().float(), two.float(), rtol=1e-5)
