@@ -1,25 +1,14 @@
-"""What the Triton kernels share: where they run, tile sizes, and the check of row ids."""
+"""What the Triton kernels share on the host: where and how they are launched, and sizes."""
 
 import contextlib
-import importlib.util
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from mfdist.errors import ConfigError
-
 #: Multiply-adds rounded once, said outright: Triton 3.9 warns where it is left open, and later ones change the default.
 LAUNCH_OPTIONS: Final = {"enable_fp_fusion": True}
-
-
-def needs_triton(tensor: Tensor) -> None:
-    """Raise ConfigError where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        raise ConfigError(
-            f"tensors on {tensor.device} need Triton; it is not installed; pip install triton, or use the CPU"
-        )
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfdist.kernels import implementation
 from mfdist.kernels.gather_sum import reference
 from mfdist.kernels.lookup_arguments import check_lookup
 from mfdist.kernels.row_gradient.op import row_gradient_unchecked
@@ -51,19 +52,14 @@ def _on_cpu(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, na
 
         checked_ids(row_ids, code_stride or table.shape[0], name, is_code=code_stride > 0)
         return reference.gather_sum(table, row_ids, scores, code_stride)
-    from mfdist.kernels.gather_sum import cpu_impl
-
-    return cpu_impl.gather_sum(table, row_ids, scores, code_stride, name)
+    made: Tensor = implementation.on_cpu("gather_sum").gather_sum(table, row_ids, scores, code_stride, name)
+    return made
 
 
 @torch.library.impl("mfdist::gather_sum", "CUDA")
 def _on_gpu(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:
-    from mfdist.kernels.triton_launch import needs_triton
-
-    needs_triton(table)
-    from mfdist.kernels.gather_sum import triton_impl
-
-    return triton_impl.gather_sum(table, row_ids, scores, code_stride, name)
+    made: Tensor = implementation.on_gpu("gather_sum").gather_sum(table, row_ids, scores, code_stride, name)
+    return made
 
 
 @torch.library.register_fake("mfdist::gather_sum")

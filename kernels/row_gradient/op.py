@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
+from mfdist.kernels import implementation
 from mfdist.kernels.lookup_arguments import check_lookup
 from mfdist.kernels.row_gradient import reference
 
@@ -59,21 +60,20 @@ def _on_cpu(
 
         checked_ids(row_ids, code_stride or table.shape[0], name, is_code=code_stride > 0)
         return reference.row_gradient(table, row_ids, scores, grad_output, code_stride)
-    from mfdist.kernels.row_gradient import cpu_impl
-
-    return cpu_impl.row_gradient(table, row_ids, scores, grad_output, code_stride, name)
+    made: tuple[Tensor, Tensor] = implementation.on_cpu("row_gradient").row_gradient(
+        table, row_ids, scores, grad_output, code_stride, name
+    )
+    return made
 
 
 @torch.library.impl("mfdist::row_gradient", "CUDA")
 def _on_gpu(
     table: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int, name: str
 ) -> tuple[Tensor, Tensor]:
-    from mfdist.kernels.triton_launch import needs_triton
-
-    needs_triton(table)
-    from mfdist.kernels.row_gradient import triton_impl
-
-    return triton_impl.row_gradient(table, row_ids, scores, grad_output, code_stride, name)
+    made: tuple[Tensor, Tensor] = implementation.on_gpu("row_gradient").row_gradient(
+        table, row_ids, scores, grad_output, code_stride, name
+    )
+    return made
 
 
 @torch.library.register_fake("mfdist::row_gradient")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
+from mfdist.kernels import implementation
 from mfdist.kernels.sign_hash import reference
 
 _MAX_BITS = 24
@@ -69,9 +70,7 @@ def _on_cpu(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tenso
     if x.dtype == torch.float64:
         codes, scores = reference.sign_hash(x, bits, score, temperature)
         return scores, codes.to(_code_dtype(bits))
-    from mfdist.kernels.sign_hash import cpu_impl
-
-    codes, scores = cpu_impl.sign_hash(x, bits, score, temperature)
+    codes, scores = implementation.on_cpu("sign_hash").sign_hash(x, bits, score, temperature)
     return scores, codes
 
 
@@ -79,30 +78,20 @@ def _on_cpu(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tenso
 def _gradient_on_cpu(x: Tensor, grad_scores: Tensor, bits: int, score: str, temperature: float) -> Tensor:
     if x.dtype == torch.float64:
         return reference.sign_hash_gradient(x, grad_scores, bits, score, temperature)
-    from mfdist.kernels.sign_hash import cpu_impl
-
-    return cpu_impl.sign_hash_gradient(x, grad_scores, bits, score, temperature)
+    made: Tensor = implementation.on_cpu("sign_hash").sign_hash_gradient(x, grad_scores, bits, score, temperature)
+    return made
 
 
 @torch.library.impl("mfdist::sign_hash", "CUDA")
 def _on_gpu(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tensor, Tensor]:
-    from mfdist.kernels.triton_launch import needs_triton
-
-    needs_triton(x)
-    from mfdist.kernels.sign_hash import triton_impl
-
-    codes, scores = triton_impl.sign_hash(x, bits, score, temperature)
+    codes, scores = implementation.on_gpu("sign_hash").sign_hash(x, bits, score, temperature)
     return scores, codes
 
 
 @torch.library.impl("mfdist::sign_hash_gradient", "CUDA")
 def _gradient_on_gpu(x: Tensor, grad_scores: Tensor, bits: int, score: str, temperature: float) -> Tensor:
-    from mfdist.kernels.triton_launch import needs_triton
-
-    needs_triton(x)
-    from mfdist.kernels.sign_hash import triton_impl
-
-    return triton_impl.sign_hash_gradient(x, grad_scores, bits, score, temperature)
+    made: Tensor = implementation.on_gpu("sign_hash").sign_hash_gradient(x, grad_scores, bits, score, temperature)
+    return made
 
 
 @torch.library.register_fake("mfdist::sign_hash")

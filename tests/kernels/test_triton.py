@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mfdist.errors import ConfigError
-from mfdist.kernels import gather_sum, row_gradient, sign_hash
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, must_check, needs_triton, next_power_of_2
+from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, must_check, next_power_of_2
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +78,9 @@ def test_compiling_for_a_gpu(name: str, capability: int) -> None:
 
 def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    implementation.on_gpu.cache_clear()
     with pytest.raises(ConfigError, match="pip install triton"):
-        needs_triton(torch.zeros(1))
+        implementation.on_gpu("gather_sum")
 
 
 def test_sizes_of_tiles() -> None:
