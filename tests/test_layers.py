@@ -119,7 +119,8 @@ def test_it_stands_where_a_linear_layer_stood():
     net = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 7))
     net[1] = MemoryLayer(12, 7, bits=4)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
-    x, goal = inputs(64, 12, dtype=torch.float32), inputs(64, 7, dtype=torch.float32, seed=3)
+    # 24 tokens have 24 free values a column and meet about 36 different rows: they can be learnt by heart.
+    x, goal = inputs(24, 12, dtype=torch.float32), inputs(24, 7, dtype=torch.float32, seed=3)
     losses = []
     for _ in range(60):
         loss = (net(x) - goal).square().mean()

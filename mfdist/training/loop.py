@@ -79,6 +79,7 @@ def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
             board = TensorBoard(run.path / "tensorboard")
             stack.callback(board.close)
             observers.append(board)
+        tell(session.started())
         step, reason = session.run(request, tell)
         stopped = Stopped(
             run_dir=run.path,
@@ -141,9 +142,26 @@ class _Session:
             model = build_model(config.model)
         optimizer = RunOptimizer(model, config.optimizer)
         first_step = 0 if is_new else _load(checkpoints, model, optimizer, store)
-        session = cls(run, checkpoints, config, store, model, optimizer, first_step, twin)
-        tell(session._started())
-        return session
+        return cls(run, checkpoints, config, store, model, optimizer, first_step, twin)
+
+    def started(self) -> Started:
+        """Return what is told before the first step."""
+        tables = table_parameter_names(self._model)
+        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        in_tables = sum(size for name, size in sizes.items() if name in tables)
+        return Started(
+            run_dir=self.run_directory.path,
+            name=self.config.name,
+            kind=self.config.model.kind,
+            device=describe_device(self._device),
+            first_step=self.first_step,
+            last_step=self.config.training.steps,
+            num_table_parameters=in_tables,
+            num_dense_parameters=sum(sizes.values()) - in_tables,
+            num_train_tokens=len(self._store.train),
+            tokens_per_step=self.config.training.batch_size * self.config.training.seq_len,
+            baselines_bits_per_byte=baselines(self._store),
+        )
 
     def run(self, request: StopRequest, tell: Observer) -> tuple[int, str]:
         """Step until the end or a request to stop; return the last finished step and the reason."""
@@ -232,24 +250,6 @@ class _Session:
                     num_steps=self.config.training.twin_steps,
                 )
             )
-
-    def _started(self) -> Started:
-        tables = table_parameter_names(self._model)
-        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
-        in_tables = sum(size for name, size in sizes.items() if name in tables)
-        return Started(
-            run_dir=self.run_directory.path,
-            name=self.config.name,
-            kind=self.config.model.kind,
-            device=describe_device(self._device),
-            first_step=self.first_step,
-            last_step=self.config.training.steps,
-            num_table_parameters=in_tables,
-            num_dense_parameters=sum(sizes.values()) - in_tables,
-            num_train_tokens=len(self._store.train),
-            tokens_per_step=self.config.training.batch_size * self.config.training.seq_len,
-            baselines_bits_per_byte=baselines(self._store),
-        )
 
 
 def _batches(config: RunConfig, store: TokenStore) -> TokenBatches:
