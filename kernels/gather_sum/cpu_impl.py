@@ -42,7 +42,10 @@ _PACK_READS = 4
 _CHUNK_READS = 0.5
 #: Elements of work that repay waking the threads.
 _PARALLEL_WORK = 1 << 18
-_TOKENS_TOGETHER = 16
+#: Tokens that pass one tile of columns before the next: many for a table in the cache, whose tile they find closer by
+#: each time; few for a larger one, whose rows are then read whole.
+_TOKENS_TOGETHER = 256
+_TOKENS_TOGETHER_LARGE = 16
 
 
 class _Lookup(NamedTuple):
@@ -86,26 +89,27 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int,
     )
     threads = num_threads(work, worth=_PARALLEL_WORK)
     lookup_bytes = code_stride * dim * table.itemsize
-    is_large = num_lookups * lookup_bytes > _CACHED_BYTES
-    if is_large and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
+    is_large = table.nbytes > _CACHED_BYTES
+    together = _TOKENS_TOGETHER_LARGE if is_large else _TOKENS_TOGETHER
+    if code_stride and is_large and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
         chunk = max(1, _PACK_BYTES // (code_stride * WIDE * np.dtype(np.float32).itemsize))
         num_tiles = dim // WIDE + dim % WIDE // NARROW
         call(_packed, threads, lookup, min(chunk, num_lookups), -(-threads // num_tiles))
-    elif is_large and num_tokens >= _CHUNK_READS * code_stride:
+    elif code_stride and is_large and num_tokens >= _CHUNK_READS * code_stride:
         call(_in_parts, threads, lookup, max(1, _CHUNK_BYTES // lookup_bytes), threads, 1)
     elif threads == 1:
-        _whole(lookup)
+        _whole(lookup, together)
     else:
-        parts = -(-num_tokens // _TOKENS_TOGETHER)
+        parts = -(-num_tokens // together)
         parts = parts if parts >= threads else min(num_tokens, threads)
         call(_in_parts, threads, lookup, num_lookups, parts, -(-threads // parts))
     return out if table.dtype == torch.float32 else out.to(table.dtype)
 
 
 @jit()
-def _whole(lookup: Any) -> None:
-    for low in range(0, lookup.N, _TOKENS_TOGETHER):
-        high = min(lookup.N, low + _TOKENS_TOGETHER)
+def _whole(lookup: Any, together: Any) -> None:
+    for low in range(0, lookup.N, together):
+        high = min(lookup.N, low + together)
         _add_columns(lookup, _Part(low, high, 0, lookup.D, 0, lookup.K))
 
 
