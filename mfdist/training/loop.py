@@ -32,6 +32,7 @@ from mfdist.training.run import RunDirectory
 from mfdist.training.state import capture, check_data, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.twin import time_dense_twin
+from mfdist.training.writing import writing
 
 PROFILE_EVERY = 50  # steps between measurements of the lookups' share
 NUM_SAMPLE_TOKENS = 100
@@ -131,7 +132,8 @@ class _Session:
         store = prepare_tokens(config.data, observer=tell)
         config = _with_vocabulary(config, store)
         run.write_config(config)
-        store.tokenizer.save(run.tokenizer_path)
+        with writing(run.tokenizer_path):
+            store.tokenizer.save(run.tokenizer_path)
         batches = _batches(config, store)
         is_new = not checkpoints.steps()
         twin = None

@@ -5,6 +5,7 @@ as in `mfdist.training.events`. A resumed run drops the lines after the step it 
 one history.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 from mfdist.errors import ConfigError
 from mfdist.training.events import Evaluated, Event, Preparing, Stepped
+from mfdist.training.writing import writing
 
 
 class MetricsFile:
@@ -26,21 +28,25 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int) -> None:
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= first_step]
         partial = path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(kept), "utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            partial.write_text("".join(kept), "utf-8")
+            partial.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
         if isinstance(event, Preparing):
             return
         record = {"event": type(event).__name__.lower(), "time": time.time(), **dataclasses.asdict(event)}
-        self._file.write(json.dumps(record, default=str, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(record, default=str, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written was told before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class TensorBoard:

@@ -26,7 +26,8 @@ def table_parameter_names(model: nn.Module) -> dict[str, str]:
 class RunOptimizer:
     """AdamW with a dense and a table group, clipped and scheduled apart.
 
-    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: backward, `gradient_norms`, `step`.
+    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: backward, `gradient_norms`,
+    `step`.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:

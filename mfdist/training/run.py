@@ -15,6 +15,7 @@ from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.config import RunConfig, parse_config
 from mfdist.errors import ConfigError
 from mfdist.training.metrics import read_metrics
+from mfdist.training.writing import writing
 
 # What a resumed run may change without becoming another run: everything else decides the weights or the batches.
 _MAY_CHANGE = (
@@ -49,6 +50,7 @@ class RunDirectory:
 
         Raises:
             ConfigError: the path holds a run already, or anything else; nothing was changed.
+            CheckpointError: the path cannot be written.
         """
         run = cls(Path(path))
         has_run = run.config_path.exists()
@@ -59,11 +61,9 @@ class RunDirectory:
             )
         if not has_run and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise ConfigError(f"--out must name a new or empty directory; {run.path} holds something else")
-        try:
+        with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
-            run.write_config(config)
-        except OSError as error:
-            raise ConfigError(f"the run's directory must be writable; {run.path}: {error.strerror}") from None
+        run.write_config(config)
         return run
 
     @classmethod
@@ -113,8 +113,9 @@ class RunDirectory:
     def write_config(self, config: RunConfig) -> None:
         """Replace the stored configuration, at once or not at all."""
         partial = self.config_path.with_suffix(".toml.partial")
-        partial.write_text(config.to_toml(), "utf-8")
-        partial.replace(self.config_path)
+        with writing(self.config_path):
+            partial.write_text(config.to_toml(), "utf-8")
+            partial.replace(self.config_path)
 
     def change_config(self, overrides: Sequence[str]) -> RunConfig:
         """Apply `--set` overrides to a run that is to be continued and store the result.

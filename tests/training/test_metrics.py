@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mfdist.errors import ConfigError
+from mfdist.errors import CheckpointError, ConfigError
 from mfdist.training.events import Evaluated, Preparing, Stepped
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 
@@ -38,8 +38,26 @@ def test_lines_after_the_step_gone_on_from_are_dropped_and_torn_ones_too(tmp_pat
     second = MetricsFile(path, 2)
     second(stepped(3, loss=9.0))
     second.close()
-    assert [(record["step"], record["loss"]) for record in read_metrics(path, "stepped")] == [(1, 1.0), (2, 1.0), (3, 9.0)]
+    assert [(record["step"], record["loss"]) for record in read_metrics(path, "stepped")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 9.0),
+    ]
     assert all(json.loads(line)["event"] == "stepped" for line in path.read_text().splitlines())
+
+
+def test_a_full_disk_is_named_and_loses_nothing_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file(stepped(1))
+    file.close()
+    file._file = open("/dev/full", "w")  # noqa: SIM115, PTH123
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.jsonl failed \(No space left on device\); committed steps are intact"
+    ):
+        file(stepped(2))
+    file.close()
+    assert [record["step"] for record in read_metrics(path)] == [1]
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):

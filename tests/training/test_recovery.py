@@ -29,7 +29,7 @@ def start(run):
 
 
 def wait_for_progress(run, process, num_starts, deadline_s=60):
-    """Wait until start number `num_starts` has made a step, so that the kill falls into training, not into the start."""
+    """Wait until start number `num_starts` has made a step, so that the kill falls into training."""
     end = time.monotonic() + deadline_s
     while process.poll() is None and time.monotonic() < end:
         kinds = [record["event"] for record in read_metrics(run.metrics_path)]
