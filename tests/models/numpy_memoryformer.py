@@ -4,34 +4,13 @@ import math
 
 import numpy as np
 
-
-def score(chunk, kind, temperature=1.0):
-    """p(z), equation 10, as the softmax over all sign patterns it is defined by (equation 9)."""
-    bits = len(chunk)
-    magnitudes = [sum(abs(value) for value in chunk) / temperature]
-    total = 0.0
-    for pattern in range(2**bits):
-        signs = [1 if pattern >> bit & 1 else -1 for bit in range(bits)]
-        total += math.exp(sum(sign * value for sign, value in zip(signs, chunk, strict=True)) / temperature)
-    p = math.exp(magnitudes[0]) / total
-    return p if kind == "paper" else sum(abs(value) for value in chunk) * p
-
-
-def code(chunk):
-    """The sign bits, the first activation's highest."""
-    number = 0
-    for value in chunk:
-        number = 2 * number + (1 if value >= 0 else 0)
-    return number
+from mfdist.testing import oracles
 
 
 def memory_layer(x, table, bias, bits, kind, temperature=1.0):
     """Equation 11 for x [N, d], table [K·2^bits, h]."""
-    out = np.zeros((x.shape[0], table.shape[1]))
-    for n, row in enumerate(x):
-        for k in range(x.shape[1] // bits):
-            chunk = row[k * bits : (k + 1) * bits]
-            out[n] += score(chunk, kind, temperature) * table[k * 2**bits + code(chunk)]
+    codes, scores = oracles.sign_hash(x, bits, kind, temperature)
+    out = oracles.gather_sum(table, codes, scores, 2**bits)
     return out if bias is None else out + bias
 
 
