@@ -47,7 +47,15 @@ def num_threads(work: int, *, worth: int) -> int:
 
 
 def call(kernel: Callable[..., Any], threads: int, *args: Any) -> Any:
-    """Call a kernel that contains `prange` loops with a number of threads."""
+    """Call a kernel that contains `prange` loops with a number of threads.
+
+    numba starts its pool by telling OpenMP how many threads this process uses, which is torch's setting too; torch's own
+    sums are split by it, and their last bits with them, so it is put back.
+    """
+    before = torch.get_num_threads()
     with _pool:
         numba.set_num_threads(threads)
-        return kernel(*args)
+        result = kernel(*args)
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+    return result

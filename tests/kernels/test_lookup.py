@@ -1,5 +1,8 @@
 """gather_sum and row_gradient on the CPU against the float64 oracle: every shape, dtype and order of work."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -236,3 +239,18 @@ def test_a_table_past_two_to_the_31_elements() -> None:
     grad_table, grad_scores = row_gradient(table, ids, scores, grad)
     assert_is(grad_table[num_rows - 1], (2 * grad[0].double() + 3 * grad[1].double()).numpy(), torch.bfloat16)
     assert_is(grad_scores, (rows * grad.double()[:, None]).sum(-1).numpy(), torch.float32)
+
+
+def test_a_lookup_leaves_torchs_number_of_threads_alone() -> None:
+    """numba's pool, when it starts, sets OpenMP's number for the whole process; a fresh one shows it."""
+    code = """
+import torch
+from mfdist.kernels import gather_sum
+torch.set_num_threads(1)
+scores = torch.rand(4096, 8, requires_grad=True)
+for threads in (1, 3, 1):
+    torch.set_num_threads(threads)
+    gather_sum(torch.randn(8 * 16, 64), torch.zeros(4096, 8, dtype=torch.uint8), scores, 16).sum().backward()
+    assert torch.get_num_threads() == threads, (torch.get_num_threads(), threads)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
