@@ -49,7 +49,7 @@ def num_threads(work: int, *, worth: int) -> int:
 def call(kernel: Callable[..., Any], threads: int, *args: Any) -> Any:
     """Call a kernel that contains `prange` loops with a number of threads.
 
-    numba starts its pool by telling OpenMP how many threads this process uses, which is torch's setting too; torch's own
+    Starting its pool, numba tells OpenMP how many threads the process uses, which is torch's setting too; torch's own
     sums are split by it, and their last bits with them, so it is put back.
     """
     before = torch.get_num_threads()

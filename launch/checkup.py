@@ -49,11 +49,6 @@ def checks(folder: Path, cache: Path) -> Iterator[Check]:
         yield _attempt("gpu kernels", lambda: _kernels("cuda"), "pip install triton", is_essential=False)
 
 
-def default_cache() -> Path:
-    """Return where tokenised text is kept unless a configuration says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfdist"
-
-
 def _attempt(name: str, check: Callable[[], str], remedy: str, *, is_essential: bool = True) -> Check:
     try:
         return Check(name=name, ok=True, detail=check(), is_essential=is_essential)

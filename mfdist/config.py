@@ -19,6 +19,7 @@ from mfdist.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -70,7 +71,7 @@ class DataConfig(_Section):
     tokenizer: str = Field("bpe", description="bytes, bpe (trained on the source), or the path of a tokenizer.json")
     vocab_size: int = Field(4096, ge=257, description="tokens of a trained BPE; other tokenizers bring their own")
     validation_fraction: float = Field(0.02, gt=0.0, lt=0.5, description="share of the documents held out")
-    seed: int = Field(0, ge=0, description="seed of the split into training and validation documents")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the split into training and validation documents")
     cache_dir: Path | None = Field(None, description="where tokenised data is kept; default $XDG_CACHE_HOME/mfdist")
 
 
@@ -78,7 +79,7 @@ class ParameterGroupConfig(_Section):
     """AdamW settings of one group of parameters."""
 
     lr: Positive | None = Field(None, description="peak learning rate; tables default to three times the dense one")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of Adam's two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of Adam's two moments")
     eps: Positive = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(0.1, description="decoupled weight decay")
     clip_norm: NonNegative = Field(1.0, description="largest gradient norm of the group; 0 does not clip")
@@ -107,7 +108,7 @@ class TrainingConfig(_Section):
     batch_size: Count = Field(description="sequences a step, over all micro-batches and ranks")
     micro_batches: Count = Field(1, description="gradient accumulation: parts a step's batch is split into")
     seq_len: Count = Field(description="tokens a sequence")
-    seed: int = Field(0, ge=0, description="seed of initialisation and of the order of the data")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation and of the order of the data")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay fp32")
     compile: bool = Field(False, description="compile the model with torch.compile")

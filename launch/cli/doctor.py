@@ -23,7 +23,9 @@ def doctor(
 
     The exit code is 1 if something essential fails.
     """
-    folder, cache = at.absolute(), checkup.default_cache()
+    from mfdist.training.data.cache import default_cache_dir
+
+    folder, cache = at.absolute(), default_cache_dir()
     # On stderr when stdout holds the document, so that a person waiting for the kernels to compile sees it move.
     console = Console(highlight=False, stderr=as_json)
     found = []

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,19 +87,16 @@ def train(
 def _start(path: Path, config: RunConfig, *, as_json: bool, is_quiet: bool) -> int:
     from mfdist.training.run import RunDirectory
 
-    return _train(RunDirectory.create(path, config), as_json=as_json, is_quiet=is_quiet)
+    return _train(RunDirectory.create(path, config), (), as_json=as_json, is_quiet=is_quiet)
 
 
 def _go_on(path: Path, overrides: list[str], *, as_json: bool, is_quiet: bool) -> int:
     from mfdist.training.run import RunDirectory
 
-    run = RunDirectory.open(path)
-    if overrides:
-        run.change_config(overrides)
-    return _train(run, as_json=as_json, is_quiet=is_quiet)
+    return _train(RunDirectory.open(path), overrides, as_json=as_json, is_quiet=is_quiet)
 
 
-def _train(run: "RunDirectory", *, as_json: bool, is_quiet: bool) -> int:
+def _train(run: "RunDirectory", overrides: Sequence[str], *, as_json: bool, is_quiet: bool) -> int:
     # torch's profiler, which measures the share of the lookups, would write on stderr, across the display.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from mfdist.training.loop import train as train_run
@@ -106,7 +104,7 @@ def _train(run: "RunDirectory", *, as_json: bool, is_quiet: bool) -> int:
     progress = RunProgress()
     try:
         with showing(sys.stderr if as_json else sys.stdout, progress, is_quiet=is_quiet) as observer:
-            stopped = train_run(run, observer=observer)
+            stopped = train_run(run, overrides=overrides, observer=observer)
     except KeyboardInterrupt:
         resume = f"mfdist train --resume {wording.quoted(run.path)}"
         return failures.fail(f"stopped without saving; go on from the last checkpoint: {resume}")

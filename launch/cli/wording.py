@@ -96,6 +96,8 @@ def outcome(event: Stopped) -> str:
     took = quantities.duration(event.elapsed_s)
     if event.reason == "finished":
         return f"finished {event.step:,} of {event.last_step:,} steps in {took}"
+    if event.step == 0:
+        return f"stopped by {event.reason} before the first step ({took}); there was nothing to save"
     return f"stopped by {event.reason} after step {event.step:,} of {event.last_step:,} ({took}); all of it is saved"
 
 

@@ -27,7 +27,7 @@ def load_run_model(
     state = run.checkpoints.load(step)
     if data_fingerprint is not None:
         check_data(state, data_fingerprint)
-    device = choose_device(run.config.training.device)
+    device = choose_device("cpu" if run.config.training.device == "cpu" else "auto")  # a GPU's run reads anywhere
     model = build_model(config_of(state).model, device="meta").to_empty(device=device)
     load_model(model, state)
     return model.eval().requires_grad_(False), state.step

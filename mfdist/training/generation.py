@@ -38,6 +38,7 @@ class GenerationConfig:
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("seed", 0 <= self.seed < 2**63, "in [0, 2**63)"),
         )
         for name, holds, rule in rules:
             if not holds:
@@ -56,6 +57,8 @@ class Generator:
     def stream(self, prompt: str, config: GenerationConfig) -> Iterator[str]:
         """Yield the text that follows the prompt, piece by piece, whole characters only."""
         decoder = StreamDecoder(self.tokenizer)
+        # A shell hands over bytes that are no UTF-8 as lone surrogates, which no tokenizer takes.
+        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         for token in self.tokens(self.tokenizer.encode(prompt), config):
             if piece := decoder.push(token):
                 yield piece
@@ -97,7 +100,8 @@ def load_generator(run: RunDirectory, step: int | None = None) -> Generator:
 def _sample(logits: Tensor, config: GenerationConfig, randomness: torch.Generator) -> int:
     if config.temperature == 0:
         return int(logits.argmax())
-    ordered, tokens = (logits / config.temperature).sort(descending=True, stable=True)
+    ordered, tokens = logits.sort(descending=True, stable=True)
+    ordered = (ordered - ordered[0]) / config.temperature
     if config.top_k:
         ordered[config.top_k :] = -torch.inf
     probabilities = ordered.softmax(-1)

@@ -6,7 +6,7 @@ say goes to an observer as events; it neither prints nor draws.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,11 +25,11 @@ from mfdist.training.evaluation import evaluate
 from mfdist.training.events import Event, Observer, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned, ignore
 from mfdist.training.generation import GenerationConfig, Generator
 from mfdist.training.interrupts import StopRequest, stop_on_signals
-from mfdist.training.metrics import MetricsFile, TensorBoard
+from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import lookup_share
 from mfdist.training.run import RunDirectory
-from mfdist.training.state import capture, check_data, load_training
+from mfdist.training.state import capture, check_config, check_data, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.twin import time_dense_twin
 from mfdist.training.writing import writing
@@ -38,13 +38,14 @@ PROFILE_EVERY = 50  # steps between measurements of the lookups' share
 NUM_SAMPLE_TOKENS = 100
 
 
-def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
+def train(run: RunDirectory, *, overrides: Sequence[str] = (), observer: Observer = ignore) -> Stopped:
     """Train a run from its last committed step, or from the start, to its configured number of steps.
 
     SIGINT and SIGTERM finish the step, save, and end it early; the run goes on when `train` is called again.
 
     Args:
         run: from `RunDirectory.create` or `open`.
+        overrides: `section.key=value` changes to a run that is continued, stored once training can go on with them.
         observer: told every event.
 
     Returns:
@@ -69,10 +70,12 @@ def train(run: RunDirectory, *, observer: Observer = ignore) -> Stopped:
             for each in observers:
                 each(event)
 
-        # Told from inside the signal handler: to the caller alone, since a file may be half way through a line.
+        config = run.config_with(overrides)
+        stack.enter_context(_determinism(config.training.is_deterministic))
+        session = _Session.prepare(run, checkpoints, config, tell)
+        # From here on there is something to save. Told from inside the handler: to the caller alone, since a file may
+        # be half way through a line.
         request = stack.enter_context(stop_on_signals(lambda message: observer(Warned(message=message))))
-        stack.enter_context(_determinism(run.config.training.is_deterministic))
-        session = _Session.prepare(run, checkpoints, tell)
         metrics = MetricsFile(run.metrics_path, session.first_step)
         stack.callback(metrics.close)
         observers.append(metrics)
@@ -125,25 +128,39 @@ class _Session:
         self._twin_tokens_per_s = twin_tokens_per_s
 
     @classmethod
-    def prepare(cls, run: RunDirectory, checkpoints: CheckpointDirectory, tell: Observer) -> "_Session":
-        """Read the text, build the model, and load the last commit where there is one."""
-        config = run.config
+    def prepare(
+        cls, run: RunDirectory, checkpoints: CheckpointDirectory, config: RunConfig, tell: Observer
+    ) -> "_Session":
+        """Read the text, build the model, and load the last commit where there is one.
+
+        The run's files are written only once everything fits together, so that a refusal leaves them as they were.
+        """
         device = choose_device(config.training.device)
         store = prepare_tokens(config.data, observer=tell)
         config = _with_vocabulary(config, store)
+        batches = _batches(config, store)
+        state = checkpoints.load() if checkpoints.steps() else None
+        if state is not None:
+            check_data(state, store.fingerprint)
+            check_config(state, config)
+            if config.training.steps < state.step:
+                raise ConfigError(
+                    f"training.steps must be at least the {state.step} steps that are done; got {config.training.steps}"
+                )
         run.write_config(config)
         with writing(run.tokenizer_path):
             store.tokenizer.save(run.tokenizer_path)
-        batches = _batches(config, store)
-        is_new = not checkpoints.steps()
         twin = None
-        if config.training.twin_steps and config.model.kind == "memory" and is_new:
-            twin = time_dense_twin(config, batches, device, tell)
+        if config.training.twin_steps and config.model.kind == "memory":
+            timed = read_metrics(run.metrics_path, "twintimed") if state is not None else []
+            twin = timed[-1]["tokens_per_s"] if timed else time_dense_twin(config, batches, device, tell)
         torch.manual_seed(config.training.seed)
         with device:
             model = build_model(config.model)
         optimizer = RunOptimizer(model, config.optimizer)
-        first_step = 0 if is_new else _load(checkpoints, model, optimizer, store)
+        if state is not None:
+            load_training(model, optimizer, state)
+        first_step = 0 if state is None else state.step
         return cls(run, checkpoints, config, store, model, optimizer, first_step, twin)
 
     def started(self) -> Started:
@@ -182,13 +199,12 @@ class _Session:
                 saved = step
         if step > saved:
             tell(self._save(step))
-        if step < training.steps:
-            return step, request.reason or "stopped"
-        if timings or step == self.first_step:
+        is_finished = step == training.steps
+        if is_finished:
             tell(self._evaluate(step, None))
             self._sample(tell)
         self._compare_speed(timings, tell)
-        return step, "finished"
+        return step, "finished" if is_finished else str(request.reason)
 
     def _step(self, step: int) -> tuple[Stepped, _Timing]:
         training = self.config.training
@@ -274,13 +290,6 @@ def _with_vocabulary(config: RunConfig, store: TokenStore) -> RunConfig:
             "leave it at 0 to take the tokenizer's"
         )
     return config
-
-
-def _load(checkpoints: CheckpointDirectory, model: Transformer, optimizer: RunOptimizer, store: TokenStore) -> int:
-    state = checkpoints.load()
-    check_data(state, store.fingerprint)
-    load_training(model, optimizer, state)
-    return state.step
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= first_step]
+        kept = [line for line, record in _records(path) if record.get("step", 0) <= first_step]
         partial = path.with_suffix(".jsonl.partial")
         with writing(path):
             partial.write_text("".join(kept), "utf-8")
@@ -91,12 +92,19 @@ class TensorBoard:
 
 
 def read_metrics(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Return a metrics file's records, those of one kind where `event` is given; a torn last line is left out."""
-    records = [json.loads(line) for line in _whole_lines(path)]
-    return [record for record in records if event is None or record["event"] == event]
+    """Return a metrics file's records, of one kind where `event` is given; what follows a torn line is not."""
+    return [record for _, record in _records(path) if event is None or record.get("event") == event]
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield whole lines and what they say, up to the first that a crash or a power cut left unreadable."""
     if not path.exists():
-        return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        return
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not line.endswith("\n") or not isinstance(record, dict):
+            return
+        yield line, record

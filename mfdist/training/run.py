@@ -33,7 +33,11 @@ _MAY_CHANGE = (
     "training.twin_steps",
     "training.tensorboard",
     "data.cache_dir",
+    "data.source",  # the same text may lie elsewhere; its tokens are compared
 )
+
+# What data.source and data.tokenizer may be besides paths.
+_NAMES = ("python-stdlib", "bytes", "bpe")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class RunDirectory:
         Raises:
             ConfigError: the path holds a run already, or anything else; nothing was changed.
             CheckpointError: the path cannot be written.
+            UnavailableError: another process is training there.
         """
         run = cls(Path(path))
         has_run = run.config_path.exists()
@@ -63,7 +68,8 @@ class RunDirectory:
             raise ConfigError(f"--out must name a new or empty directory; {run.path} holds something else")
         with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
-        run.write_config(config)
+        with run.checkpoints.writer_lock():  # whoever is about to train here keeps its configuration
+            run.write_config(_with_absolute_paths(config))
         return run
 
     @classmethod
@@ -117,19 +123,32 @@ class RunDirectory:
             partial.write_text(config.to_toml(), "utf-8")
             partial.replace(self.config_path)
 
-    def change_config(self, overrides: Sequence[str]) -> RunConfig:
-        """Apply `--set` overrides to a run that is to be continued and store the result.
+    def config_with(self, overrides: Sequence[str]) -> RunConfig:
+        """Return the stored configuration with `--set` overrides applied; nothing is stored.
 
         Raises:
             ConfigError: a key decides the weights or the batches, so that the run would become another one.
         """
         for override in overrides:
             key = override.partition("=")[0].strip()
-            if not key.startswith(_MAY_CHANGE):
+            if not is_changeable(key):
                 raise ConfigError(
                     f"a resumed run keeps its model, data, seed and batches; got --set {override}; "
                     f"start a new run to change {key}"
                 )
-        config = parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path), overrides=overrides)
-        self.write_config(config)
-        return config
+        return parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path), overrides=overrides)
+
+
+def is_changeable(key: str) -> bool:
+    """Return whether a dotted key may change in a run that is continued."""
+    return key.startswith(_MAY_CHANGE)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration with paths that mean the same from any folder."""
+    changed: dict[str, str] = {}
+    for key in ("source", "tokenizer"):
+        value = getattr(config.data, key)
+        if value not in _NAMES and not value.startswith("hf:"):
+            changed[key] = str(Path(value).expanduser().absolute())
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})

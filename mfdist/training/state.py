@@ -16,6 +16,7 @@ from mfdist.config import RunConfig, parse_config
 from mfdist.errors import CheckpointError, ConsistencyError
 from mfdist.models import Transformer
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
+from mfdist.training.run import is_changeable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,7 +42,7 @@ def capture(
         dense=dense,
         attributes={
             "config": config.to_toml(),
-            "data": {"fingerprint": data_fingerprint, "next_step": step},
+            "data": {"fingerprint": data_fingerprint},  # batches follow from seed and step alone
             "optimizer": {"name": "AdamW"},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         },
@@ -59,8 +60,19 @@ def check_data(state: CheckpointState, fingerprint: str) -> None:
     if fingerprint != trained_on:
         raise ConsistencyError(
             f"a run must see the text it began with; step {state.step} was trained on tokens {trained_on[:12]} and the "
-            f"source now gives {fingerprint[:12]}: its files or the tokenizer changed; restore them or start a new run"
+            f"source now gives {fingerprint[:12]}: its files or the tokenizer changed; restore them or start a new one"
         )
+
+
+def check_config(state: CheckpointState, config: RunConfig) -> None:
+    """Raise ConsistencyError where a configuration would make another run of the one the checkpoint belongs to."""
+    trained_under, found = _flat(config_of(state).model_dump()), _flat(config.model_dump())
+    for key, value in trained_under.items():
+        if found.get(key) != value and not is_changeable(key):
+            raise ConsistencyError(
+                f"a resumed run keeps its model, data, seed and batches; step {state.step} was trained with "
+                f"{key}={value!r} and the run's config.toml now says {found.get(key)!r}; put it back, or start a new one"
+            )
 
 
 def load_model(model: Transformer, state: CheckpointState) -> None:
@@ -111,6 +123,13 @@ def load_training(model: Transformer, optimizer: RunOptimizer, state: Checkpoint
             moments[name] = {"step": torch.tensor(float(state.step)), **kept}
     optimizer.load_state(moments)
     torch.set_rng_state(state.dense["rng/cpu"])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def _text(state: CheckpointState, *path: str) -> str:

@@ -242,7 +242,7 @@ def test_a_table_past_two_to_the_31_elements() -> None:
 
 
 def test_a_lookup_leaves_torchs_number_of_threads_alone() -> None:
-    """numba's pool, when it starts, sets OpenMP's number for the whole process; a fresh one shows it."""
+    """Numba's pool, when it starts, sets OpenMP's number for the whole process; a fresh one shows it."""
     code = """
 import torch
 from mfdist.kernels import gather_sum

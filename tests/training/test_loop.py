@@ -1,5 +1,6 @@
 """Training end to end on a tiny run: learning, resuming to the same bits, stopping, and what is told on the way."""
 
+import math
 import os
 import signal
 import threading
@@ -9,12 +10,15 @@ import torch
 
 from mfdist.config import parse_config
 from mfdist.errors import CheckpointError, ConfigError, ConsistencyError, DataError, MfdistError, NonFiniteError
+from mfdist.layers import MemoryLayer
 from mfdist.models import build_model
-from mfdist.training.evaluation import evaluate_run
-from mfdist.training.events import Evaluated, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned
+from mfdist.training.data.token_store import prepare_tokens
+from mfdist.training.evaluation import evaluate, evaluate_run
+from mfdist.training.events import Evaluated, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned, ignore
 from mfdist.training.generation import GenerationConfig, load_generator
 from mfdist.training.loop import train
 from mfdist.training.metrics import read_metrics
+from mfdist.training.profile import lookup_share
 from mfdist.training.run import RunDirectory
 
 from .conftest import write_text
@@ -24,9 +28,9 @@ def set_keys(config, *overrides):
     return parse_config(config.to_toml(), origin="test", overrides=overrides)
 
 
-def recorded(run):
+def recorded(run, *overrides):
     events = []
-    train(run, observer=events.append)
+    train(run, overrides=overrides, observer=events.append)
     return events
 
 
@@ -106,8 +110,11 @@ def test_going_on_after_the_last_step_needs_more_steps(tiny_run):
     recorded(tiny_run)
     again = recorded(tiny_run)
     assert not of(Stepped, again) and of(Stopped, again)[0].step == 12
-    tiny_run.change_config(["training.steps=15"])
-    more = recorded(tiny_run)
+    more = recorded(tiny_run, "training.steps=15")
+    assert tiny_run.config.training.steps == 15
+    with pytest.raises(ConfigError, match=r"at least the 15 steps that are done; got 14"):
+        train(tiny_run, overrides=["training.steps=14"])
+    assert tiny_run.config.training.steps == 15
     assert [step for step, _ in losses(more)] == [13, 14, 15]
 
 
@@ -162,15 +169,59 @@ def test_diverging_by_a_huge_rate_is_stopped_not_trained_through(tmp_path, tiny_
         train(RunDirectory.create(tmp_path / "run", config))
 
 
-def test_changed_text_is_refused_not_trained_on(tmp_path, tiny_config):
+def test_changed_text_is_refused_and_leaves_the_run_as_it_was(tmp_path, tiny_config):
+    config = set_keys(tiny_config, "data.tokenizer=bpe", "data.vocab_size=300")
+    run = RunDirectory.create(tmp_path / "run", config)
+    recorded(run)
+    before = [path.read_bytes() for path in (run.config_path, run.tokenizer_path)]
+    write_text(tmp_path / "text", num_files=13, seed=7)
+    for refused in (lambda: train(run, overrides=["training.steps=20"]), lambda: evaluate_run(run)):
+        with pytest.raises(ConsistencyError, match=r"must see the text it began with"):
+            refused()
+    assert [path.read_bytes() for path in (run.config_path, run.tokenizer_path)] == before
+
+
+def test_text_that_moved_may_be_named_again(tmp_path, tiny_config):
     run = RunDirectory.create(tmp_path / "run", tiny_config)
     recorded(run)
-    run.change_config(["training.steps=20"])
-    write_text(tmp_path / "text", num_files=13, seed=7)
-    with pytest.raises(ConsistencyError, match=r"must see the text it began with"):
-        train(run)
-    with pytest.raises(ConsistencyError, match=r"must see the text it began with"):
-        evaluate_run(run)
+    (tmp_path / "text").rename(tmp_path / "elsewhere")
+    assert of(Stopped, recorded(run, f"data.source={tmp_path / 'elsewhere'}"))[0].step == 12
+
+
+def test_paths_are_stored_absolute(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory.create(tmp_path / "run", set_keys(tiny_config, "data.source=text"))
+    assert run.config.data.source == str(tmp_path / "text")
+
+
+def test_a_configuration_edited_by_hand_is_compared_with_the_checkpoint(tiny_run):
+    recorded(tiny_run)
+    edited = tiny_run.config_path.read_text().replace('score = "paper"', 'score = "released"')
+    tiny_run.config_path.write_text(edited)
+    with pytest.raises(ConsistencyError, match=r"trained with model\.score='paper' and .* says 'released'"):
+        train(tiny_run)
+
+
+def test_bits_per_byte_of_a_uniform_guess_are_those_of_the_vocabulary(tiny_run):
+    store = prepare_tokens(tiny_run.config.data, observer=ignore)
+    model = build_model(tiny_run.config.model.model_copy(update={"vocab_size": 257}))
+    with torch.no_grad():
+        model.head.weight.zero_()
+    scored = evaluate(model, store, step=0, seq_len=32)
+    assert scored.num_tokens == len(store.validation) - 1
+    num_bytes = sum(int(store.tokenizer.token_num_bytes[token]) for token in store.validation[1:])
+    assert scored.loss == pytest.approx(math.log(257), rel=1e-5)
+    assert scored.bits_per_byte == pytest.approx(math.log2(257) * scored.num_tokens / num_bytes, rel=1e-5)
+
+
+def test_the_lookups_share_is_theirs_alone():
+    device, x = torch.device("cpu"), torch.randn(4000, 64)
+    layer, linear = MemoryLayer(64, 64), torch.nn.Linear(64, 64)
+    layer(x)
+    assert lookup_share(lambda: linear(x), device)[1] == 0.0
+    only = lookup_share(lambda: layer(x), device)[1]
+    half = lookup_share(lambda: (layer(x), [linear(x) for _ in range(200)]), device)[1]
+    assert 0.5 < only <= 1.0 and 0.0 < half < only
 
 
 def test_two_processes_cannot_train_one_run(tiny_run):
@@ -196,15 +247,14 @@ def test_two_processes_cannot_train_one_run(tiny_run):
 def test_what_may_change_in_a_run_and_what_may_not(tiny_run):
     for override in (
         "model.bits=2",
-        "data.source=x",
+        "data.tokenizer=bpe",
         "training.seed=1",
         "training.batch_size=8",
         "training.seq_len=16",
     ):
         with pytest.raises(ConfigError, match="a resumed run keeps its model, data, seed and batches"):
-            tiny_run.change_config([override])
-    assert tiny_run.change_config(["optimizer.tables.lr=0.5"]).optimizer.tables.lr == 0.5
-    assert tiny_run.config.optimizer.tables.lr == 0.5
+            tiny_run.config_with([override])
+    assert tiny_run.config_with(["optimizer.tables.lr=0.5"]).optimizer.tables.lr == 0.5
 
 
 def test_a_run_that_never_trained_gives_way(tmp_path, tiny_config):
@@ -263,6 +313,7 @@ def test_the_dense_twin_is_timed_beside(tmp_path, tiny_config):
     run = RunDirectory.create(tmp_path / "run", set_keys(tiny_config, "training.twin_steps=3"))
     events = recorded(run)
     timed = of(TwinTimed, events)[0]
+    assert of(TwinTimed, recorded(run, "training.steps=14"))[0].tokens_per_s == timed.tokens_per_s
     assert timed.num_steps == 3 and timed.tokens_per_s > 0 and timed.model_tokens_per_s > 0
     plain = RunDirectory.create(tmp_path / "plain", tiny_config)
     assert losses(recorded(plain)) == losses(events)

@@ -33,7 +33,8 @@ def test_lines_after_the_step_gone_on_from_are_dropped_and_torn_ones_too(tmp_pat
     first(Preparing(activity="x", done=0, total=1, unit="y"))
     first.close()
     with path.open("a") as file:
-        file.write('{"event": "stepped", "step": 4, "lo')  # what a power cut leaves
+        file.write('{"event": "stepped", "step": 4, "lo')  # what a kill leaves
+        file.write("\0\0\0\n" + '{"event": "stepped", "step": 5}\n')  # and what a power cut may
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
     second = MetricsFile(path, 2)
     second(stepped(3, loss=9.0))

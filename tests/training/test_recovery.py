@@ -48,7 +48,7 @@ def test_twenty_kills_and_the_same_losses(tmp_path, tiny_config):
     )
     whole, killed = (RunDirectory.create(tmp_path / name, config) for name in ("whole", "killed"))
     train(whole)
-    killed.change_config(["checkpoint.every=2"])  # when a run saves must not show in its losses
+    killed.write_config(killed.config_with(["checkpoint.every=2"]))  # when a run saves must not show in its losses
     chance = random.Random(int(os.environ.get("MFDIST_TEST_SEED", "0")))
     num_kills, resumed_at = 0, []
     while num_kills < NUM_KILLS:
@@ -68,7 +68,7 @@ def test_twenty_kills_and_the_same_losses(tmp_path, tiny_config):
             assert killed.checkpoints.verify(steps[-1].step) == []
     assert num_kills == NUM_KILLS, f"the run ended after {num_kills} kills; give it more steps"
     assert len(set(resumed_at)) >= 5, resumed_at  # the kills fell between different commits, and some during a save
-    killed.change_config(["checkpoint.every=50"])
+    killed.write_config(killed.config_with(["checkpoint.every=50"]))
     train(killed)
     assert curve(killed) == curve(whole)
     final = [read_metrics(run.metrics_path, "evaluated")[-1] for run in (whole, killed)]

@@ -35,7 +35,7 @@ class HuggingFaceDataset:
         The hub is not asked: a dataset that changes there under the same name is not noticed.
         """
         listing = TextFiles(self._name, text_field="", suffixes=None).identity if Path(self._name).is_dir() else "hub"
-        return f"hf {self._name}:{self._config or ''}:{self._split} {listing}"
+        return f"hf {self._name}:{self._config or ''}:{self._split} {self._text_field} {listing}"
 
     def documents(self, *, on_skip: Callable[[str], None], shuffle_seed: int | None = None) -> Iterator[Document]:
         """Yield one document a record; see `Source.documents`."""
