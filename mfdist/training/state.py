@@ -71,7 +71,8 @@ def check_config(state: CheckpointState, config: RunConfig) -> None:
         if found.get(key) != value and not is_changeable(key):
             raise ConsistencyError(
                 f"a resumed run keeps its model, data, seed and batches; step {state.step} was trained with "
-                f"{key}={value!r} and the run's config.toml now says {found.get(key)!r}; put it back, or start a new one"
+                f"{key}={value!r} and the run's config.toml now says {found.get(key)!r}; put it back "
+                "or start a new one"
             )
 
 
