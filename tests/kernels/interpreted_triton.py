@@ -13,6 +13,7 @@ from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.gather_sum import triton_impl as sums
 from mfdist.kernels.row_gradient import triton_impl as gradients
+from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
@@ -45,8 +46,18 @@ def lookups() -> None:
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
     check_lookup(equal)
-    sums._SLICE_BYTES = 0  # as for a table whose slices fit no cache
-    check_lookup(make_lookup(35, 2, 8, 100))
+    # As for a table whose slices fit no cache, many tokens and long runs.
+    sums._SLICE_BYTES = 0
+    gradients._COLUMNS = 32
+    gradients._PIECE = 8
+    ordering._MIN_CHUNK = ordering._MIN_BINS = 16
+    check_lookup(make_lookup(70, 2, 8, 40))
+    check_lookup(make_lookup(70, 3, 2, 70, is_compact=False))
+    check_lookup(equal)
+    few_rows = make_lookup(70, 2, 2, 33, id_dtype=torch.int32)
+    check_lookup(few_rows)
+    ordering._MAX_COUNTED = 1  # as for codes too many to count
+    check_lookup(few_rows)
 
 
 def hashing() -> None:
@@ -95,6 +106,12 @@ def bad_ids() -> None:
                 assert str(error).startswith(f'row id {bad} is outside table "other"')
             else:
                 raise AssertionError("the next call must raise")
+            codes = ids.int().clamp(max=6)
+            grads = gradients.row_gradient(table, codes, scores, torch.ones(num_tokens, 8), 6, "codes")
+            assert grads[0][:, 0].nonzero().flatten().tolist() == [0, 6]
+            assert grads[0][[0, 6], 0].tolist() == [num_tokens, num_tokens - 1.0]
+            assert grads[1].isnan().nonzero().tolist() == [[1, 1]]
+            expect_error(f'code {codes[1, 1]} is outside its part of table "codes"')
     check_errors()
 
 
