@@ -21,7 +21,13 @@ from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, 
 _SLICE_COLUMNS = 64
 #: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
 _SLICE_BYTES = 24 << 20
+#: One lookup's part of a slice, if no larger, is found in the first-level cache now and then: more tokens a program.
+_NEAR_BYTES = 64 << 10
+_UNROLLED = 4
 _FEW_TOKENS = 32
+_FEW_LOOKUPS = 64
+_FEW_COLUMNS = 64
+_FEW_WARPS = 8
 
 
 def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:
@@ -38,33 +44,27 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int,
     is_checked = must_check(row_ids, limit)
     with device_of(table):
         if num_tokens <= _FEW_TOKENS:
-            columns = min(_SLICE_COLUMNS, next_power_of_2(dim))
-            lookups = min(64, next_power_of_2(num_lookups))
+            columns = min(_FEW_COLUMNS, next_power_of_2(dim))
+            lookups = min(_FEW_LOOKUPS, next_power_of_2(num_lookups))
             _sum_few[(num_tokens, triton.cdiv(dim, columns))](
-                table, row_ids, scores, out, word, *sizes, lookups, columns, is_checked, num_warps=8, **LAUNCH_OPTIONS
-            )
+                table, row_ids, scores, out, word, *sizes,
+                lookups, columns, is_checked, num_warps=_FEW_WARPS, **LAUNCH_OPTIONS,
+            )  # fmt: skip
         else:
-            tokens, columns, warps = tile(num_rows, dim, table.itemsize)
+            tokens, columns, warps = tile(num_rows, limit, dim, table.itemsize)
+            offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
             _sum_tile[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
-                table,
-                row_ids,
-                scores,
-                out,
-                word,
-                *sizes,
-                tokens,
-                columns,
-                is_checked,
-                num_warps=warps,
-                **LAUNCH_OPTIONS,
-            )
+                table, row_ids, scores, out, word, *sizes,
+                tokens, columns, _UNROLLED, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
+            )  # fmt: skip
     return out
 
 
-def tile(num_rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
+def tile(num_rows: int, limit: int, dim: int, itemsize: int) -> tuple[int, int, int]:
     """Return tokens and columns of a program's tile, and its warps."""
-    if num_rows * min(_SLICE_COLUMNS, dim) * itemsize <= _SLICE_BYTES:
-        return 16, min(_SLICE_COLUMNS, next_power_of_2(dim)), 4
+    columns = min(_SLICE_COLUMNS, next_power_of_2(dim))
+    if num_rows * columns * itemsize <= _SLICE_BYTES:
+        return 8 if limit * columns * itemsize <= _NEAR_BYTES else 4, columns, 1
     columns = min(1024, next_power_of_2(dim))
     return max(1, 1024 // columns), columns, 4
 
@@ -73,26 +73,31 @@ def tile(num_rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
 def _sum_tile(
     table, row_ids, scores, out, error_word,
     N, K, D, S, limit,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, IS_CHECKED: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr,
+    OFFSET: tl.constexpr, IS_CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Sum K rows for TOKENS tokens in COLUMNS columns, in the order k = 0..K-1."""
+    """Sum K rows for TOKENS tokens in COLUMNS columns, in the order k = 0..K-1; an OFFSET holds limit · D."""
     n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_token = n < N
     is_column = c < D
-    is_clean = is_token
+    part = table
+    # A store inside the loop would keep later loads from starting before it, so the worst id waits.
+    worst = tl.zeros([TOKENS], tl.int64)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    for k in tl.range(0, K, loop_unroll_factor=4):
-        ids = tl.load(row_ids + n * K + k, mask=is_token, other=0).to(tl.int64)
+    for k in tl.range(0, K, loop_unroll_factor=UNROLLED):
+        ids = tl.load(row_ids + n * K + k, mask=is_token, other=0)
         score = tl.load(scores + n * K + k, mask=is_token, other=0.0)
         is_read = is_token
         if IS_CHECKED:
-            is_read = checked(ids, is_token, limit, error_word)
-            is_clean = is_clean & is_read
-        at = (ids + tl.cast(k, tl.int64) * S)[:, None] * D + c[None, :]
-        rows = tl.load(table + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
+            is_read = is_token & (ids >= 0) & (ids < limit)
+            worst = tl.where(is_token & (is_read == 0), ids.to(tl.int64), worst)
+        at = ids.to(OFFSET)[:, None] * D + c[None, :]
+        rows = tl.load(part + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
         total += rows.to(tl.float32) * score[:, None]
+        part += tl.cast(S, tl.int64) * D
     if IS_CHECKED:
+        is_clean = checked(worst, is_token, limit, error_word)
         total = tl.where(is_clean[:, None], total, float("nan"))
     tl.store(
         out + n[:, None] * D + c[None, :], total.to(out.dtype.element_ty), mask=is_token[:, None] & is_column[None, :]
@@ -109,7 +114,7 @@ def _sum_few(
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = c < D
-    bad = tl.zeros([LOOKUPS], tl.int32)
+    worst = tl.zeros([LOOKUPS], tl.int64)
     totals = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
     for first in range(0, K, LOOKUPS):
         k = first + tl.arange(0, LOOKUPS)
@@ -118,12 +123,13 @@ def _sum_few(
         score = tl.load(scores + n * K + k, mask=is_lookup, other=0.0)
         is_read = is_lookup
         if IS_CHECKED:
-            is_read = checked(ids, is_lookup, limit, error_word)
-            bad += (is_lookup & (is_read == 0)).to(tl.int32)
+            is_read = is_lookup & (ids >= 0) & (ids < limit)
+            worst = tl.where(is_lookup & (is_read == 0), ids, worst)
         at = (ids + k.to(tl.int64) * S)[:, None] * D + c[None, :]
         rows = tl.load(table + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
         totals += rows.to(tl.float32) * score[:, None]
     total = tl.sum(totals, axis=0)
     if IS_CHECKED:
-        total = tl.where(tl.sum(bad, axis=0) == 0, total, float("nan"))
+        is_clean = checked(worst, worst == worst, limit, error_word)
+        total = tl.where(tl.sum((is_clean == 0).to(tl.int32), axis=0) == 0, total, float("nan"))
     tl.store(out + n * D + c, total.to(out.dtype.element_ty), mask=is_column)
