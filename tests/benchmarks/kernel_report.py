@@ -2,7 +2,9 @@
 """Checks every kernel of this device against a float64 reference, then times it against torch: `make bench`.
 
 A time is reported only after results have been compared, with the rate at which the bytes of the rows alone would have
-been read and its share of the measured copy bandwidth. Needs torch, numpy, numba and, on a GPU, triton.
+been read and its share of the measured copy bandwidth. On a GPU it is the device's time, from CUDA graphs, without
+Python's; embedding_bag's backward, which cannot be captured, is timed as it is called.
+Needs torch, numpy, numba and, on a GPU, triton.
 """
 
 import argparse
@@ -166,6 +168,20 @@ def check_hashing(report: Report, device: str) -> None:
                         report.check(f"sign_hash gradient {name}", x.grad, expected_grad, dtype)
 
 
+def device_ms(work: Callable[[], object], device: str, seconds: float) -> float:
+    """Return the median time a GPU spends on a call, from replays of a CUDA graph; on a CPU, that of the call."""
+    if device != "cuda":
+        return median_ms(work, device, seconds)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+    return median_ms(graph.replay, device, seconds)
+
+
 def median_ms(work: Callable[[], object], device: str, seconds: float) -> float:
     """Return the median time of a call, made again and again at once: CUDA events on a GPU, a clock on a CPU."""
     work()
@@ -206,9 +222,9 @@ def time_lookups(report: Report, device: str, seconds: float, bandwidth: float) 
                 report.check(
                     f"timed gather_sum {name}", gather_sum(table, ids[few], scores[few], stride), expected, dtype
                 )
-                ours = median_ms(lambda: gather_sum(table, ids, scores, stride), device, seconds)
+                ours = device_ms(lambda: gather_sum(table, ids, scores, stride), device, seconds)
                 bag_scores = scores.to(dtype)
-                bag = median_ms(
+                bag = device_ms(
                     lambda: F.embedding_bag(row_ids, table, mode="sum", per_sample_weights=bag_scores),
                     device,
                     seconds,
@@ -217,9 +233,25 @@ def time_lookups(report: Report, device: str, seconds: float, bandwidth: float) 
             add_time(report, name, dtype, "forward", ours, bag, one_pass, bandwidth)
             if shape[0] < 64:
                 continue
-            ours = median_ms(lambda: row_gradient(table, ids, scores, grad, stride), device, seconds)
+            if device == "cuda":
+                check_timed_gradient(report, name, table, ids, scores, grad, stride)
+            ours = device_ms(lambda: row_gradient(table, ids, scores, grad, stride), device, seconds)
             bag = bag_backward(table, row_ids, scores, grad, device, seconds) if dtype == torch.float32 else None
             add_time(report, name, dtype, "backward", ours, bag, 2 * one_pass + table.nbytes, bandwidth)
+
+
+def check_timed_gradient(
+    report: Report, name: str, table: Tensor, ids: Tensor, scores: Tensor, grad: Tensor, stride: int
+) -> None:
+    """Check row_gradient at a timed shape, one lookup of all tokens at a time: all of them would not fit in fp64."""
+    got = row_gradient(table, ids, scores, grad, stride)
+    expected = torch.zeros_like(table, dtype=torch.float64)
+    for k in range(ids.shape[1]):
+        one = slice(k * stride, (k + 1) * stride)
+        part = (table[one].double(), ids[:, k : k + 1], scores[:, k : k + 1].double(), grad.double(), stride)
+        expected[one], products = gradient_reference.row_gradient(*part)
+        report.check(f"timed row_gradient scores {name} {k}", got[1][:, k : k + 1], products, torch.float32)
+    report.check(f"timed row_gradient table {name}", got[0], expected, table.dtype)
 
 
 def bag_backward(
@@ -260,19 +292,13 @@ def time_hashing(report: Report, device: str, seconds: float, bandwidth: float) 
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(num_tokens, dim, device=device).to(dtype)
             name = f"{num_tokens} x {dim}"
-            ours = median_ms(lambda: sign_hash(x, _BITS), device, seconds)
-            plain = median_ms(lambda: hash_reference.sign_hash(x, _BITS, "paper", 1.0), device, seconds)
+            ours = device_ms(lambda: sign_hash(x, _BITS), device, seconds)
+            plain = device_ms(lambda: hash_reference.sign_hash(x, _BITS, "paper", 1.0), device, seconds)
             add_time(report, name, dtype, "hash", ours, plain, x.nbytes + num_tokens * dim // _BITS * 5, bandwidth)
-            leaf = x.requires_grad_()
-            scores = sign_hash(leaf, _BITS)[1]
-            grad = torch.randn_like(scores)
-            ours = median_ms(
-                lambda: torch.autograd.grad(scores, leaf, grad, retain_graph=True),
-                device,
-                seconds,
-            )
-            plain = median_ms(
-                lambda: hash_reference.sign_hash_gradient(x.detach(), grad, _BITS, "paper", 1.0),
+            grad = torch.randn(num_tokens, dim // _BITS, device=device)
+            ours = device_ms(lambda: torch.ops.mfdist.sign_hash_gradient(x, grad, _BITS, "paper", 1.0), device, seconds)
+            plain = device_ms(
+                lambda: hash_reference.sign_hash_gradient(x, grad, _BITS, "paper", 1.0),
                 device,
                 seconds,
             )
