@@ -24,10 +24,10 @@ _SLICE_BYTES = 24 << 20
 #: One lookup's part of a slice, if no larger, is found in the first-level cache now and then: more tokens a program.
 _NEAR_BYTES = 64 << 10
 _UNROLLED = 4
-_FEW_TOKENS = 32
+_FEW_TOKENS = 64
 _FEW_LOOKUPS = 64
-_FEW_COLUMNS = 64
-_FEW_WARPS = 8
+_FEW_COLUMNS = 32
+_FEW_WARPS = 2
 
 
 def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:

@@ -41,7 +41,7 @@ KERNELS = {
         LOOKUP,
         {"TOKENS": 8, "COLUMNS": 64, "UNROLLED": 4, "OFFSET": "int32", "IS_CHECKED": False},
     ),
-    "gather_sum.triton_impl._sum_few": (LOOKUP, {"LOOKUPS": 64, "COLUMNS": 64, "IS_CHECKED": True}),
+    "gather_sum.triton_impl._sum_few": (LOOKUP, {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}),
     "row_gradient.triton_order._make_keys": (
         {**GRADIENT, "row_ids": "*i64", "keys": "*i32", "num_ids": "i64", "R": "i64"},
         {"IDS": 1024, "IS_CHECKED": True},
