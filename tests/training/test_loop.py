@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from mfdist.config import parse_config
-from mfdist.errors import CheckpointError, ConfigError, ConsistencyError, DataError, MfdistError, NonFiniteError
+from mfdist.errors import (
+    CheckpointError,
+    ConfigError,
+    ConsistencyError,
+    DataError,
+    MfdistError,
+    NonFiniteError,
+    UnavailableError,
+)
 from mfdist.layers import MemoryLayer
 from mfdist.models import build_model
 from mfdist.training.data.token_store import prepare_tokens
@@ -242,6 +250,25 @@ def test_two_processes_cannot_train_one_run(tiny_run):
 
     train(tiny_run, observer=compete)
     assert [error.kind for error in refused] == ["unavailable"]
+
+
+def test_a_second_command_leaves_a_run_that_is_starting_alone(tmp_path, tiny_config, tiny_run):
+    other = set_keys(tiny_config, "model.bits=2", "training.steps=3")
+    refused = []
+
+    def compete(event):
+        if isinstance(event, Started):  # the first holds the run, and has made no step yet
+            for attempt in (
+                lambda: RunDirectory.create(tiny_run.path, other),
+                lambda: train(tiny_run, overrides=["training.steps=3"]),
+            ):
+                with pytest.raises(UnavailableError) as error:
+                    attempt()
+                refused.append(error.value.kind)
+
+    train(tiny_run, observer=compete)
+    assert refused == ["unavailable", "unavailable"]
+    assert (tiny_run.config.model.bits, tiny_run.config.training.steps) == (4, 12)
 
 
 def test_what_may_change_in_a_run_and_what_may_not(tiny_run):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mfdist.checkpoint.durability import fsync
 from mfdist.errors import DataError, UnavailableError
 
 _WAIT_S = 24 * 3600.0
@@ -50,9 +51,9 @@ def make_once(target: Path, make: Callable[[Path], None], *, on_wait: Callable[[
                 partial.mkdir()
                 make(partial)
                 for path in [*partial.iterdir(), partial]:
-                    _sync(path)
+                    fsync(path)
                 partial.rename(target)
-                _sync(target.parent)
+                fsync(target.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except UnavailableError:  # refines ConnectionError, which is an OSError
@@ -94,11 +95,3 @@ def _try_lock(lock: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -93,3 +93,9 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # what Python does for a module it cannot find
     with pytest.raises(DataError, match=r"needs the package datasets.*pip install 'mfdist\[hf\]'"):
         read(open_source("hf:any"))
+
+
+def test_the_field_is_part_of_the_identity() -> None:
+    """Another column of the same dataset is another text, and must not be found in the cache."""
+    first, second = (open_source("hf:nowhere", text_field=field).identity for field in ("text", "code"))
+    assert first != second
