@@ -29,7 +29,7 @@ DOORS = {
     "zstandard": ("mfdist.training.data.file_text",),
     "tensorboard": ("mfdist.training.metrics",),
     "torch.utils.tensorboard": ("mfdist.training.metrics",),
-    "torch.distributed": (),
+    "torch.distributed": ("mfdist.sharding.", "mfdist.testing.run_ranks"),
     "pydantic": ("mfdist.config", "mfdist.config_errors"),
     "tomli_w": ("mfdist.config",),
     "typer": ("mfdist.launch.cli.",),

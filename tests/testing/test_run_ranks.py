@@ -1,0 +1,87 @@
+"""The helper for several ranks: results in order, the first failure told, every wait ended, no process left."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mfdist.testing.run_ranks import RankFailedError, RankPool, run_ranks
+
+
+def summed(rank, amount):
+    total = torch.tensor(float(rank + amount))
+    dist.all_reduce(total)
+    return rank, total.item(), torch.get_num_threads()
+
+
+def own_pid(rank):
+    return os.getpid()
+
+
+def failing(rank):
+    if rank == 1:
+        raise ValueError("the table is empty")
+    dist.barrier()
+
+
+def hanging(rank):
+    if rank == 0:
+        time.sleep(600)
+
+
+def dying(rank):
+    if rank == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool() as made:
+        yield made
+
+
+def test_every_ranks_result_in_order_on_one_thread_each(pool):
+    assert pool.run(summed, 3, 10) == [(rank, 33.0, 1) for rank in range(3)]
+
+
+def test_processes_stay_from_call_to_call_and_worlds_may_differ_in_size(pool):
+    first = pool.run(own_pid, 2)
+    assert pool.run(own_pid, 3)[:2] == first
+
+
+def test_the_first_failing_ranks_error_is_told_and_the_pool_starts_afresh(pool):
+    before = pool.run(own_pid, 2)
+    with pytest.raises(
+        RankFailedError, match=r"(?s)rank 1 of 2 failed first: .*in failing.*the table is empty"
+    ) as told:
+        pool.run(failing, 2)
+    assert isinstance(told.value.__cause__, ValueError)
+    assert all(map(is_gone, before))
+    assert set(pool.run(own_pid, 2)).isdisjoint(before)
+
+
+def test_a_rank_that_is_late_is_named_with_what_it_was_doing(pool):
+    pids = pool.run(own_pid, 2)
+    with pytest.raises(RankFailedError, match=r"(?s)within 2.0 s; late: \[0\]\nrank 0:.*in hanging"):
+        pool.run(hanging, 2, timeout_s=2.0)
+    assert all(map(is_gone, pids))
+
+
+def test_a_rank_that_dies_is_named_with_its_exit_code(pool):
+    with pytest.raises(RankFailedError, match=r"rank 1 of 2 failed first: it died with exit code 7"):
+        pool.run(dying, 2)
+
+
+def test_one_call_leaves_no_process():
+    assert all(map(is_gone, run_ranks(own_pid, 2)))
