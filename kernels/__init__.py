@@ -9,8 +9,17 @@ if __name__ != "mfdist.kernels":
     raise ImportError("this folder is imported as mfdist.kernels; `kernels` alone may be another project's package")
 
 from mfdist.kernels.gather_sum import gather_sum
+from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_sum
 from mfdist.kernels.row_gradient import row_gradient
 from mfdist.kernels.row_id_check import check_errors
 from mfdist.kernels.sign_hash import sign_hash
 
-__all__ = ["check_errors", "gather_sum", "row_gradient", "sign_hash"]
+__all__ = [
+    "QuantizedRows",
+    "check_errors",
+    "gather_sum",
+    "quantize",
+    "quantized_gather_sum",
+    "row_gradient",
+    "sign_hash",
+]

@@ -20,9 +20,12 @@ def flat(tensor: Tensor) -> Any:
 
 
 def flat_rows(table: Tensor) -> Any:
-    """Return fp32, bf16 or fp16 rows as a flat array of float32, uint16 or int16, the types `lanes` reads them by."""
+    """Return rows as a flat array of the types `lanes` reads them by.
+
+    They are float32 for fp32, uint16 for bf16 and int16 for fp16; int8, and uint8 for e4m3, stay as they are.
+    """
     table = table.detach().contiguous()
-    if table.dtype == torch.float32:
+    if table.dtype in (torch.float32, torch.int8, torch.uint8):
         return table.numpy().reshape(-1)
     words = table.view(torch.int16).numpy().reshape(-1)
     return words.view(np.uint16) if table.dtype == torch.bfloat16 else words

@@ -4,7 +4,8 @@ LLVM vectorises none of the lookup loops by itself (every row may alias every ot
 `load` a run of a row, `scaled_add` it to an accumulator, `store` it. A run's width is part of its type and LLVM splits
 it into whatever registers the processor has, so one kernel serves AVX-512, AVX2 and NEON.
 
-Rows arrive as flat numpy arrays whose dtype says how to read them: float32 as it is, uint16 as bf16, int16 as fp16.
+Rows arrive as flat numpy arrays whose dtype says how to read them: float32 and int8 as they are, uint16 as bf16, int16
+as fp16, uint8 as e4m3 divided by `E4M3_FACTOR`.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 _HALF_BITS = 16
+#: What `load` leaves out of an e4m3 value, whose exponent counts from 7 where fp16's counts from 15.
+E4M3_FACTOR = 256.0
 
 
 class Lanes(types.Type):
@@ -81,8 +84,12 @@ def load(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
             words = _vector(ir.IntType(32), lanes.width)
             value = builder.shl(builder.zext(value, words), ir.Constant(words, [_HALF_BITS] * lanes.width))
             return builder.bitcast(value, _vector(ir.FloatType(), lanes.width))
-        if array_type.dtype == types.int16:
+        if array_type.dtype == types.uint8:
+            value = _half_of_e4m3(builder, value, lanes.width)
+        if array_type.dtype in (types.int16, types.uint8):
             return builder.fpext(value, _vector(ir.FloatType(), lanes.width))
+        if array_type.dtype == types.int8:
+            return builder.sitofp(value, _vector(ir.FloatType(), lanes.width))
         return value
 
     return like(array, types.intp, like), generate
@@ -158,7 +165,13 @@ def _vector(element: Any, width: int) -> Any:
 
 
 def _element(array_type: Any) -> Any:
-    return {types.float32: ir.FloatType(), types.uint16: ir.IntType(16), types.int16: ir.HalfType()}[array_type.dtype]
+    return {
+        types.float32: ir.FloatType(),
+        types.uint16: ir.IntType(16),
+        types.int16: ir.HalfType(),
+        types.int8: ir.IntType(8),
+        types.uint8: ir.IntType(8),
+    }[array_type.dtype]
 
 
 def _address(context: Any, builder: Any, array_type: Any, args: Any, element: Any, width: int) -> Any:
@@ -185,6 +198,14 @@ def _shuffle(builder: Any, value: Any, picks: Any) -> Any:
     return builder.shuffle_vector(
         value, ir.Constant(value.type, ir.Undefined), ir.Constant(_vector(ir.IntType(32), len(picks)), picks)
     )
+
+
+def _half_of_e4m3(builder: Any, value: Any, width: int) -> Any:
+    """Return e4m3 / 256 as fp16: exponent and fraction moved to where fp16 has its own, which holds for subnormals."""
+    words = _vector(ir.IntType(16), width)
+    bits = builder.shl(builder.sext(value, words), ir.Constant(words, [7] * width))
+    bits = builder.and_(bits, ir.Constant(words, [0xBFFF] * width))  # the sign stands once, not twice
+    return builder.bitcast(bits, _vector(ir.HalfType(), width))
 
 
 def _round_to_bf16(builder: Any, run: Any, width: int) -> Any:

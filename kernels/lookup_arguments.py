@@ -5,20 +5,29 @@ from torch import Tensor
 
 from mfdist.errors import ConfigError
 
-_ROWS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: What rows may be; fp64 on the CPU alone, where the reference computes it.
+ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IDS = (torch.uint8, torch.int32, torch.int64)
 
 
-def check_lookup(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> None:
+def check_lookup(
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    code_stride: int,
+    name: str,
+    *,
+    row_dtypes: tuple[torch.dtype, ...] = ROW_DTYPES,
+) -> None:
     """Raise ConfigError unless shapes, dtypes and devices fit together; the ids' values are the kernels' to check."""
     if table.ndim != 2 or row_ids.ndim != 2 or scores.shape != row_ids.shape:
         raise ConfigError(
             "a lookup takes a table [R, D], row_ids [N, K] and scores [N, K]; got "
             f'{_shape(table)}, {_shape(row_ids)} and {_shape(scores)} for table "{name}"'
         )
-    if table.dtype not in _ROWS or row_ids.dtype not in _IDS:
+    if table.dtype not in row_dtypes or row_ids.dtype not in _IDS:
         raise ConfigError(
-            "a lookup takes rows in fp32, fp16 or bf16 (on the CPU also fp64) and ids in uint8, int32 or int64; got "
+            f"a lookup takes rows in {_names(row_dtypes)} and ids in {_names(_IDS)}; got "
             f'{table.dtype} and {row_ids.dtype} for table "{name}"'
         )
     if scores.dtype != torch.float32 and not scores.dtype == table.dtype == torch.float64:
@@ -33,6 +42,10 @@ def check_lookup(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: in
             "with a code_stride the table must have K · code_stride rows; got "
             f'{table.shape[0]} rows, K={row_ids.shape[1]}, code_stride={code_stride} for table "{name}"'
         )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _shape(tensor: Tensor) -> str:

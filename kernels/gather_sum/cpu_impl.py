@@ -20,6 +20,7 @@ from mfdist.kernels.cpu_ids import checked_ids, find_rows
 from mfdist.kernels.cpu_rows import flat, flat_rows
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 from mfdist.kernels.lanes import (
+    E4M3_FACTOR,
     NARROW,
     WIDE,
     at,
@@ -75,18 +76,34 @@ class _Part(NamedTuple):
     end: int
 
 
-def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:
-    """Return [N, D] in table.dtype; see `mfdist.kernels.gather_sum`."""
+def gather_sum(
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    code_stride: int,
+    name: str,
+    *,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return [N, D] in `dtype`, or else table.dtype; see `mfdist.kernels.gather_sum`.
+
+    A table of int8, or of the bits of e4m3 as uint8, needs both: `scales` [R] in fp32, and the dtype.
+    """
+    dtype = dtype or table.dtype
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
     ids = checked_ids(row_ids, code_stride or num_rows, name, is_code=code_stride > 0)
     work = num_tokens * num_lookups * dim
     if not work:
-        return table.new_zeros(num_tokens, dim)
+        return table.new_zeros(num_tokens, dim, dtype=dtype)
     out = torch.empty(num_tokens, dim)
     lookup = _Lookup(
         *ids, flat_rows(table), flat(scores), out.numpy().reshape(-1), num_tokens, num_lookups, dim, code_stride
     )
+    if scales is not None:
+        factor = np.float32(E4M3_FACTOR if table.dtype == torch.uint8 else 1.0)
+        lookup = lookup._replace(scores=_times_scales(lookup, flat(scales), factor))
     threads = num_threads(work, worth=_PARALLEL_WORK)
     lookup_bytes = code_stride * dim * table.itemsize
     is_large = table.nbytes > _CACHED_BYTES
@@ -103,7 +120,17 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int,
         parts = -(-num_tokens // together)
         parts = parts if parts >= threads else min(num_tokens, threads)
         call(_in_parts, threads, lookup, num_lookups, parts, -(-threads // parts))
-    return out if table.dtype == torch.float32 else out.to(table.dtype)
+    return out.to(dtype)
+
+
+@jit()
+def _times_scales(lookup: Any, scales: Any, factor: Any) -> Any:
+    """Return each score times its row's scale and `factor`."""
+    row_ids = find_rows(lookup, 0, lookup.N, 0, lookup.K, 0)
+    weights = np.empty(row_ids.size, np.float32)
+    for i in range(row_ids.size):
+        weights[i] = at(lookup.scores, i) * at(scales, at(row_ids, i)) * factor
+    return weights
 
 
 @jit()

@@ -5,11 +5,13 @@
 - Larger tables: whole rows, a long contiguous read each.
 - Few tokens: the lookups of one token are read side by side, because there is no other work to hide the latency.
 
-Each output element is summed by one program in a fixed order, so results repeat bit for bit.
+Each output element is summed by one program in a fixed order, so results repeat bit for bit. Quantised rows have a
+scale each, with which their scores are multiplied; their values are read as fp32 like all others.
 """
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from mfdist.kernels.row_id_check import error_word
 from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
+from mfdist.kernels.triton_rows import as_fp32, weighted
 
 _SLICE_COLUMNS = 64
 #: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
@@ -30,14 +33,27 @@ _FEW_COLUMNS = 32
 _FEW_WARPS = 2
 
 
-def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int, name: str) -> Tensor:
-    """Return [N, D] in table.dtype; see `mfdist.kernels.gather_sum`."""
+def gather_sum(
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    code_stride: int,
+    name: str,
+    *,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return [N, D] in `dtype`, or else table.dtype; see `mfdist.kernels.gather_sum`.
+
+    A table of int8, or of the bits of e4m3 as uint8, needs both: `scales` [R] in fp32, and the dtype.
+    """
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
+    dtype = dtype or table.dtype
     if not num_tokens * num_lookups * dim:
-        return table.new_zeros(num_tokens, dim)
+        return table.new_zeros(num_tokens, dim, dtype=dtype)
     table, row_ids, scores = table.contiguous(), row_ids.contiguous(), scores.contiguous()
-    out = table.new_empty(num_tokens, dim)
+    out = table.new_empty(num_tokens, dim, dtype=dtype)
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
     sizes: tuple[Any, ...] = (num_tokens, num_lookups, dim, code_stride, limit)
@@ -47,14 +63,14 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int,
             columns = min(_FEW_COLUMNS, next_power_of_2(dim))
             lookups = min(_FEW_LOOKUPS, next_power_of_2(num_lookups))
             _sum_few[(num_tokens, triton.cdiv(dim, columns))](
-                table, row_ids, scores, out, word, *sizes,
+                table, scales, row_ids, scores, out, word, *sizes,
                 lookups, columns, is_checked, num_warps=_FEW_WARPS, **LAUNCH_OPTIONS,
             )  # fmt: skip
         else:
             tokens, columns, warps = tile(num_rows, limit, dim, table.itemsize)
             offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
             _sum_tile[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
-                table, row_ids, scores, out, word, *sizes,
+                table, scales, row_ids, scores, out, word, *sizes,
                 tokens, columns, _UNROLLED, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
@@ -71,7 +87,7 @@ def tile(num_rows: int, limit: int, dim: int, itemsize: int) -> tuple[int, int, 
 
 @triton.jit
 def _sum_tile(
-    table, row_ids, scores, out, error_word,
+    table, scales, row_ids, scores, out, error_word,
     N, K, D, S, limit,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr,
     OFFSET: tl.constexpr, IS_CHECKED: tl.constexpr,
@@ -82,6 +98,7 @@ def _sum_tile(
     is_token = n < N
     is_column = c < D
     part = table
+    part_scales = scales
     # A store inside the loop would keep later loads from starting before it, so the worst id waits.
     worst = tl.zeros([TOKENS], tl.int64)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -93,9 +110,12 @@ def _sum_tile(
             is_read = is_token & (ids >= 0) & (ids < limit)
             worst = tl.where(is_token & (is_read == 0), ids.to(tl.int64), worst)
         at = ids.to(OFFSET)[:, None] * D + c[None, :]
-        rows = tl.load(part + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
-        total += rows.to(tl.float32) * score[:, None]
+        score = weighted(score, table, part_scales, ids.to(OFFSET), is_read)
+        rows = tl.load(part + at, mask=is_read[:, None] & is_column[None, :], other=0)
+        total += as_fp32(rows) * score[:, None]
         part += tl.cast(S, tl.int64) * D
+        if scales is not None:
+            part_scales += S
     if IS_CHECKED:
         is_clean = checked(worst, is_token, limit, error_word)
         total = tl.where(is_clean[:, None], total, float("nan"))
@@ -106,7 +126,7 @@ def _sum_tile(
 
 @triton.jit
 def _sum_few(
-    table, row_ids, scores, out, error_word,
+    table, scales, row_ids, scores, out, error_word,
     N, K, D, S, limit,
     LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, IS_CHECKED: tl.constexpr,
 ):  # fmt: skip
@@ -125,9 +145,10 @@ def _sum_few(
         if IS_CHECKED:
             is_read = is_lookup & (ids >= 0) & (ids < limit)
             worst = tl.where(is_lookup & (is_read == 0), ids, worst)
-        at = (ids + k.to(tl.int64) * S)[:, None] * D + c[None, :]
-        rows = tl.load(table + at, mask=is_read[:, None] & is_column[None, :], other=0.0)
-        totals += rows.to(tl.float32) * score[:, None]
+        row = ids + k.to(tl.int64) * S
+        score = weighted(score, table, scales, row, is_read)
+        rows = tl.load(table + row[:, None] * D + c[None, :], mask=is_read[:, None] & is_column[None, :], other=0)
+        totals += as_fp32(rows) * score[:, None]
     total = tl.sum(totals, axis=0)
     if IS_CHECKED:
         is_clean = checked(worst, worst == worst, limit, error_word)

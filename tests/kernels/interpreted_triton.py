@@ -12,6 +12,7 @@ import torch
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.gather_sum import triton_impl as sums
+from mfdist.kernels.quantize import QuantizedRows, quantize, reference
 from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.sign_hash import triton_impl as hashes
@@ -58,6 +59,29 @@ def lookups() -> None:
     check_lookup(few_rows)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check_lookup(few_rows)
+
+
+def quantised() -> None:
+    for kind in (torch.int8, torch.float8_e4m3fn):
+        for lookup in (
+            make_lookup(40, 3, 8, 40),  # many tokens, few, and rows that lie anywhere
+            make_lookup(3, 70, 8, 100),
+            make_lookup(40, 3, 8, 33, is_compact=False, id_dtype=torch.int64),
+        ):
+            rows = quantize(lookup.table, kind)
+            arguments = (lookup.row_ids, lookup.scores, lookup.code_stride)
+            for dtype in (torch.float32, torch.float16):
+                got = sums.gather_sum(rows.as_bytes, *arguments, "t", scales=rows.scales, dtype=dtype)
+                assert got.dtype == dtype
+                check(got, reference.quantized_gather_sum(rows, *arguments).numpy())
+    every = torch.arange(256, dtype=torch.uint8)  # every e4m3 value, read as torch reads it
+    rows = QuantizedRows(every.view(torch.float8_e4m3fn).view(256, 1), torch.ones(256))
+    ids, ones = torch.arange(256).view(256, 1), torch.ones(256, 1)
+    got = sums.gather_sum(rows.as_bytes, ids, ones, 0, "t", scales=rows.scales, dtype=torch.float32)
+    is_number = ~rows.values.float().isnan()
+    assert torch.equal(got[is_number], rows.values.float()[is_number])
+    empty = sums.gather_sum(rows.as_bytes, ids[:0], ones[:0], 0, "t", scales=rows.scales, dtype=torch.float16)
+    assert empty.shape == (0, 1) and empty.dtype == torch.float16
 
 
 def hashing() -> None:
@@ -127,4 +151,4 @@ def expect_error(start: str) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     sums._FEW_TOKENS = 32  # shapes here are small, and both kernels are to be met
-    {"lookups": lookups, "hashing": hashing, "bad_ids": bad_ids}[sys.argv[1]]()
+    {"lookups": lookups, "quantised": quantised, "hashing": hashing, "bad_ids": bad_ids}[sys.argv[1]]()

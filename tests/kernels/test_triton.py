@@ -17,7 +17,7 @@ from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, m
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("part", ["lookups", "hashing", "bad_ids"])
+@pytest.mark.parametrize("part", ["lookups", "quantised", "hashing", "bad_ids"])
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
@@ -32,16 +32,20 @@ def test_in_the_interpreter(part: str) -> None:
 
 SIZES = {"N": "i32", "K": "i32", "D": "i32", "S": "i32", "limit": "i32"}
 LOOKUP = {"table": "*bf16", "row_ids": "*u8", "scores": "*fp32", "out": "*bf16", "error_word": "*i64", **SIZES}
+INT8 = {**LOOKUP, "table": "*i8", "scales": "*fp32"}
+FP8 = {**INT8, "table": "*u8"}
 GRADIENT = {"grad_output": "*bf16", "grad_table": "*bf16", "grad_scores": "*fp32", **LOOKUP}
 ORDER = {"order": "*i32", "ends": "*i32", "pieces": "*fp32", "CHUNKS": "i32", "ENDS_EACH": "i32", "NUM_ENDS": "i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
 SLICE = {"K": 48, "PIECE": 1024, "ENTRIES": 2, "COLUMNS": 512, "IS_ADDED": True}
+TILE = {"TOKENS": 8, "COLUMNS": 64, "UNROLLED": 4, "OFFSET": "int32", "IS_CHECKED": False}
+FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
 KERNELS = {
-    "gather_sum.triton_impl._sum_tile": (
-        LOOKUP,
-        {"TOKENS": 8, "COLUMNS": 64, "UNROLLED": 4, "OFFSET": "int32", "IS_CHECKED": False},
-    ),
-    "gather_sum.triton_impl._sum_few": (LOOKUP, {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}),
+    "gather_sum.triton_impl._sum_tile": (LOOKUP, {**TILE, "scales": None}),
+    "gather_sum.triton_impl._sum_few": (LOOKUP, {**FEW, "scales": None}),
+    "gather_sum.triton_impl._sum_tile of int8": (INT8, TILE),
+    "gather_sum.triton_impl._sum_tile of fp8": (FP8, TILE),
+    "gather_sum.triton_impl._sum_few of fp8": (FP8, FEW),
     "row_gradient.triton_order._make_keys": (
         {**GRADIENT, "row_ids": "*i64", "keys": "*i32", "num_ids": "i64", "R": "i64"},
         {"IDS": 1024, "IS_CHECKED": True},
@@ -67,22 +71,28 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiling_for_a_gpu(name: str, capability: int) -> None:
+def test_compiling_for_a_gpu(name: str, target: str) -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from importlib import import_module
 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, kernel_name = name.rsplit(".", 1)
+    module, kernel_name = name.split(" ")[0].rsplit(".", 1)
     kernel = getattr(import_module(f"mfdist.kernels.{module}"), kernel_name)
     types, constants = KERNELS[name]
     constants = {arg: triton.language.int32 if value == "int32" else value for arg, value in constants.items()}
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(LAUNCH_OPTIONS))
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(LAUNCH_OPTIONS))
+    if target == "gfx942":
+        assert compiled.asm["hsaco"]
+        return
     assert compiled.asm["cubin"]
     # The order of atomic additions differs from run to run, which only whole numbers do not show.
     atomics = re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\..*?)\s", compiled.asm["ptx"], re.MULTILINE)

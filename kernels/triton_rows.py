@@ -1,0 +1,37 @@
+"""Rows inside Triton kernels: their values as fp32, and what those are multiplied by."""
+
+import triton
+import triton.language as tl
+
+_E4M3_FACTOR = tl.constexpr(256.0)  # its exponent counts from 7 where fp16's counts from 15
+
+
+@triton.jit
+def as_fp32(values):
+    """Return a block of row values as fp32: fp32, fp16, bf16 and int8 as they are, uint8 as e4m3 / 256.
+
+    The bits of an e4m3 value, put where fp16 has its own, are the value but for that power of two, subnormal ones
+    included. So rows in fp8 need no processor that knows fp8.
+    """
+    if values.dtype == tl.uint8:
+        bits = values.to(tl.int8, bitcast=True).to(tl.int16) << 7
+        return (bits & -0x4001).to(tl.float16, bitcast=True).to(tl.float32)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def weighted(score, table, scales, rows, is_read):
+    """Return what `as_fp32` of a row is multiplied by: the lookup's score, and the row's scale where there is one.
+
+    Args:
+        score: a block of fp32.
+        table: pointer to the rows; its type alone is looked at.
+        scales: pointer to the scale of each row, or None where rows have none.
+        rows: which row each score is for, counted from `scales`.
+        is_read: which of them lie in the table.
+    """
+    if scales is not None:
+        score *= tl.load(scales + rows, mask=is_read, other=0.0)
+        if table.dtype.element_ty == tl.uint8:
+            score *= _E4M3_FACTOR
+    return score
