@@ -10,6 +10,7 @@ if __name__ != "mfdist.kernels":
 
 from mfdist.kernels.gather_sum import gather_sum
 from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_sum
+from mfdist.kernels.ragged_gradient import ragged_gradient
 from mfdist.kernels.row_gradient import row_gradient
 from mfdist.kernels.row_id_check import check_errors
 from mfdist.kernels.sign_hash import sign_hash
@@ -20,6 +21,7 @@ __all__ = [
     "gather_sum",
     "quantize",
     "quantized_gather_sum",
+    "ragged_gradient",
     "row_gradient",
     "sign_hash",
 ]

@@ -13,12 +13,14 @@ from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.gather_sum import triton_impl as sums
 from mfdist.kernels.quantize import QuantizedRows, quantize, reference
+from mfdist.kernels.ragged_gradient import triton_impl as ragged
 from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.lookups import Lookup, expected_gradients, expected_sum, make_lookup
+from tests.kernels.ragged_lookups import expected_of_list, make_list
 
 
 def check(got: torch.Tensor, expected: object) -> None:
@@ -82,6 +84,18 @@ def quantised() -> None:
     assert torch.equal(got[is_number], rows.values.float()[is_number])
     empty = sums.gather_sum(rows.as_bytes, ids[:0], ones[:0], 0, "t", scales=rows.scales, dtype=torch.float16)
     assert empty.shape == (0, 1) and empty.dtype == torch.float16
+
+
+def ragged_lookups() -> None:
+    for num_lookups, dim, dtype in ((60, 40, torch.float32), (1, 1, torch.float16), (70, 100, torch.bfloat16)):
+        listed = make_list(num_lookups, 9, 12, dim, dtype=dtype)
+        for _ in range(2):
+            got = ragged.ragged_gradient(*listed, "t")
+            expected = expected_of_list(*listed)
+            assert np.array_equal(got[0].numpy(), expected[0])
+            check(got[1], expected[1])
+            check(got[2], expected[2])
+            ragged._COLUMNS = 32
 
 
 def hashing() -> None:
@@ -151,4 +165,5 @@ def expect_error(start: str) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     sums._FEW_TOKENS = 32  # shapes here are small, and both kernels are to be met
-    {"lookups": lookups, "quantised": quantised, "hashing": hashing, "bad_ids": bad_ids}[sys.argv[1]]()
+    parts = (lookups, ragged_lookups, quantised, hashing, bad_ids)
+    {part.__name__: part for part in parts}[sys.argv[1]]()

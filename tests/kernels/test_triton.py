@@ -17,7 +17,7 @@ from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, m
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("part", ["lookups", "quantised", "hashing", "bad_ids"])
+@pytest.mark.parametrize("part", ["lookups", "ragged_lookups", "quantised", "hashing", "bad_ids"])
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
@@ -40,6 +40,7 @@ SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
 SLICE = {"K": 48, "PIECE": 1024, "ENTRIES": 2, "COLUMNS": 512, "IS_ADDED": True}
 TILE = {"TOKENS": 8, "COLUMNS": 64, "UNROLLED": 4, "OFFSET": "int32", "IS_CHECKED": False}
 FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
+RAGGED = {**GRADIENT, "row_ids": "*i32", "tokens": "*i32", "order": "*i64", "ends": "*i64", "grad_rows": "*bf16"}
 KERNELS = {
     "gather_sum.triton_impl._sum_tile": (LOOKUP, {**TILE, "scales": None}),
     "gather_sum.triton_impl._sum_few": (LOOKUP, {**FEW, "scales": None}),
@@ -58,6 +59,8 @@ KERNELS = {
         {**GRADIENT, **ORDER, "bounds": "*i32", "lookups": "*i32"},
         {"CHUNK": 2048, "TOKENS": 64, "IS_CHECKED": True},
     ),
+    "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512}),
+    "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
     "row_gradient.triton_impl._sum_piece": (SUMS, SLICE),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
     "sign_hash.triton_impl._hash": (

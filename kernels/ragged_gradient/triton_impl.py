@@ -1,0 +1,79 @@
+"""ragged_gradient on a GPU: lookups sorted by row, one program a row and slice of columns, no atomics.
+
+A program walks its row's run in the order of the list, so sums repeat bit for bit; a lookup's score gradient has a
+program of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
+
+_COLUMNS = 512
+#: Lookups of a run whose grad_output is read together.
+_ENTRIES = 4
+
+
+def ragged_gradient(
+    table: Tensor, row_ids: Tensor, tokens: Tensor, scores: Tensor, grad_output: Tensor, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ([U] int64, [U, D] in table.dtype, [M] fp32); see `mfdist.kernels.ragged_gradient`."""
+    dim = table.shape[1]
+    table, grad_output, scores = table.contiguous(), grad_output.contiguous(), scores.contiguous()
+    by_row, order = torch.sort(row_ids, stable=True)
+    rows, counts = torch.unique_consecutive(by_row, return_counts=True)
+    ends = counts.cumsum(0)
+    grad_rows = table.new_empty(rows.numel(), dim)
+    grad_scores = scores.new_empty(scores.numel())
+    if dim:
+        columns = min(_COLUMNS, next_power_of_2(dim))
+        with device_of(table):
+            _sum_row[(rows.numel(), triton.cdiv(dim, columns))](
+                scores, grad_output, tokens.contiguous(), order, ends, grad_rows,
+                dim, _ENTRIES, columns, num_warps=1, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+            _multiply[(scores.numel(),)](
+                table, row_ids.contiguous(), tokens.contiguous(), grad_output, grad_scores,
+                dim, columns, num_warps=1, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+    else:
+        grad_scores.zero_()
+    return rows.long(), grad_rows, grad_scores
+
+
+@triton.jit
+def _sum_row(
+    scores, grad_output, tokens, order, ends, grad_rows,
+    D, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum score · grad_output over one row's run, in ENTRIES interleaved parts."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(ends + row - 1, mask=row > 0, other=0)
+    end = tl.load(ends + row)
+    total = tl.zeros([ENTRIES, COLUMNS], tl.float32)
+    for first in range(start, end, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        lookup = tl.load(order + entry, mask=entry < end, other=0)
+        score = tl.load(scores + lookup, mask=entry < end, other=0.0)
+        token = tl.load(tokens + lookup, mask=entry < end, other=0).to(tl.int64)
+        is_value = (entry < end)[:, None] & (c < D)[None, :]
+        grads = tl.load(grad_output + token[:, None] * D + c[None, :], mask=is_value, other=0.0)
+        total += grads.to(tl.float32) * score[:, None]
+    tl.store(grad_rows + row * D + c, tl.sum(total, axis=0).to(grad_rows.dtype.element_ty), mask=c < D)
+
+
+@triton.jit
+def _multiply(table, row_ids, tokens, grad_output, grad_scores, D, COLUMNS: tl.constexpr):
+    """Write ⟨grad_output, row⟩ of one lookup."""
+    lookup = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_ids + lookup).to(tl.int64) * D
+    token = tl.load(tokens + lookup).to(tl.int64) * D
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, D, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        values = tl.load(table + row + c, mask=c < D, other=0.0).to(tl.float32)
+        total += values * tl.load(grad_output + token + c, mask=c < D, other=0.0).to(tl.float32)
+    tl.store(grad_scores + lookup, tl.sum(total))
