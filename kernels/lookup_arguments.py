@@ -48,5 +48,14 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def check_grad_output(table: Tensor, row_ids: Tensor, grad_output: Tensor, name: str) -> None:
+    """Raise ConfigError unless a gradient has the shape and device of the lookup's output."""
+    if grad_output.shape != (row_ids.shape[0], table.shape[1]) or grad_output.device != table.device:
+        raise ConfigError(
+            f"grad_output must be [N, D] = [{row_ids.shape[0]}, {table.shape[1]}] on {table.device}; got "
+            f'{list(grad_output.shape)} on {grad_output.device} for table "{name}"'
+        )
+
+
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))

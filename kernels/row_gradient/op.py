@@ -5,9 +5,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mfdist.errors import ConfigError
 from mfdist.kernels import implementation
-from mfdist.kernels.lookup_arguments import check_lookup
+from mfdist.kernels.lookup_arguments import check_grad_output, check_lookup
 from mfdist.kernels.row_gradient import reference
 
 torch.library.define(
@@ -42,11 +41,7 @@ def row_gradient(
     Cost: N·K·D elements read twice (grad_output and table), R·D written.
     """
     check_lookup(table, row_ids, scores, code_stride, name)
-    if grad_output.shape != (row_ids.shape[0], table.shape[1]) or grad_output.device != table.device:
-        raise ConfigError(
-            f"grad_output must be [N, D] = [{row_ids.shape[0]}, {table.shape[1]}] on {table.device}; got "
-            f'{list(grad_output.shape)} on {grad_output.device} for table "{name}"'
-        )
+    check_grad_output(table, row_ids, grad_output, name)
     grads: tuple[Tensor, Tensor] = row_gradient_unchecked(table, row_ids, scores, grad_output, code_stride, name)
     return grads
 

@@ -65,7 +65,7 @@ def _sum(
     for first in range(0, dim, columns):
         constants = (row_ids.shape[1], _PIECE, _ENTRIES, columns, first > 0)
         if num_pieces:
-            _sum_piece[(num_pieces,)](
+            sum_piece[(num_pieces,)](
                 table, row_ids, scores, grad_output, order.lookups, order.ends, pieces, grad_scores,
                 dim, code_stride, first, order.ends.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
@@ -76,7 +76,7 @@ def _sum(
 
 
 @triton.jit
-def _sum_piece(
+def sum_piece(
     table, row_ids, scores, grad_output, order, ends, pieces, grad_scores,
     D, S, first_column, NUM_ENDS,
     K: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
@@ -116,6 +116,23 @@ def _sum_row(
     start = tl.load(ends + row * ENDS_EACH - 1, mask=row > 0, other=0)
     end = tl.load(ends + (row + 1) * ENDS_EACH - 1)
     values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+    total = sum_run(
+        scores, grad_output, order, pieces, grad_scores, values, c, is_column,
+        start, end, D, K, PIECE, ENTRIES, COLUMNS, IS_ADDED,
+    )  # fmt: skip
+    tl.store(grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def sum_run(
+    scores, grad_output, order, pieces, grad_scores, values, c, is_column,
+    start, end, D,
+    K: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+):  # fmt: skip
+    """Return the sum [COLUMNS] of score · grad_output over one row's run, and write its lookups' score gradients.
+
+    What `sum_piece` has summed of the run is taken from `pieces`.
+    """
     first_piece = (start + PIECE - 1) // PIECE
     end_piece = tl.maximum(end // PIECE, first_piece)
     total = _sum_lookups(
@@ -126,7 +143,7 @@ def _sum_row(
         piece = first + tl.arange(0, ENTRIES)
         at = piece.to(tl.int64)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         total += tl.load(pieces + at, mask=(piece < end_piece)[:, None], other=0.0)
-    tl.store(grad_table + row * D + c, tl.sum(total, axis=0).to(grad_table.dtype.element_ty), mask=is_column)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit

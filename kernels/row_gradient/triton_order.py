@@ -26,15 +26,27 @@ _KEYS_TOGETHER: Final = 1024
 
 
 class Order(NamedTuple):
-    """Lookups n · K + k in order, and where each row's run ends: `ends_each` ends a row, of which the last counts."""
+    """Lookups n · K + k in order, and where each row's run ends: `ends_each` ends a row, of which the last counts.
+
+    Without `rows` there is a run for each row of the table, empty or not. With it run i is of `rows[i]`, and those past
+    the last are empty.
+    """
 
     lookups: Tensor
     ends: Tensor
     ends_each: int
+    rows: Tensor | None = None
 
 
 def order_by_row(
-    row_ids: Tensor, grad_scores: Tensor, error_word: Tensor, num_rows: int, code_stride: int, *, is_checked: bool
+    row_ids: Tensor,
+    grad_scores: Tensor,
+    error_word: Tensor,
+    num_rows: int,
+    code_stride: int,
+    *,
+    is_checked: bool,
+    is_brief: bool = False,
 ) -> Order:
     """Return the order of all lookups with good ids.
 
@@ -45,6 +57,7 @@ def order_by_row(
         num_rows: R.
         code_stride: see `mfdist.kernels.gather_sum`.
         is_checked: ids may be bad.
+        is_brief: where the table has more rows than there are lookups, list the runs of those that are looked up.
 
     Returns:
         Lookups and ends in int32, or int64 where N · K needs it.
@@ -60,6 +73,8 @@ def order_by_row(
     )  # fmt: skip
     by_row, lookups = torch.sort(keys, stable=True)
     is_narrow = row_ids.numel() <= _INT32_MAX
+    if is_brief and num_rows > row_ids.numel():
+        return _by_run(by_row, lookups.int() if is_narrow else lookups, num_rows)
     rows = torch.arange(num_rows, dtype=keys.dtype, device=keys.device)
     ends = torch.searchsorted(by_row, rows, right=True, out_int32=is_narrow)
     return Order(lookups.int() if is_narrow else lookups, ends, 1)
@@ -69,6 +84,21 @@ def _key_dtype(num_rows: int, *, is_checked: bool) -> torch.dtype:
     """Return the narrowest dtype, which sorts fastest, for all rows and, if ids are checked, the one past them."""
     largest = num_rows if is_checked else num_rows - 1
     return next(kind for kind in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(kind).max)
+
+
+def _by_run(by_row: Tensor, lookups: Tensor, num_rows: int) -> Order:
+    """Return the order with a run for each different key, of which there are at most as many as lookups."""
+    num_lookups = lookups.numel()
+    is_last = torch.ones(num_lookups, dtype=torch.bool, device=by_row.device)
+    torch.ne(by_row[1:], by_row[:-1], out=is_last[:-1])
+    places = torch.cumsum(is_last, 0, dtype=lookups.dtype)
+    past = torch.tensor([num_rows], dtype=by_row.dtype, device=by_row.device)
+    num_good = torch.searchsorted(by_row, past, out_int32=lookups.dtype == torch.int32)
+    rows, ends = torch.empty_like(by_row), torch.empty_like(lookups)
+    _list_runs[(triton.cdiv(num_lookups, _KEYS_TOGETHER),)](
+        by_row, is_last, places, num_good, rows, ends, num_lookups, _KEYS_TOGETHER, **LAUNCH_OPTIONS
+    )
+    return Order(lookups, ends, 1, rows)
 
 
 def _by_counting(
@@ -109,6 +139,19 @@ def _make_keys(
         tl.store(grad_scores + at, float("nan"), mask=is_id & (is_good == 0))
         row = tl.where(is_good, row, R)
     tl.store(keys + at, row.to(keys.dtype.element_ty), mask=is_id)
+
+
+@triton.jit
+def _list_runs(by_row, is_last, places, num_good, rows, ends, num_lookups, KEYS: tl.constexpr):
+    """Write the row and the end of each run of good keys, and give what is past the last run the end of all."""
+    i = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
+    good = tl.load(num_good)
+    num_runs = tl.load(places + good - 1, mask=good > 0, other=0)
+    is_end = (i < good) & tl.load(is_last + i, mask=i < good, other=0).to(tl.int1)
+    place = tl.load(places + i, mask=is_end, other=1) - 1
+    tl.store(rows + place, tl.load(by_row + i, mask=is_end, other=0), mask=is_end)
+    tl.store(ends + place, (i + 1).to(ends.dtype.element_ty), mask=is_end)
+    tl.store(ends + i, good, mask=(i >= num_runs) & (i < num_lookups))
 
 
 @triton.jit

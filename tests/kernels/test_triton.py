@@ -38,6 +38,12 @@ GRADIENT = {"grad_output": "*bf16", "grad_table": "*bf16", "grad_scores": "*fp32
 ORDER = {"order": "*i32", "ends": "*i32", "pieces": "*fp32", "CHUNKS": "i32", "ENDS_EACH": "i32", "NUM_ENDS": "i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
 SLICE = {"K": 48, "PIECE": 1024, "ENTRIES": 2, "COLUMNS": 512, "IS_ADDED": True}
+STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
+UPDATE = {**GRADIENT, **ORDER, **STATES, "grads": "*bf16", "mean_squares": "*fp32", "R": "i64", "column_offset": "i32"}
+WHOLE = {"K": 128, "PIECE": 512, "ENTRIES": 2, "COLUMNS": 1024}
+STEP = dict.fromkeys(
+    ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
+)
 TILE = {"TOKENS": 8, "COLUMNS": 64, "UNROLLED": 4, "OFFSET": "int32", "IS_CHECKED": False}
 FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
 RAGGED = {**GRADIENT, "row_ids": "*i32", "tokens": "*i32", "order": "*i64", "ends": "*i64", "grad_rows": "*bf16"}
@@ -61,8 +67,25 @@ KERNELS = {
     ),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
-    "row_gradient.triton_impl._sum_piece": (SUMS, SLICE),
+    "row_gradient.triton_impl.sum_piece": (SUMS, SLICE),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
+    "row_gradient.triton_order._list_runs": (
+        {"by_row": "*i32", "is_last": "*i1", "places": "*i32", "num_good": "*i32", "num_lookups": "i32", **UPDATE},
+        {"KEYS": 1024},
+    ),
+    "row_update.triton_rule._prepare": (
+        {"lr": "*fp32", "step": "*i64", "shared": "*fp32", "keys": "*i64", "seed": "i64", **STEP},
+        {},
+    ),
+    "row_update.triton_impl._update_looked_up by adagrad": (
+        {**UPDATE, "first": "*fp32"},
+        {**WHOLE, "RULE": 1, "HAS_ROWS": True},
+    ),
+    "row_update.triton_impl._update_looked_up by adam": (UPDATE, {**WHOLE, "RULE": 2, "HAS_ROWS": False}),
+    "row_update.triton_impl._update_given": (
+        UPDATE,
+        {"COLUMNS": 1024, "RULE": 2, "HAS_ROWS": True, "IS_DENSE": False, "HAS_SQUARES": True},
+    ),
     "sign_hash.triton_impl._hash": (
         {"x": "*bf16", "codes": "*u8", "scores": "*fp32", "num_chunks": "i32", "slope": "fp32"},
         {"BITS": 8, "WIDTH": 8, "CHUNKS": 128, "IS_RELEASED": True},

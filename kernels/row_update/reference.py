@@ -1,0 +1,100 @@
+"""What row_update computes, in plain torch: slow, in float64, and obviously right."""
+
+import torch
+from torch import Tensor
+
+from mfdist.kernels.row_gradient import reference as gradients
+from mfdist.kernels.row_update.rule import RowRule
+
+_GOLDEN_64 = 0x9E3779B97F4A7C15
+_GOLDEN_32 = 0x9E3779B9
+_ALL_64 = 2**64 - 1
+
+
+def fused_row_update(
+    table: Tensor,
+    state: list[Tensor],
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    lr: float,
+    step: int,
+    rule: RowRule,
+    offsets: tuple[int, int] = (0, 0),
+    code_stride: int = 0,
+) -> Tensor:
+    """Update the rows of all lookups in place and return the scores' gradient; ids are taken to be in range."""
+    wide = (table.double(), row_ids, scores.double(), grad_output.double(), code_stride)
+    grads, grad_scores = gradients.row_gradient(*wide)
+    ids = row_ids.long() + code_stride * torch.arange(row_ids.shape[1])
+    row_update(table, state, grads, torch.unique(ids), None, lr, step, rule, offsets)
+    return grad_scores.to(scores.dtype)
+
+
+def row_update(
+    table: Tensor,
+    state: list[Tensor],
+    grads: Tensor,
+    rows: Tensor | None,
+    mean_squares: Tensor | None,
+    lr: float,
+    step: int,
+    rule: RowRule,
+    offsets: tuple[int, int] = (0, 0),
+) -> None:
+    """Update `rows`, or all, in place by their gradients [U, D] or [R, D]; each is taken to be there once."""
+    rows = torch.arange(table.shape[0]) if rows is None else rows.long()
+    g = (grads if grads.shape[0] == rows.numel() else grads[rows]).double()
+    squares = g.square().mean(1) if mean_squares is None else mean_squares.double()
+    is_finite = squares < torch.inf
+    rows, g, squares = rows[is_finite], g[is_finite], squares[is_finite]
+    w = table[rows].double() * (1 - lr * rule.weight_decay)
+    if rule.kind == "sgd":
+        w -= lr * g
+    elif rule.kind == "rowwise_adagrad":
+        accumulated = state[0][rows].double() + squares
+        state[0][rows] = accumulated.to(state[0].dtype)
+        w -= lr * g / (accumulated.sqrt() + rule.eps).unsqueeze(1)
+    else:
+        beta1, beta2 = rule.betas
+        momentum = beta1 * state[0][rows].double() + (1 - beta1) * g
+        variance = beta2 * state[1][rows].double() + (1 - beta2) * g.square()
+        w -= lr * momentum / (1 - beta1**step) / ((variance / (1 - beta2**step)).sqrt() + rule.eps)
+        for stream, (kept, value) in enumerate(zip(state, (momentum, variance), strict=True), start=1):
+            kept[rows] = rounded(value, kept.dtype, rule.seed, step, stream, rows, offsets)
+    table[rows] = rounded(w, table.dtype, rule.seed, step, 0, rows, offsets)
+
+
+def rounded(
+    values: Tensor, dtype: torch.dtype, seed: int, step: int, stream: int, rows: Tensor, offsets: tuple[int, int]
+) -> Tensor:
+    """Return values [U, D] in a dtype: bf16 rounded stochastically from fp32, others to the nearest."""
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    words = values.float().view(torch.int32).long() & 0xFFFFFFFF
+    words += random_bits(seed, step, stream, rows + offsets[0], values.shape[1], offsets[1])
+    high = (words >> 16).to(torch.int32)
+    stochastic = (high - ((high & 0x8000) << 1)).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.float().isfinite(), stochastic, values.to(torch.bfloat16))
+
+
+def random_bits(seed: int, step: int, stream: int, rows: Tensor, num_columns: int, column_offset: int) -> Tensor:
+    """Return the 16 random bits of each row [U] and column, int64 [U, num_columns]; see `rule`."""
+    key = _mix64((_mix64(seed) + 4 * step + stream) & _ALL_64)
+    row_keys = [_mix64((key + row * _GOLDEN_64) & _ALL_64) >> 32 for row in rows.tolist()]
+    columns = (torch.arange(num_columns) + column_offset) * _GOLDEN_32
+    x = (torch.tensor(row_keys, dtype=torch.int64).unsqueeze(1) + columns) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = _product32(x ^ (x >> shift), factor)
+    return (x ^ (x >> 16)) >> 16
+
+
+def _mix64(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _ALL_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _ALL_64
+    return x ^ (x >> 31)
+
+
+def _product32(x: Tensor, factor: int) -> Tensor:
+    """Return the low 32 bits of a product, from halves that fit int64."""
+    return (x * (factor & 0xFFFF) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & 0xFFFFFFFF

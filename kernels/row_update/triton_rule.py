@@ -1,0 +1,130 @@
+"""The rules and stochastic rounding inside Triton kernels: what one row's program does with the row's gradient."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.row_update.rule import RowRule
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS
+
+SGD: tl.constexpr = tl.constexpr(0)
+ROWWISE_ADAGRAD: tl.constexpr = tl.constexpr(1)
+ADAM: tl.constexpr = tl.constexpr(2)
+NUMBERS = {"sgd": 0, "rowwise_adagrad": 1, "adam": 2}
+_LEAST_LOG = -1e30  # stands for the logarithm of a beta of 0
+
+
+def step_constants(lr: Tensor, step: Tensor, rule: RowRule) -> tuple[Tensor, Tensor]:
+    """Return what all rows of a step share, as `update_row` takes it: fp32 [9] and keys, int64 [3].
+
+    It is computed on the GPU, so that a captured graph follows `lr` and `step`.
+    """
+    shared = torch.empty(9, dtype=torch.float32, device=lr.device)
+    keys = torch.empty(3, dtype=torch.int64, device=lr.device)
+    betas = [(beta, 1 - beta, math.log(beta) if beta else _LEAST_LOG) for beta in rule.betas]
+    _prepare[(1,)](
+        lr, step, shared, keys, rule.weight_decay, rule.eps, *betas[0], *betas[1], rule.seed,
+        num_warps=1, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    return shared, keys
+
+
+@triton.jit
+def _prepare(
+    lr, step, shared, keys, weight_decay, eps, beta1, complement1, log_beta1, beta2, complement2, log_beta2, seed
+):
+    rate = tl.load(lr).to(tl.float32)
+    t = tl.load(step).to(tl.int64)
+    # 1 − βᵗ loses its digits in fp32 while t is small.
+    correction1 = (1.0 - tl.exp(t.to(tl.float64) * log_beta1)).to(tl.float32)
+    correction2 = (1.0 - tl.exp(t.to(tl.float64) * log_beta2)).to(tl.float32)
+    tl.store(shared, rate)
+    tl.store(shared + 1, 1.0 - rate * weight_decay)
+    tl.store(shared + 2, eps)
+    tl.store(shared + 3, rate / correction1)
+    tl.store(shared + 4, 1.0 / correction2)
+    tl.store(shared + 5, beta1)
+    tl.store(shared + 6, complement1)
+    tl.store(shared + 7, beta2)
+    tl.store(shared + 8, complement2)
+    base = _mix64(tl.cast(seed, tl.int64).to(tl.uint64, bitcast=True)) + t.to(tl.uint64, bitcast=True) * 4
+    for stream in tl.static_range(3):
+        tl.store(keys + stream, _mix64(base + stream).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def update_row(
+    table, first, second, row, c, is_column, values, gradient, mean_square,
+    shared, keys, D, row_offset, column_offset,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    """Update one row of the table and its state.
+
+    Args:
+        table: pointer to rows, D apart.
+        first: pointer to the rule's first state, or anything where it has none.
+        second: pointer to its second state, or anything.
+        row: int64, this table's row.
+        c: [COLUMNS] columns.
+        is_column: [COLUMNS], c < D.
+        values: [COLUMNS] fp32, the row as it is.
+        gradient: [COLUMNS] fp32, 0 past the last column.
+        mean_square: mean of the gradient's squares over the whole row; not finite leaves the row as it is.
+        shared: from `step_constants`, as are `keys`.
+        D: the row's width here.
+        row_offset: row of the whole table that is row 0 here.
+        column_offset: column of the whole table that is column 0 here.
+        RULE: which rule.
+    """
+    if mean_square < float("inf"):
+        kept = values * tl.load(shared + 1)
+        at = row * D + c
+        if RULE == ADAM:
+            momentum = tl.load(first + at, mask=is_column, other=0.0).to(tl.float32)
+            momentum = tl.load(shared + 5) * momentum + tl.load(shared + 6) * gradient
+            variance = tl.load(second + at, mask=is_column, other=0.0).to(tl.float32)
+            variance = tl.load(shared + 7) * variance + tl.load(shared + 8) * gradient * gradient
+            root = tl.sqrt(variance * tl.load(shared + 4)) + tl.load(shared + 2)
+            updated = kept - tl.load(shared + 3) * momentum / root
+            _store_rounded(first, at, momentum, is_column, keys + 1, row + row_offset, c + column_offset)
+            _store_rounded(second, at, variance, is_column, keys + 2, row + row_offset, c + column_offset)
+        elif RULE == ROWWISE_ADAGRAD:
+            accumulated = tl.load(first + row) + mean_square
+            tl.store(first + row, accumulated)
+            updated = kept - tl.load(shared) / (tl.sqrt(accumulated) + tl.load(shared + 2)) * gradient
+        else:
+            updated = kept - tl.load(shared) * gradient
+        _store_rounded(table, at, updated, is_column, keys, row + row_offset, c + column_offset)
+
+
+@triton.jit
+def _store_rounded(to, at, value, mask, key, row, column):
+    """Write fp32 values in the pointer's dtype: bf16 rounded stochastically, others to the nearest."""
+    if to.dtype.element_ty == tl.bfloat16:
+        row_key = (_mix64(tl.load(key).to(tl.uint64, bitcast=True) + row.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(
+            tl.uint32
+        )
+        words = value.to(tl.uint32, bitcast=True)
+        random = _mix32(row_key + column.to(tl.uint32) * 0x9E3779B9) >> 16
+        rounded = ((words + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        is_special = (words & 0x7F800000) == 0x7F800000  # NaN and infinity have no next value
+        tl.store(to + at, tl.where(is_special, value.to(tl.bfloat16), rounded), mask=mask)
+    else:
+        tl.store(to + at, value.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mix64(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _mix32(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)

@@ -1,0 +1,138 @@
+"""Runs the row updates' Triton kernels in Triton's interpreter against the reference; test_row_update starts it.
+
+See interpreted_triton for what the interpreter is like. It truncates where a GPU rounds to the nearest, but stochastic
+rounding is integer arithmetic: bf16 rows and states must have the very bits of the reference.
+"""
+
+import sys
+
+import torch
+
+from mfdist.errors import RowIdError
+from mfdist.kernels import check_errors
+from mfdist.kernels.row_gradient import triton_order as ordering
+from mfdist.kernels.row_update import RowRule, reference, triton_impl
+from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.kernels.lookups import Lookup, make_lookup
+from tests.kernels.updates import LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
+
+
+def check(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.float32) -> None:
+    """Compare the fused update, a repetition of it, and the update from a gradient with the reference."""
+    offsets = (1 << 40, 3)
+    before = make_updated(lookup.table, rule, state_dtype)
+    results = []
+    for _ in range(2):
+        got = before.copy()
+        grad_scores = triton_impl.fused_row_update(
+            got.table, got.state, lookup.row_ids, lookup.scores, lookup.grad_output,
+            LR, STEP, rule, offsets, lookup.code_stride, "t",
+        )  # fmt: skip
+        results.append((grad_scores, got.table, *got.state))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    expected_scores, expected = reference_update(before, lookup, rule, offsets)
+    assert relative_error(grad_scores.numpy(), expected_scores.numpy()) <= TOLERANCES["float32"]
+    assert_close(got, expected)
+    check_given(lookup, rule, state_dtype, offsets)
+
+
+def check_given(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype, offsets: tuple[int, int]) -> None:
+    rows = touched_rows(lookup)
+    dense = torch.randn(lookup.table.shape)
+    before = make_updated(lookup.table, rule, state_dtype)
+    squares = torch.rand(rows.numel())
+    for grads, chosen, mean_squares in (
+        (dense, None, None),
+        (dense, rows, None),
+        (dense[rows], rows.int(), squares),
+    ):
+        got, expected = before.copy(), before.copy(torch.float64)
+        triton_impl.row_update(got.table, got.state, grads, chosen, mean_squares, LR, STEP, rule, offsets, "t")
+        reference.row_update(
+            expected.table, expected.state, grads, chosen, mean_squares, float(LR), int(STEP), rule, offsets
+        )
+        assert_close(got, expected)
+
+
+def updates() -> None:
+    for rule in RULES:
+        check(make_lookup(63, 3, 8, 40), rule)
+        check(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32), rule, torch.bfloat16)
+        check(make_lookup(20, 2, 90, 1, dtype=torch.float16, is_compact=False, id_dtype=torch.int64), rule)
+    sgd, adagrad, _ = RULES
+    check(make_lookup(0, 3, 8, 8), sgd)
+    check(make_lookup(3, 70, 1, 100), adagrad)
+    equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
+    equal.row_ids.fill_(3)
+    # Long runs, wide rows and few columns a warp, at small sizes.
+    triton_impl._PIECE, triton_impl._COLUMNS_EACH, triton_impl._WIDE = 8, 16, 32
+    check(equal, adagrad)
+    check(make_lookup(70, 3, 2, 70, is_compact=False), adagrad)
+    ordering._MAX_COUNTED = 1  # as for codes too many to count, and more rows than lookups
+    check(make_lookup(9, 2, 40, 33, id_dtype=torch.int32), adagrad)
+
+
+def rounding() -> None:
+    """fp32 values that every implementation has exactly are rounded to the reference's bits."""
+    table = torch.zeros(5, 300, dtype=torch.bfloat16)
+    values = torch.randn(5, 300)
+    values[:, :3] = torch.tensor([3.4e38, 1e-40, 0.0])
+    rule, step, offsets = RowRule(kind="sgd", seed=2**62 + 3), torch.tensor(2**33 + 1), (2**45, 2**20 + 1)
+    squares = torch.zeros(5)  # those of the largest values would not be finite
+    triton_impl.row_update(table, [], -values, None, squares, torch.tensor(1.0), step, rule, offsets, "t")
+    expected = reference.rounded(values, torch.bfloat16, rule.seed, int(step), 0, torch.arange(5), offsets)
+    assert torch.equal(table.view(torch.int16), expected.view(torch.int16))
+
+
+def bad_ids() -> None:
+    """A bad id changes no row, gives its score NaN, and is told of at the next call; so is a bad row."""
+    for num_rows in (12, 300):  # with a run for every row, and for those looked up
+        for bad in (num_rows, -1):
+            ids = torch.zeros(40, 2, dtype=torch.int64)
+            ids[1, 1] = bad
+            table, ones = torch.zeros(num_rows, 8), torch.ones(40, 2)
+            grad_scores = triton_impl.fused_row_update(
+                table, [], ids, ones, torch.ones(40, 8), torch.tensor(1.0), STEP, RULES[0], (0, 0), 0, "t"
+            )
+            assert grad_scores.isnan().nonzero().tolist() == [[1, 1]]
+            assert table[0].tolist() == [-79.0] * 8 and not table[1:].any()
+            expect_error(f'row id {bad} is outside table "t" (num_rows={num_rows})')
+            rows = torch.tensor([1, bad])
+            triton_impl.row_update(
+                table, [], torch.ones(2, 8), rows, None, torch.tensor(1.0), STEP, RULES[0], (0, 0), "t"
+            )
+            assert table[1].tolist() == [-1.0] * 8 and not table[2:].any()
+            expect_error(f'row id {bad} is outside table "t" (num_rows={num_rows})')
+    all_bad = torch.full((20, 2), 300)
+    table = torch.ones(300, 8)
+    triton_impl.fused_row_update(
+        table, [], all_bad, torch.ones(20, 2), torch.ones(20, 8), torch.tensor(1.0), STEP, RULES[0], (0, 0), 0, "t"
+    )
+    assert torch.equal(table, torch.ones(300, 8))
+    expect_error("row id 300 is outside")
+
+
+def not_finite() -> None:
+    """A row whose gradient is not finite stays as it is."""
+    for rule in RULES:
+        grads = torch.ones(4, 8)
+        grads[1, 3], grads[2, 0] = torch.nan, -torch.inf
+        got = make_updated(torch.randn(4, 8), rule)
+        before = got.copy()
+        triton_impl.row_update(got.table, got.state, grads, None, None, LR, STEP, rule, (0, 0), "t")
+        for one, other in zip([got.table, *got.state], [before.table, *before.state], strict=True):
+            assert torch.equal(one[1:3], other[1:3]) and not torch.equal(one[0], other[0])
+
+
+def expect_error(start: str) -> None:
+    try:
+        check_errors()
+    except RowIdError as error:
+        assert str(error).startswith(start), error
+    else:
+        raise AssertionError("check_errors must raise")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    {"updates": updates, "rounding": rounding, "bad_ids": bad_ids, "not_finite": not_finite}[sys.argv[1]]()
