@@ -46,7 +46,7 @@ format: $(STAMPS)/check ## format the sources and mend what ruff can mend
 	$(BIN)/ruff format
 
 bench: $(STAMPS)/base ## check the kernels against the reference, then time them
-	@$(BIN)/python tests/benchmarks/kernel_report.py $(ARGS)
+	@$(BIN)/mfdist bench kernels $(ARGS)
 
 docs: $(STAMPS)/docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

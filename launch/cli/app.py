@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mfdist import __version__
-from mfdist.launch.cli import checkpoint, failures
+from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
@@ -25,6 +25,7 @@ app.command(epilog=NOTES)(train)
 app.command()(generate)
 app.command()(evaluate)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(bench.app, name="bench")
 app.command()(doctor)
 
 

@@ -1,4 +1,4 @@
-"""The one JSON document that a command writes on stdout under --json."""
+"""The JSON documents that commands write: strict, whatever numbers they hold."""
 
 import json
 import math
@@ -7,9 +7,14 @@ from typing import Any
 
 
 def write_json(document: dict[str, Any]) -> None:
-    """Write `document` on stdout as one line of strict JSON; numbers that JSON lacks (NaN, infinity) become null."""
-    sys.stdout.write(json.dumps(_strict(document), allow_nan=False) + "\n")
+    """Write the one document of a command under --json on stdout, as one line; see `to_json`."""
+    sys.stdout.write(to_json(document) + "\n")
     sys.stdout.flush()
+
+
+def to_json(document: dict[str, Any], indent: int | None = None) -> str:
+    """Return `document` as strict JSON; numbers that JSON lacks (NaN, infinity) become null."""
+    return json.dumps(_strict(document), allow_nan=False, indent=indent)
 
 
 def _strict(value: Any) -> Any:

@@ -1,0 +1,33 @@
+"""What the memory does at best on this machine, in this run."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mfdist.benchmarks.timing import Work, medians_us
+
+_BUFFER_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """Bytes a second: of a large copy, read and written together, and of a sum over a large buffer, read only."""
+
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
+
+    def of(self, kind: str) -> float:
+        """Return the ceiling of a kind, "copy" or "read"."""
+        return {"copy": self.copy_bytes_per_s, "read": self.read_bytes_per_s}[kind]
+
+
+def measure(device: str, seconds: float) -> Ceilings:
+    """Return both ceilings."""
+    size = _BUFFER_BYTES[device]
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    works = [Work(lambda _: target.copy_(source)), Work(lambda _: source.sum())]
+    for work in works:
+        work.call(0)
+    copy_us, read_us = medians_us(works, device, seconds)
+    return Ceilings(copy_bytes_per_s=2e6 * size / copy_us, read_bytes_per_s=1e6 * size / read_us)

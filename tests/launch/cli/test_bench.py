@@ -1,0 +1,69 @@
+"""`mfdist bench kernels`: a table for people, JSON for programs, and refusals."""
+
+import json
+
+import pytest
+import torch
+
+FIELDS = {
+    "op": str,
+    "case": str,
+    "impl": str,
+    "median_us": float,
+    "bytes_per_s": float,
+    "share_of_ceiling": float,
+    "error": float,
+    "tolerance": float,
+    "repeats": int,
+    "extra_bytes": (int, type(None)),
+    "note": str,
+}
+SELECTED = ("bench", "kernels", "--device", "cpu", "--case", "demo-ffn2", "--seconds", "0.01")
+
+
+def test_a_run_writes_the_document_that_the_reference_describes(mfdist, tmp_path):
+    code, out, err = mfdist(*SELECTED, "--repeats", "1", "--json", tmp_path / "found.json")
+    assert code == 0, err
+    document = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert set(document) == {"machine", "versions", "ceilings", "results"}
+    assert document["machine"]["device"] == "cpu" and document["machine"]["threads"] == torch.get_num_threads()
+    assert document["versions"]["torch"] == torch.__version__
+    assert set(document["ceilings"]) == {"copy_bytes_per_s", "read_bytes_per_s"}
+    assert all(rate > 0 for rate in document["ceilings"].values())
+    for result in document["results"]:
+        assert list(result) == list(FIELDS)
+        assert all(isinstance(result[field], kind) for field, kind in FIELDS.items()), result
+        assert result["median_us"] > 0 and 0 <= result["error"] <= result["tolerance"]
+    ops = {(result["op"], result["impl"]) for result in document["results"]}
+    assert {("gather_sum", "mfdist-fp32"), ("gather_sum", "torch-bf16"), ("row_gradient", "torch-fp32")} <= ops
+    lines = out.splitlines()
+    assert lines[0].startswith(document["machine"]["name"])
+    assert len(lines) == 2 + len(document["results"])
+    assert all("µs" in line and "demo-ffn2" in line for line in lines[2:])
+
+
+def test_checking_alone_times_nothing(mfdist):
+    code, out, err = mfdist(*SELECTED, "--check-only", "--op", "gather_sum", "--impl", "mfdist")
+    assert code == 0, err
+    rows = out.splitlines()[2:]
+    assert len(rows) == 2 and all("same bits 4 times" in row and "µs" not in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "base-qvk"], "there must be something to measure on cpu; got --case base-qvk; operations are"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda"),
+        (["--json", "nowhere/found.json"], "--json must name a file in a folder that is there"),
+    ],
+)
+def test_misuse(mfdist, arguments, message):
+    code, out, err = mfdist("bench", "kernels", "--device", "cpu", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(mfdist):
+    code, _, err = mfdist("bench", "kernels", "--device", "cuda")
+    assert code == 2 and "needs a GPU" in err
