@@ -27,6 +27,7 @@ DOORS = {
     "pyarrow": ("mfdist.training.data.text_files",),
     "datasets": ("mfdist.training.data.hugging_face",),
     "zstandard": ("mfdist.training.data.file_text",),
+    "fbgemm_gpu": ("mfdist.benchmarks.fbgemm_contenders",),
     "tensorboard": ("mfdist.training.metrics",),
     "torch.utils.tensorboard": ("mfdist.training.metrics",),
     "torch.distributed": ("mfdist.sharding.", "mfdist.testing.run_ranks"),

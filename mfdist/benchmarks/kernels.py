@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mfdist.benchmarks import block_contenders, hash_contenders, lookup_case, lookup_contenders
+from mfdist.benchmarks import block_contenders, hash_contenders, lookup_case, lookup_contenders, update_contenders
 from mfdist.benchmarks.ceilings import Ceilings
 from mfdist.benchmarks.contender import DIFFERS, Comparison, Contender, Distance, Outputs, Result
 from mfdist.benchmarks.timing import extra_bytes, medians_us
@@ -79,6 +79,8 @@ def _comparisons(device: str) -> Iterator[Comparison]:
         yield from hash_contenders.comparisons(hash_name, shape, device)
     for name, case in lookup_case.CASES[device].items():
         yield from lookup_contenders.comparisons(name, case, device)
+        if case.num_tokens >= lookup_contenders.LEAST_TRAINED and device == "cuda":
+            yield from update_contenders.comparisons(name, case, device)
     for block_name, block in block_contenders.CASES[device].items():
         yield from block_contenders.comparisons(block_name, block, device)
 

@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfdist.benchmarks import exact
-from mfdist.benchmarks.contender import Comparison, Contender, Distance, Outputs
+from mfdist.benchmarks import fbgemm_contenders
+from mfdist.benchmarks.contender import Comparison, Contender, Outputs
+from mfdist.benchmarks.lookup_accounts import gradient_bytes, gradient_distances, sum_distances
 from mfdist.benchmarks.lookup_case import BYTES, FLOATS, LookupCase, LookupTensors
 from mfdist.benchmarks.timing import Work
 from mfdist.kernels import gather_sum, quantize, quantized_gather_sum, row_gradient
 from mfdist.kernels.gather_sum.reference import global_ids
 
 #: Fewer tokens than these are inference; nothing is trained on them.
-_LEAST_TRAINED = 64
+LEAST_TRAINED = 64
 #: On a CPU embedding_bag's backward takes several times the table, which many machines do not have.
 _MOST_BASELINE_BYTES = 2 << 30
 
@@ -34,8 +35,9 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
     forward |= {f"mfdist-{kind}": offer(_quantized_sum, dtype, out_dtype) for kind, dtype in quantised.items()}
     if has_baseline:
         forward |= {f"torch-{kind}": offer(_bag, dtype) for kind, dtype in floats.items()}
+        forward |= fbgemm_contenders.sums(tensors)
     yield Comparison(op="gather_sum", case=name, ceiling="read", contenders=forward)
-    if case.num_tokens < _LEAST_TRAINED:
+    if case.num_tokens < LEAST_TRAINED:
         return
     backward = {f"mfdist-{kind}": offer(_gradient, dtype) for kind, dtype in floats.items()}
     is_small = device == "cuda" or tensors.case.num_rows * case.row_dim * 4 <= _MOST_BASELINE_BYTES
@@ -53,7 +55,7 @@ def _sum(tensors: LookupTensors, dtype: torch.dtype) -> Contender:
     return Contender(
         work=Work(call, len(ids)),
         outputs=lambda: (call(0),),
-        distances=_sum_distance(table, ids[0], scores, stride),
+        distances=sum_distances(table, ids[0], scores, stride),
         num_bytes=tensors.case.num_elements * table.itemsize,
         repeats=True,
     )
@@ -69,7 +71,7 @@ def _quantized_sum(tensors: LookupTensors, dtype: torch.dtype, out_dtype: torch.
     return Contender(
         work=Work(call, len(ids)),
         outputs=lambda: (call(0),),
-        distances=_sum_distance(rows.values, ids[0], scores, stride, rows.scales),
+        distances=sum_distances(rows.values, ids[0], scores, stride, rows.scales),
         num_bytes=tensors.case.num_elements,
         repeats=True,
     )
@@ -86,7 +88,7 @@ def _bag(tensors: LookupTensors, dtype: torch.dtype) -> Contender:
     return Contender(
         work=Work(call, len(ids)),
         outputs=lambda: (call(0),),
-        distances=_sum_distance(table, ids[0], weights, stride),
+        distances=sum_distances(table, ids[0], weights, stride),
         num_bytes=tensors.case.num_elements * table.itemsize,
     )
 
@@ -124,38 +126,6 @@ def _bag_gradient(tensors: LookupTensors) -> Contender:
         distances=gradient_distances(table, ids[0], scores, grad, stride),
         num_bytes=gradient_bytes(tensors.case, table),
     )
-
-
-def gradient_bytes(case: LookupCase, table: Tensor) -> int:
-    """Return the bytes of grad_output and of rows read once a lookup, and of the gradient written."""
-    return 2 * case.num_elements * table.itemsize + table.nbytes
-
-
-def gradient_distances(
-    table: Tensor, row_ids: Tensor, scores: Tensor, grad: Tensor, stride: int
-) -> Callable[[Outputs], list[Distance]]:
-    """Return the measure of row_gradient's two outputs."""
-
-    def measure(outputs: Outputs) -> list[Distance]:
-        grad_table, grad_scores = outputs
-        row_parts = exact.row_gradients(table.shape[0], row_ids, scores, grad, stride)
-        score_parts = exact.score_gradients(table, row_ids, grad, stride)
-        return [
-            Distance(grad_table.dtype, ((grad_table[rows], expected) for rows, expected in row_parts)),
-            Distance(grad_scores.dtype, ((grad_scores[tokens], expected) for tokens, expected in score_parts)),
-        ]
-
-    return measure
-
-
-def _sum_distance(
-    table: Tensor, row_ids: Tensor, scores: Tensor, stride: int, scales: Tensor | None = None
-) -> Callable[[Outputs], list[Distance]]:
-    def measure(outputs: Outputs) -> list[Distance]:
-        parts = exact.sums(table, row_ids, scores, stride, scales)
-        return [Distance(outputs[0].dtype, ((outputs[0][tokens], expected) for tokens, expected in parts))]
-
-    return measure
 
 
 def _arguments(tensors: LookupTensors, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor, int]:
