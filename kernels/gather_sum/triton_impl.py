@@ -1,7 +1,9 @@
 """gather_sum on a GPU: one program sums a tile of tokens × columns in fp32 registers.
 
 - Tables whose slice of columns fits the second-level cache: programs are ordered so that all tokens pass one slice
-  before the next one starts, and most reads are cache hits.
+  before the next one starts, and most reads are cache hits. Ids and scores are first packed into one word a lookup,
+  the words of one lookup k side by side: a tile then reads each of them with its neighbours, and one round ahead of
+  its rows. Read as they come, [N, K], they take twice as many of the first-level cache's cycles as the rows do.
 - Larger tables: whole rows, a long contiguous read each.
 - Few tokens: the lookups of one token are read side by side, because there is no other work to hide the latency.
 
@@ -21,11 +23,18 @@ from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32, weighted
 
-_SLICE_COLUMNS = 64
+#: A row's part in one slice of columns: a line of the first-level cache.
+_SLICE_ROW_BYTES = 128
 #: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
 _SLICE_BYTES = 24 << 20
-#: One lookup's part of a slice, if no larger, is found in the first-level cache now and then: more tokens a program.
-_NEAR_BYTES = 64 << 10
+#: Elements a warp sums, and fewer where there would be too few warps to fill a GPU with.
+_TILE = 2048
+_SMALL_TILE = 512
+_MANY_TILES = 2048
+_PACKED_TOKENS = 64
+_PACKED_LOOKUPS = 32
+_STREAMED_COLUMNS = 1024
+_STREAMED_WARPS = 4
 _UNROLLED = 4
 _FEW_TOKENS = 64
 _FEW_LOOKUPS = 64
@@ -58,6 +67,7 @@ def gather_sum(
     word = error_word(name, limit, is_code=code_stride > 0)
     sizes: tuple[Any, ...] = (num_tokens, num_lookups, dim, code_stride, limit)
     is_checked = must_check(row_ids, limit)
+    offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
     with device_of(table):
         if num_tokens <= _FEW_TOKENS:
             columns = min(_FEW_COLUMNS, next_power_of_2(dim))
@@ -66,27 +76,97 @@ def gather_sum(
                 table, scales, row_ids, scores, out, word, *sizes,
                 lookups, columns, is_checked, num_warps=_FEW_WARPS, **LAUNCH_OPTIONS,
             )  # fmt: skip
+        elif num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES:
+            # One round more than there is, for a tile to read ahead of its last.
+            packed = torch.empty(num_lookups + 1, num_tokens, dtype=torch.int64, device=table.device)
+            _pack[(triton.cdiv(num_tokens, _PACKED_TOKENS), triton.cdiv(num_lookups, _PACKED_LOOKUPS))](
+                table, scales, row_ids, scores, packed, word, *sizes,
+                _PACKED_TOKENS, _PACKED_LOOKUPS, is_checked, **LAUNCH_OPTIONS,
+            )  # fmt: skip
+            tokens, columns = tile(num_tokens, dim, table.itemsize)
+            _sum_slice[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
+                table, packed, out, num_tokens, num_lookups, dim, code_stride,
+                tokens, columns, offset, dim % columns == 0, num_warps=1, **LAUNCH_OPTIONS,
+            )  # fmt: skip
         else:
-            tokens, columns, warps = tile(num_rows, limit, dim, table.itemsize)
-            offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
-            _sum_tile[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
+            columns = min(_STREAMED_COLUMNS, next_power_of_2(dim))
+            tokens = _STREAMED_COLUMNS // columns
+            _stream_rows[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
                 table, scales, row_ids, scores, out, word, *sizes,
-                tokens, columns, _UNROLLED, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
+                tokens, columns, _UNROLLED, offset, is_checked, num_warps=_STREAMED_WARPS, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
 
 
-def tile(num_rows: int, limit: int, dim: int, itemsize: int) -> tuple[int, int, int]:
-    """Return tokens and columns of a program's tile, and its warps."""
-    columns = min(_SLICE_COLUMNS, next_power_of_2(dim))
-    if num_rows * columns * itemsize <= _SLICE_BYTES:
-        return 8 if limit * columns * itemsize <= _NEAR_BYTES else 4, columns, 1
-    columns = min(1024, next_power_of_2(dim))
-    return max(1, 1024 // columns), columns, 4
+def tile(num_tokens: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """Return tokens and columns of the tile that a warp sums of one slice."""
+    columns = min(_SLICE_ROW_BYTES // itemsize, next_power_of_2(dim))
+    is_many = num_tokens * dim >= _TILE * _MANY_TILES
+    return (_TILE if is_many else _SMALL_TILE) // columns, columns
 
 
 @triton.jit
-def _sum_tile(
+def _pack(
+    table, scales, row_ids, scores, packed, error_word,
+    N, K, D, S, limit,
+    TOKENS: tl.constexpr, LOOKUPS: tl.constexpr, IS_CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Write id and weight of each lookup as the halves of one int64, [K, N]; a bad id becomes 0 with a weight of NaN."""
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.program_id(1) * LOOKUPS + tl.arange(0, LOOKUPS)
+    is_lookup = (n < N)[:, None] & (k < K)[None, :]
+    at = n[:, None] * K + k[None, :]
+    ids = tl.load(row_ids + at, mask=is_lookup, other=0).to(tl.int64)
+    score = tl.load(scores + at, mask=is_lookup, other=0.0)
+    is_read = is_lookup
+    if IS_CHECKED:
+        is_read = checked(ids, is_lookup, limit, error_word)
+        ids = tl.where(is_read, ids, 0)
+    score = weighted(score, table, scales, ids + k.to(tl.int64)[None, :] * S, is_read)
+    if IS_CHECKED:
+        score = tl.where(is_read | (is_lookup == 0), score, float("nan"))
+    word = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids
+    tl.store(packed + k.to(tl.int64)[None, :] * N + n[:, None], word, mask=is_lookup)
+
+
+@triton.jit
+def _sum_slice(
+    table, packed, out,
+    N, K, D, S,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, OFFSET: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Sum K rows for TOKENS tokens in COLUMNS columns, in the order k = 0..K-1; an OFFSET holds any id · D.
+
+    IS_WHOLE: the last slice has as many columns as the others. Tokens past the last read row 0 with a weight of 0.
+    """
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_token = n < N
+    is_column = c < D
+    part = table
+    words = packed + n
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    word = tl.load(words, mask=is_token, other=0)
+    for _ in range(0, K):
+        words += N
+        next_word = tl.load(words, mask=is_token, other=0)
+        at = word.to(tl.int32).to(OFFSET)[:, None] * D + c[None, :]
+        if IS_WHOLE:
+            rows = tl.load(part + at)
+        else:
+            rows = tl.load(part + at, mask=is_column[None, :], other=0)
+        total += as_fp32(rows) * (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)[:, None]
+        part += tl.cast(S, tl.int64) * D
+        word = next_word
+    tl.store(
+        out + n.to(tl.int64)[:, None] * D + c[None, :],
+        total.to(out.dtype.element_ty),
+        mask=is_token[:, None] & is_column[None, :],
+    )
+
+
+@triton.jit
+def _stream_rows(
     table, scales, row_ids, scores, out, error_word,
     N, K, D, S, limit,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr,

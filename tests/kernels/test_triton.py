@@ -44,14 +44,22 @@ WHOLE = {"K": 128, "PIECE": 512, "ENTRIES": 2, "COLUMNS": 1024}
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
 )
-TILE = {"TOKENS": 8, "COLUMNS": 64, "UNROLLED": 4, "OFFSET": "int32", "IS_CHECKED": False}
+PACKED = {**LOOKUP, "packed": "*i64"}
+PACK = {"TOKENS": 64, "LOOKUPS": 32, "IS_CHECKED": True}
+SLICE_TILE = {"TOKENS": 32, "COLUMNS": 64, "OFFSET": "int32", "IS_WHOLE": True}
+STREAM = {"TOKENS": 1, "COLUMNS": 1024, "UNROLLED": 4, "OFFSET": "int64", "IS_CHECKED": False}
 FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
 RAGGED = {**GRADIENT, "row_ids": "*i32", "tokens": "*i32", "order": "*i64", "ends": "*i64", "grad_rows": "*bf16"}
 KERNELS = {
-    "gather_sum.triton_impl._sum_tile": (LOOKUP, {**TILE, "scales": None}),
+    "gather_sum.triton_impl._pack": (PACKED, {**PACK, "scales": None}),
+    "gather_sum.triton_impl._pack of fp8": ({**PACKED, **FP8}, PACK),
+    "gather_sum.triton_impl._sum_slice": (PACKED, SLICE_TILE),
+    "gather_sum.triton_impl._sum_slice of int8": ({**PACKED, **INT8}, SLICE_TILE),
+    "gather_sum.triton_impl._sum_slice of fp8": ({**PACKED, **FP8}, {**SLICE_TILE, "IS_WHOLE": False}),
+    "gather_sum.triton_impl._stream_rows": (LOOKUP, {**STREAM, "scales": None}),
     "gather_sum.triton_impl._sum_few": (LOOKUP, {**FEW, "scales": None}),
-    "gather_sum.triton_impl._sum_tile of int8": (INT8, TILE),
-    "gather_sum.triton_impl._sum_tile of fp8": (FP8, TILE),
+    "gather_sum.triton_impl._stream_rows of int8": (INT8, STREAM),
+    "gather_sum.triton_impl._stream_rows of fp8": (FP8, STREAM),
     "gather_sum.triton_impl._sum_few of fp8": (FP8, FEW),
     "row_gradient.triton_order._make_keys": (
         {**GRADIENT, "row_ids": "*i64", "keys": "*i32", "num_ids": "i64", "R": "i64"},
@@ -112,7 +120,9 @@ def test_compiling_for_a_gpu(name: str, target: str) -> None:
     module, kernel_name = name.split(" ")[0].rsplit(".", 1)
     kernel = getattr(import_module(f"mfdist.kernels.{module}"), kernel_name)
     types, constants = KERNELS[name]
-    constants = {arg: triton.language.int32 if value == "int32" else value for arg, value in constants.items()}
+    constants = {
+        arg: getattr(triton.language, value) if isinstance(value, str) else value for arg, value in constants.items()
+    }
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(LAUNCH_OPTIONS))
