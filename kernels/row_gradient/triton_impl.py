@@ -18,10 +18,11 @@ from mfdist.kernels.row_gradient.triton_order import Order, order_by_row
 from mfdist.kernels.row_id_check import error_word
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 
-#: Few columns and one warp: nothing waits for another warp, and many programs share a multiprocessor.
-_COLUMNS = 512
-#: Lookups whose grad_output a program reads at a time, while it sums as many.
-_ENTRIES = 2
+#: Columns to a warp: what its registers hold, and nothing waits for another warp.
+_COLUMNS_EACH = 1024
+#: Where runs are short, the rows themselves leave grad_output less of the second-level cache: half of it at a time.
+_SHORT_RUN = 32
+_COLUMNS_OF_SHORT_RUNS = 512
 #: Longer runs are split, lest one frequent row's program outlast all others.
 _PIECE = 256
 
@@ -59,43 +60,47 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    columns = min(_COLUMNS, next_power_of_2(dim))
+    is_short = row_ids.numel() < _SHORT_RUN * num_rows
+    columns = min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
     num_pieces = row_ids.numel() // _PIECE
     pieces = scores.new_empty(num_pieces, columns)
     for first in range(0, dim, columns):
-        constants = (row_ids.shape[1], _PIECE, _ENTRIES, columns, first > 0)
+        constants = (row_ids.shape[1], _PIECE, columns, first > 0)
         if num_pieces:
             sum_piece[(num_pieces,)](
                 table, row_ids, scores, grad_output, order.lookups, order.ends, pieces, grad_scores,
-                dim, code_stride, first, order.ends.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
+                dim, code_stride, first, order.ends.numel(), row_ids.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
         _sum_row[(num_rows,)](
-            table, scores, grad_output, order.lookups, order.ends, pieces, grad_table, grad_scores,
-            dim, first, order.ends_each, *constants, num_warps=1, **LAUNCH_OPTIONS,
+            table, scores, grad_output, order.lookups, order.starts, order.ends, pieces, grad_table, grad_scores,
+            dim, first, row_ids.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
 @triton.jit
 def sum_piece(
     table, row_ids, scores, grad_output, order, ends, pieces, grad_scores,
-    D, S, first_column, NUM_ENDS,
-    K: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+    D, S, first_column, NUM_RUNS, NUM_LOOKUPS,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over PIECE lookups, if they are all of one row, into a row of `pieces`."""
     piece = tl.program_id(0).to(tl.int64)
     start = piece * PIECE
     end = start + PIECE
-    if end <= tl.load(ends + NUM_ENDS - 1):  # past it are bad ids
-        row = _row_of(row_ids, tl.load(order + start), K, S)
-        if row == _row_of(row_ids, tl.load(order + end - 1), K, S):
-            c = first_column + tl.arange(0, COLUMNS)
-            is_column = c < D
-            values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
-            total = _sum_lookups(
-                scores, grad_output, order, grad_scores, values, c, is_column,
-                start, end, end, end, D, K, ENTRIES, COLUMNS, IS_ADDED,
-            )  # fmt: skip
-            tl.store(pieces + piece * COLUMNS + tl.arange(0, COLUMNS), tl.sum(total, axis=0))
+    if end <= tl.load(ends + NUM_RUNS - 1):  # past it are bad ids
+        first = tl.load(order + start)
+        last = tl.load(order + end - 1)
+        if (first >= 0) & (last >= 0):  # within the order they leave gaps
+            row = _row_of(row_ids, first, K, S)
+            if row == _row_of(row_ids, last, K, S):
+                c = first_column + tl.arange(0, COLUMNS)
+                is_column = c < D
+                values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+                total = _sum_lookups(
+                    scores, grad_output, order, grad_scores, values, c, is_column,
+                    start, end, end, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED,
+                )  # fmt: skip
+                tl.store(pieces + piece * COLUMNS + tl.arange(0, COLUMNS), total)
 
 
 @triton.jit
@@ -105,29 +110,29 @@ def _row_of(row_ids, lookup, K: tl.constexpr, S):
 
 @triton.jit
 def _sum_row(
-    table, scores, grad_output, order, ends, pieces, grad_table, grad_scores,
-    D, first_column, ENDS_EACH,
-    K: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+    table, scores, grad_output, order, starts, ends, pieces, grad_table, grad_scores,
+    D, first_column, NUM_LOOKUPS,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over one row's run of lookups; a row without any gets zeros."""
     row = tl.program_id(0).to(tl.int64)
     c = first_column + tl.arange(0, COLUMNS)
     is_column = c < D
-    start = tl.load(ends + row * ENDS_EACH - 1, mask=row > 0, other=0)
-    end = tl.load(ends + (row + 1) * ENDS_EACH - 1)
-    values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+    values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
     total = sum_run(
         scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-        start, end, D, K, PIECE, ENTRIES, COLUMNS, IS_ADDED,
+        tl.load(starts + row), tl.load(ends + row), D, NUM_LOOKUPS, K, PIECE, COLUMNS, IS_ADDED,
     )  # fmt: skip
-    tl.store(grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column)
+    tl.store(
+        grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
 def sum_run(
     scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-    start, end, D,
-    K: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+    start, end, D, NUM_LOOKUPS,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the sum [COLUMNS] of score · grad_output over one row's run, and write its lookups' score gradients.
 
@@ -137,58 +142,51 @@ def sum_run(
     end_piece = tl.maximum(end // PIECE, first_piece)
     total = _sum_lookups(
         scores, grad_output, order, grad_scores, values, c, is_column,
-        start, first_piece * PIECE, end_piece * PIECE, end, D, K, ENTRIES, COLUMNS, IS_ADDED,
+        start, first_piece * PIECE, end_piece * PIECE, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED,
     )  # fmt: skip
-    for first in range(first_piece, end_piece, ENTRIES):
-        piece = first + tl.arange(0, ENTRIES)
-        at = piece.to(tl.int64)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        total += tl.load(pieces + at, mask=(piece < end_piece)[:, None], other=0.0)
-    return tl.sum(total, axis=0)
+    for piece in range(first_piece, end_piece):
+        total += tl.load(pieces + tl.cast(piece, tl.int64) * COLUMNS + tl.arange(0, COLUMNS))
+    return total
 
 
 @triton.jit
 def _sum_lookups(
     scores, grad_output, order, grad_scores, values, c, is_column,
-    start, gap, gap_end, end, D,
-    K: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+    start, gap, gap_end, end, D, NUM_LOOKUPS,
+    K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Return the sum of score · grad_output over [start, gap) and [gap_end, end) of the order, in ENTRIES parts.
+    """Return the sum of score · grad_output over [start, gap) and [gap_end, end) of the order.
 
     Each lookup's ⟨grad_output, values⟩ is written to grad_scores, or added to what an earlier slice left there.
-    While one round is summed, the next one's grad_output and the one after's lookups are on their way.
+    While one lookup is summed, the next one's grad_output and the number of the one after are on their way; past the
+    end, which costs no test, these are lookups of another row that nobody uses.
     """
     skipped = tl.where(gap < end, gap_end - gap, 0)
-    entry = start + tl.arange(0, ENTRIES)
-    lookup, is_entry = _lookups_at(order, entry, gap, skipped, end)
-    next_lookup, is_next = _lookups_at(order, entry + ENTRIES, gap, skipped, end)
-    score, grads = _grads_of(scores, grad_output, lookup, is_entry, c, is_column, D, K)
-    total = tl.zeros([ENTRIES, COLUMNS], tl.float32)
-    for first in range(start, end - skipped, ENTRIES):
-        next_score, next_grads = _grads_of(scores, grad_output, next_lookup, is_next, c, is_column, D, K)
-        entry = first + 2 * ENTRIES + tl.arange(0, ENTRIES)
-        later_lookup, is_later = _lookups_at(order, entry, gap, skipped, end)
-        if IS_ADDED:
-            product = tl.load(grad_scores + lookup, mask=is_entry, other=0.0)
-        else:
-            product = tl.zeros([ENTRIES], tl.float32)
+    lookup = _lookup_at(order, start, gap, skipped, NUM_LOOKUPS)
+    next_lookup = _lookup_at(order, start + 1, gap, skipped, NUM_LOOKUPS)
+    score, grads = _grads_of(scores, grad_output, lookup, c, is_column, D, K)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for entry in range(start, end - skipped):
+        next_score, next_grads = _grads_of(scores, grad_output, next_lookup, c, is_column, D, K)
+        later_lookup = _lookup_at(order, entry + 2, gap, skipped, NUM_LOOKUPS)
         wide = grads.to(tl.float32)
-        total += wide * score[:, None]
-        product += tl.sum(wide * values[None, :], axis=1)
-        tl.store(grad_scores + lookup, product, mask=is_entry)
-        lookup, is_entry, score, grads = next_lookup, is_next, next_score, next_grads
-        next_lookup, is_next = later_lookup, is_later
+        total += wide * score
+        product = tl.sum(wide * values, axis=0)
+        if IS_ADDED:
+            product += tl.load(grad_scores + lookup)
+        tl.store(grad_scores + lookup, product)
+        lookup, score, grads = next_lookup, next_score, next_grads
+        next_lookup = later_lookup
     return total
 
 
 @triton.jit
-def _lookups_at(order, entry, gap, skipped, end):
+def _lookup_at(order, entry, gap, skipped, NUM_LOOKUPS):
     entry += tl.where(entry >= gap, skipped, 0)
-    is_entry = entry < end
-    return tl.load(order + entry, mask=is_entry, other=0), is_entry
+    return tl.maximum(tl.load(order + tl.minimum(entry, NUM_LOOKUPS - 1)), 0)
 
 
 @triton.jit
-def _grads_of(scores, grad_output, lookup, is_entry, c, is_column, D, K: tl.constexpr):
-    score = tl.load(scores + lookup, mask=is_entry, other=0.0)
-    at = (lookup // K).to(tl.int64)[:, None] * D + c[None, :]
-    return score, tl.load(grad_output + at, mask=is_entry[:, None] & is_column[None, :], other=0.0)
+def _grads_of(scores, grad_output, lookup, c, is_column, D, K: tl.constexpr):
+    score = tl.load(scores + lookup)
+    return score, tl.load(grad_output + (lookup // K).to(tl.int64) * D + c, mask=is_column, other=0.0)

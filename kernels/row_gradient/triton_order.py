@@ -1,8 +1,9 @@
-"""The order of a table's lookups by row, and within a row by token: what makes sums over a row repeatable.
+"""The order in which row_gradient sums lookups on a GPU: by row, and within a row by token, n · K + k.
 
-Codes that count from their lookup's own first row are sorted by counting, each lookup's tokens in chunks: 1. count the
-codes of each chunk; 2. add the counts up over (row, chunk), which gives where each chunk's lookups of a row begin;
-3. one program a chunk places them, a few tokens at a time. Other ids, and codes that are many, are sorted by torch.
+Codes are counted and placed, lookup k by lookup k, because only the codes are unordered: chunks of tokens are counted,
+each count becomes the place of the chunk's first token with that code, and every chunk places its tokens in their
+order. All it takes beside the order are the codes, turned to [K, N], and the counts. Row ids, which may lie anywhere,
+are sorted, as are codes so many that counters would outgrow the lookups.
 """
 
 from typing import Final, NamedTuple
@@ -16,25 +17,33 @@ from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 
 _INT32_MAX: Final = torch.iinfo(torch.int32).max
-#: Above it, counters outgrow the lookups, or a chunk its program.
+#: Above it, counters outgrow the lookups.
 _MAX_COUNTED: Final = 4096
-_MIN_CHUNK: Final = 2048
+_MIN_CHUNK: Final = 1024
+#: All chunks' counts of a block of codes are summed by one program.
+_MAX_CHUNKS: Final = 32
+_CODES_TOGETHER: Final = 1024
 _MIN_BINS: Final = 128
-#: Tokens placed at a time: each is compared with each.
+#: So many counters a warp keeps in its registers.
+_MAX_HELD: Final = 256
+#: Tokens placed at a time, each compared with each, with counters in registers or in memory.
+_PLACED_TOGETHER_HELD: Final = 32
 _PLACED_TOGETHER: Final = 64
+_TURNED_TOKENS: Final = 128
+_TURNED_LOOKUPS: Final = 32
 _KEYS_TOGETHER: Final = 1024
 
 
 class Order(NamedTuple):
-    """Lookups n · K + k in order, and where each row's run ends: `ends_each` ends a row, of which the last counts.
+    """Lookups n · K + k in order, and where each row's run of them starts and ends.
 
     Without `rows` there is a run for each row of the table, empty or not. With it run i is of `rows[i]`, and those past
-    the last are empty.
+    the last are empty. A lookup with a bad id is in no run; where counting leaves its place empty, there is a -1.
     """
 
     lookups: Tensor
+    starts: Tensor
     ends: Tensor
-    ends_each: int
     rows: Tensor | None = None
 
 
@@ -60,7 +69,7 @@ def order_by_row(
         is_brief: where the table has more rows than there are lookups, list the runs of those that are looked up.
 
     Returns:
-        Lookups and ends in int32, or int64 where N · K needs it.
+        Lookups, starts and ends in int32, or int64 where N · K needs it.
     """
     if 0 < code_stride <= _MAX_COUNTED:
         return _by_counting(row_ids, grad_scores, error_word, code_stride, is_checked=is_checked)
@@ -73,11 +82,14 @@ def order_by_row(
     )  # fmt: skip
     by_row, lookups = torch.sort(keys, stable=True)
     is_narrow = row_ids.numel() <= _INT32_MAX
+    if is_narrow:
+        lookups = lookups.int()
     if is_brief and num_rows > row_ids.numel():
-        return _by_run(by_row, lookups.int() if is_narrow else lookups, num_rows)
+        return _by_run(by_row, lookups, num_rows)
+    bounds = lookups.new_zeros(num_rows + 1)
     rows = torch.arange(num_rows, dtype=keys.dtype, device=keys.device)
-    ends = torch.searchsorted(by_row, rows, right=True, out_int32=is_narrow)
-    return Order(lookups.int() if is_narrow else lookups, ends, 1)
+    torch.searchsorted(by_row, rows, right=True, out_int32=is_narrow, out=bounds[1:])
+    return Order(lookups, bounds[:-1], bounds[1:])
 
 
 def _key_dtype(num_rows: int, *, is_checked: bool) -> torch.dtype:
@@ -92,35 +104,45 @@ def _by_run(by_row: Tensor, lookups: Tensor, num_rows: int) -> Order:
     is_last = torch.ones(num_lookups, dtype=torch.bool, device=by_row.device)
     torch.ne(by_row[1:], by_row[:-1], out=is_last[:-1])
     places = torch.cumsum(is_last, 0, dtype=lookups.dtype)
-    past = torch.tensor([num_rows], dtype=by_row.dtype, device=by_row.device)
+    past = torch.full((1,), num_rows, dtype=by_row.dtype, device=by_row.device)
     num_good = torch.searchsorted(by_row, past, out_int32=lookups.dtype == torch.int32)
-    rows, ends = torch.empty_like(by_row), torch.empty_like(lookups)
+    rows, bounds = torch.empty_like(by_row), lookups.new_zeros(num_lookups + 1)
     _list_runs[(triton.cdiv(num_lookups, _KEYS_TOGETHER),)](
-        by_row, is_last, places, num_good, rows, ends, num_lookups, _KEYS_TOGETHER, **LAUNCH_OPTIONS
+        by_row, is_last, places, num_good, rows, bounds[1:], num_lookups, _KEYS_TOGETHER, **LAUNCH_OPTIONS
     )
-    return Order(lookups, ends, 1, rows)
+    return Order(lookups, bounds[:-1], bounds[1:], rows)
 
 
 def _by_counting(
     row_ids: Tensor, grad_scores: Tensor, error_word: Tensor, code_stride: int, *, is_checked: bool
 ) -> Order:
     num_tokens, num_lookups = row_ids.shape
-    bins = max(_MIN_BINS, next_power_of_2(code_stride))
-    chunk = max(_MIN_CHUNK, bins)
-    chunks = triton.cdiv(num_tokens, chunk)
     kind = torch.int32 if row_ids.numel() <= _INT32_MAX else torch.int64
-    counts = row_ids.new_empty(num_lookups * code_stride * chunks + 1, dtype=torch.int32)
-    sizes = (num_tokens, num_lookups, code_stride, chunks)
-    _count[(num_lookups, chunks)](
-        row_ids, counts, grad_scores, error_word, *sizes, chunk, bins, is_checked, **LAUNCH_OPTIONS
+    bins = max(_MIN_BINS, next_power_of_2(code_stride))
+    chunk = max(_MIN_CHUNK, bins, next_power_of_2(triton.cdiv(num_tokens, _MAX_CHUNKS)))
+    chunks = triton.cdiv(num_tokens, chunk)
+    sizes = (num_tokens, num_lookups, code_stride)
+    codes = row_ids.new_empty(num_lookups, num_tokens, dtype=torch.int16)
+    _turn[(triton.cdiv(num_tokens, _TURNED_TOKENS), triton.cdiv(num_lookups, _TURNED_LOOKUPS))](
+        row_ids, codes, grad_scores, error_word, *sizes,
+        _TURNED_TOKENS, _TURNED_LOOKUPS, is_checked, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    counts = row_ids.new_empty(num_lookups, chunks, code_stride, dtype=kind)
+    _count[(num_lookups, chunks)](codes, counts, *sizes, chunks, chunk, bins, num_warps=2, **LAUNCH_OPTIONS)
+    starts, ends = row_ids.new_empty(2, num_lookups * code_stride, dtype=kind)
+    together = min(bins, _CODES_TOGETHER)
+    _bound[(num_lookups,)](
+        counts, starts, ends, *sizes, chunks, next_power_of_2(chunks), together, num_warps=8, **LAUNCH_OPTIONS
     )
-    # The first count is 0, so that entry i of the sums is where part i begins; placing moves it on to where it ends.
-    bounds = torch.cumsum(counts, 0, dtype=kind)
+    is_held = bins <= _MAX_HELD
     lookups = row_ids.new_empty(row_ids.numel(), dtype=kind)
+    if is_checked:
+        lookups.fill_(-1)
     _place[(num_lookups, chunks)](
-        row_ids, bounds, lookups, *sizes, chunk, _PLACED_TOGETHER, is_checked, num_warps=1, **LAUNCH_OPTIONS
-    )
-    return Order(lookups, bounds[:-1], chunks)
+        codes, counts, lookups, *sizes, chunks,
+        chunk, bins, _PLACED_TOGETHER_HELD if is_held else _PLACED_TOGETHER, is_held, num_warps=1, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    return Order(lookups, starts, ends)
 
 
 @triton.jit
@@ -155,61 +177,95 @@ def _list_runs(by_row, is_last, places, num_good, rows, ends, num_lookups, KEYS:
 
 
 @triton.jit
-def _count(
-    row_ids, counts, grad_scores, error_word,
-    N, K, S, CHUNKS,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, IS_CHECKED: tl.constexpr,
+def _turn(
+    row_ids, codes, grad_scores, error_word,
+    N, K, S,
+    TOKENS: tl.constexpr, LOOKUPS: tl.constexpr, IS_CHECKED: tl.constexpr,
 ):  # fmt: skip
+    """Write the codes as int16 [K, N], a bad one as -1."""
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.program_id(1).to(tl.int64) * LOOKUPS + tl.arange(0, LOOKUPS)
+    is_code = (n < N)[:, None] & (k < K)[None, :]
+    at = n[:, None] * K + k[None, :]
+    ids = tl.load(row_ids + at, mask=is_code, other=0).to(tl.int64)
+    if IS_CHECKED:
+        is_good = checked(ids, is_code, S, error_word)
+        tl.store(grad_scores + at, float("nan"), mask=is_code & (is_good == 0))
+        ids = tl.where(is_good, ids, -1)
+    tl.store(codes + k[None, :] * N + n[:, None], ids.to(tl.int16), mask=is_code)
+
+
+@triton.jit
+def _count(codes, counts, N, K, S, CHUNKS, CHUNK: tl.constexpr, BINS: tl.constexpr):
     """Count the codes of lookup k in one chunk of tokens."""
     k = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    n = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    is_code = n < N
-    codes = tl.load(row_ids + n * K + k, mask=is_code, other=0)
-    if IS_CHECKED:
-        is_token = is_code
-        is_code = checked(codes.to(tl.int64), is_token, S, error_word)
-        tl.store(grad_scores + n * K + k, float("nan"), mask=is_token & (is_code == 0))
-    found = tl.histogram(tl.where(is_code, codes, 0).to(tl.int32), BINS, mask=is_code)
+    n = chunk * CHUNK + tl.arange(0, CHUNK)
+    code = tl.load(codes + k * N + n, mask=n < N, other=-1).to(tl.int32)
+    found = tl.histogram(tl.maximum(code, 0), BINS, mask=code >= 0)
     bins = tl.arange(0, BINS)
-    tl.store(counts + 1 + (k * S + bins) * CHUNKS + chunk, found, mask=bins < S)
-    tl.store(counts, 0, mask=(k == 0) & (chunk == 0))
+    tl.store(counts + (k * CHUNKS + chunk) * S + bins, found.to(counts.dtype.element_ty), mask=bins < S)
+
+
+@triton.jit
+def _bound(counts, starts, ends, N, K, S, CHUNKS, CHUNKS_UP: tl.constexpr, CODES: tl.constexpr):
+    """Turn the counts of lookup k into where each chunk's tokens of a code begin, and write the bounds of its rows."""
+    k = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, CHUNKS_UP)
+    begin = (k * N).to(counts.dtype.element_ty)
+    for first in range(0, S, CODES):
+        code = first + tl.arange(0, CODES)
+        at = (k * CHUNKS + chunk)[:, None] * S + code[None, :]
+        mask = (chunk < CHUNKS)[:, None] & (code < S)[None, :]
+        found = tl.load(counts + at, mask=mask, other=0)
+        total = tl.sum(found, axis=0)
+        end = begin + tl.cumsum(total, axis=0)
+        tl.store(starts + k * S + code, end - total, mask=code < S)
+        tl.store(ends + k * S + code, end, mask=code < S)
+        tl.store(counts + at, tl.cumsum(found, axis=0) - found + (end - total)[None, :], mask=mask)
+        begin += tl.sum(total, axis=0)
 
 
 @triton.jit
 def _place(
-    row_ids, bounds, lookups,
+    codes, counts, lookups,
     N, K, S, CHUNKS,
-    CHUNK: tl.constexpr, TOKENS: tl.constexpr, IS_CHECKED: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr, IS_HELD: tl.constexpr,
 ):  # fmt: skip
-    """Write the lookups k of one chunk of tokens to their places, TOKENS at a time, counting up the bounds.
+    """Write the lookups k of one chunk of tokens to their places, TOKENS at a time, counting up where codes begin.
 
-    This program alone uses the chunk's bounds; the barriers keep its own threads in step.
+    The counters are held in registers, or lie in memory, where this program alone uses them and barriers keep its own
+    threads in step.
     """
     k = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(1)
+    counters = counts + (k * CHUNKS + chunk) * S
+    if IS_HELD:
+        bins = tl.arange(0, BINS)
+        held = tl.load(counters + bins, mask=bins < S, other=0)
     i = tl.arange(0, TOKENS)
     n = chunk * CHUNK + i
-    upcoming = tl.load(row_ids + n * K + k, mask=n < N, other=0)
+    upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
     for _ in range(0, tl.minimum(CHUNK, N - chunk * CHUNK), TOKENS):
-        lookup = n * K + k
-        is_code = n < N
-        codes = upcoming.to(tl.int64)
-        if IS_CHECKED:
-            is_code = is_code & (codes >= 0) & (codes < S)
-        codes = tl.where(is_code, codes, -1).to(tl.int32)
+        lookup = n.to(tl.int64) * K + k
+        code = upcoming.to(tl.int32)
+        is_code = code >= 0
         # The next codes are under way while these are placed.
         n += TOKENS
-        upcoming = tl.load(row_ids + n * K + k, mask=n < N, other=0)
-        # How many of these tokens have the token's code, and, in the high half, how many of them come earlier.
-        is_same = codes[:, None] == codes[None, :]
-        weight = tl.where(i[:, None] < i[None, :], 65537, 1)
-        found = tl.sum(tl.where(is_same, weight, 0), axis=0)
-        before = found >> 16
-        same = found & 65535
-        bound = bounds + (k * S + codes) * CHUNKS + chunk
-        begin = tl.load(bound, mask=is_code, other=0)
-        tl.debug_barrier()
+        upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
+        is_same = code[:, None] == code[None, :]
+        if IS_HELD:
+            before = tl.sum((is_same & (i[:, None] < i[None, :])).to(tl.int32), axis=0)
+            begin = tl.gather(held, tl.maximum(code, 0), 0)
+            held += tl.histogram(tl.maximum(code, 0), BINS, mask=is_code).to(held.dtype)
+        else:
+            # How many of these tokens have the token's code, and, in the high half, how many of them come earlier.
+            weight = tl.where(i[:, None] < i[None, :], 65537, 1)
+            found = tl.sum(tl.where(is_same, weight, 0), axis=0)
+            before = found >> 16
+            same = found & 65535
+            begin = tl.load(counters + code, mask=is_code, other=0)
+            tl.debug_barrier()
+            tl.store(counters + code, begin + same, mask=is_code & (before == same - 1))
+            tl.debug_barrier()
         tl.store(lookups + begin + before, lookup.to(lookups.dtype.element_ty), mask=is_code)
-        tl.store(bound, begin + same, mask=is_code & (before == same - 1))
-        tl.debug_barrier()

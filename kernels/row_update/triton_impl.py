@@ -20,12 +20,8 @@ from mfdist.kernels.row_update.triton_rule import NUMBERS, step_constants, updat
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 
 #: Columns to a warp of a row's program, and the most warps.
-_COLUMNS_EACH = 512
+_COLUMNS_EACH = 1024
 _MAX_WARPS = 16
-#: Lookups whose grad_output a program reads at a time, while it sums as many; wide rows fill its registers alone.
-_ENTRIES = 2
-_ENTRIES_WIDE = 1
-_WIDE = 4096
 #: Longer runs are split, for rows of one warp; wider rows have more warps and longer pieces.
 _PIECE = 256
 
@@ -52,7 +48,7 @@ def fused_row_update(
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
     columns, warps = _shape(dim)
-    piece, entries = _PIECE * warps, _ENTRIES_WIDE if columns > _WIDE else _ENTRIES
+    piece = _PIECE * warps
     num_pieces = row_ids.numel() // piece
     options: dict[str, Any] = {"num_warps": warps, **LAUNCH_OPTIONS}
     with device_of(table):
@@ -61,18 +57,18 @@ def fused_row_update(
             is_checked=must_check(row_ids, limit), is_brief=True,
         )  # fmt: skip
         pieces = scores.new_empty(num_pieces, columns)
-        constants = (row_ids.shape[1], piece, entries, columns)
+        constants = (row_ids.shape[1], piece, columns)
         if num_pieces:
             sum_piece[(num_pieces,)](
                 table, row_ids, scores, grad_output, order.lookups, order.ends, pieces, grad_scores,
-                dim, code_stride, 0, order.ends.numel(), *constants, False, **options,
+                dim, code_stride, 0, order.ends.numel(), row_ids.numel(), *constants, False, **options,
             )  # fmt: skip
         num_runs = num_rows if order.rows is None else order.rows.numel()
         _update_looked_up[(num_runs,)](
             table, *_two(state, table), scores, grad_output,
-            order.lookups, order.ends, order.lookups if order.rows is None else order.rows, pieces, grad_scores,
-            *step_constants(lr, step, rule),
-            dim, order.ends_each, *offsets,
+            order.lookups, order.starts, order.ends, order.lookups if order.rows is None else order.rows,
+            pieces, grad_scores, *step_constants(lr, step, rule),
+            dim, row_ids.numel(), *offsets,
             *constants, NUMBERS[rule.kind], order.rows is not None, **options,
         )  # fmt: skip
     return grad_scores
@@ -124,25 +120,25 @@ def _two(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _update_looked_up(
-    table, first, second, scores, grad_output, order, ends, rows, pieces, grad_scores, shared, keys,
-    D, ENDS_EACH, row_offset, column_offset,
-    K: tl.constexpr, PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+    table, first, second, scores, grad_output, order, starts, ends, rows, pieces, grad_scores, shared, keys,
+    D, NUM_LOOKUPS, row_offset, column_offset,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
     RULE: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sum one row's run of lookups and update the row by it."""
     run = tl.program_id(0).to(tl.int64)
-    start = tl.load(ends + run * ENDS_EACH - 1, mask=run > 0, other=0)
-    end = tl.load(ends + (run + 1) * ENDS_EACH - 1)
+    start = tl.load(starts + run)
+    end = tl.load(ends + run)
     if end > start:
         row = run
         if HAS_ROWS:
             row = tl.load(rows + run).to(tl.int64)
         c = tl.arange(0, COLUMNS)
         is_column = c < D
-        values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+        values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
         gradient = sum_run(
             scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-            start, end, D, K, PIECE, ENTRIES, COLUMNS, False,
+            start, end, D, NUM_LOOKUPS, K, PIECE, COLUMNS, False,
         )  # fmt: skip
         update_row(
             table, first, second, row, c, is_column, values, gradient, tl.sum(gradient * gradient, axis=0) / D,

@@ -111,9 +111,11 @@ def _store_rounded(to, at, value, mask, key, row, column):
         random = _mix32(row_key + column.to(tl.uint32) * 0x9E3779B9) >> 16
         rounded = ((words + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         is_special = (words & 0x7F800000) == 0x7F800000  # NaN and infinity have no next value
-        tl.store(to + at, tl.where(is_special, value.to(tl.bfloat16), rounded), mask=mask)
+        tl.store(
+            to + at, tl.where(is_special, value.to(tl.bfloat16), rounded), mask=mask, eviction_policy="evict_first"
+        )
     else:
-        tl.store(to + at, value.to(to.dtype.element_ty), mask=mask)
+        tl.store(to + at, value.to(to.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def updates() -> None:
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
     # Long runs, wide rows and few columns a warp, at small sizes.
-    triton_impl._PIECE, triton_impl._COLUMNS_EACH, triton_impl._WIDE = 8, 16, 32
+    triton_impl._PIECE, triton_impl._COLUMNS_EACH = 8, 16
     check(equal, adagrad)
     check(make_lookup(70, 3, 2, 70, is_compact=False), adagrad)
     ordering._MAX_COUNTED = 1  # as for codes too many to count, and more rows than lookups

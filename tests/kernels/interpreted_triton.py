@@ -51,13 +51,17 @@ def lookups() -> None:
     check_lookup(equal)
     # As for a table whose slices fit no cache, many tokens and long runs.
     sums._SLICE_BYTES = 0
-    gradients._COLUMNS = 32
+    gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32
     gradients._PIECE = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
+    ordering._PLACED_TOGETHER_HELD = ordering._PLACED_TOGETHER = 8
     check_lookup(make_lookup(70, 2, 8, 40))
     check_lookup(make_lookup(70, 3, 2, 70, is_compact=False))
     check_lookup(equal)
     few_rows = make_lookup(70, 2, 2, 33, id_dtype=torch.int32)
+    check_lookup(few_rows)
+    ordering._MAX_HELD = 0  # as for more counters than registers hold
+    check_lookup(make_lookup(70, 2, 8, 40))
     check_lookup(few_rows)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check_lookup(few_rows)

@@ -35,12 +35,21 @@ LOOKUP = {"table": "*bf16", "row_ids": "*u8", "scores": "*fp32", "out": "*bf16",
 INT8 = {**LOOKUP, "table": "*i8", "scales": "*fp32"}
 FP8 = {**INT8, "table": "*u8"}
 GRADIENT = {"grad_output": "*bf16", "grad_table": "*bf16", "grad_scores": "*fp32", **LOOKUP}
-ORDER = {"order": "*i32", "ends": "*i32", "pieces": "*fp32", "CHUNKS": "i32", "ENDS_EACH": "i32", "NUM_ENDS": "i32"}
+ORDER = {
+    "order": "*i32",
+    "ends": "*i32",
+    "pieces": "*fp32",
+    "CHUNKS": "i32",
+    "NUM_RUNS": "i64",
+    "NUM_LOOKUPS": "i32",
+    "starts": "*i32",
+}
+COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32", "lookups": "*i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
-SLICE = {"K": 48, "PIECE": 1024, "ENTRIES": 2, "COLUMNS": 512, "IS_ADDED": True}
+SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True}
 STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
 UPDATE = {**GRADIENT, **ORDER, **STATES, "grads": "*bf16", "mean_squares": "*fp32", "R": "i64", "column_offset": "i32"}
-WHOLE = {"K": 128, "PIECE": 512, "ENTRIES": 2, "COLUMNS": 1024}
+WHOLE = {"K": 128, "PIECE": 512, "COLUMNS": 1024}
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
 )
@@ -65,13 +74,13 @@ KERNELS = {
         {**GRADIENT, "row_ids": "*i64", "keys": "*i32", "num_ids": "i64", "R": "i64"},
         {"IDS": 1024, "IS_CHECKED": True},
     ),
-    "row_gradient.triton_order._count": (
-        {**GRADIENT, **ORDER, "counts": "*i32"},
-        {"CHUNK": 2048, "BINS": 256, "IS_CHECKED": True},
-    ),
-    "row_gradient.triton_order._place": (
-        {**GRADIENT, **ORDER, "bounds": "*i32", "lookups": "*i32"},
-        {"CHUNK": 2048, "TOKENS": 64, "IS_CHECKED": True},
+    "row_gradient.triton_order._turn": (COUNTING, {"TOKENS": 128, "LOOKUPS": 32, "IS_CHECKED": True}),
+    "row_gradient.triton_order._count": (COUNTING, {"CHUNK": 1024, "BINS": 256}),
+    "row_gradient.triton_order._bound": (COUNTING, {"CHUNKS_UP": 16, "CODES": 256}),
+    "row_gradient.triton_order._place": (COUNTING, {"CHUNK": 1024, "BINS": 256, "TOKENS": 32, "IS_HELD": True}),
+    "row_gradient.triton_order._place of many codes": (
+        COUNTING,
+        {"CHUNK": 1024, "BINS": 1024, "TOKENS": 64, "IS_HELD": False},
     ),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
