@@ -111,7 +111,7 @@ def _pack(
     N, K, D, S, limit,
     TOKENS: tl.constexpr, LOOKUPS: tl.constexpr, IS_CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Write id and weight of each lookup as the halves of one int64, [K, N]; a bad id becomes 0 with a weight of NaN."""
+    """Write id and weight of each lookup as halves of one int64, [K, N]; a bad id becomes 0 with a weight of NaN."""
     n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(1) * LOOKUPS + tl.arange(0, LOOKUPS)
     is_lookup = (n < N)[:, None] & (k < K)[None, :]
@@ -147,14 +147,11 @@ def _sum_slice(
     words = packed + n
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     word = tl.load(words, mask=is_token, other=0)
-    for _ in range(0, K):
+    for _ in range(K):
         words += N
         next_word = tl.load(words, mask=is_token, other=0)
         at = word.to(tl.int32).to(OFFSET)[:, None] * D + c[None, :]
-        if IS_WHOLE:
-            rows = tl.load(part + at)
-        else:
-            rows = tl.load(part + at, mask=is_column[None, :], other=0)
+        rows = tl.load(part + at) if IS_WHOLE else tl.load(part + at, mask=is_column[None, :], other=0)
         total += as_fp32(rows) * (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)[:, None]
         part += tl.cast(S, tl.int64) * D
         word = next_word
