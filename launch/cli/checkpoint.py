@@ -16,7 +16,8 @@ from mfdist.launch.cli.progress import RunProgress
 from mfdist.training.events import Preparing, ignore
 
 if TYPE_CHECKING:
-    from mfdist.checkpoint.directory import CheckpointDirectory, StepInfo
+    from mfdist.checkpoint.directory import CheckpointDirectory
+    from mfdist.checkpoint.step_info import StepInfo
 
 app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=False)
 

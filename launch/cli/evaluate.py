@@ -22,7 +22,7 @@ def evaluate(
 
     Example: mfdist evaluate runs/demo --json
     """
-    # torch and zarr come with these.
+    # torch comes with these.
     from mfdist.training.evaluation import evaluate_run
     from mfdist.training.run import RunDirectory
 

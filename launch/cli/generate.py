@@ -31,7 +31,7 @@ def generate(
 
     Example: mfdist generate runs/demo --prompt "def " --tokens 50
     """
-    # torch and zarr come with these.
+    # torch comes with these.
     from mfdist.training.generation import GenerationConfig, load_generator
     from mfdist.training.run import RunDirectory
 

@@ -81,7 +81,7 @@ def train(
     return _start(out, load_config(config, overrides), as_json=as_json, is_quiet=quiet)
 
 
-# torch, zarr and numba come with mfdist.training, and only once the command is known to make sense.
+# torch and numba come with mfdist.training, and only once the command is known to make sense.
 
 
 def _start(path: Path, config: RunConfig, *, as_json: bool, is_quiet: bool) -> int:

@@ -1,58 +1,48 @@
-"""A run's checkpoint directory: an append-only series of steps, each committed by one rename.
+"""A run's checkpoints: saved whole or not at all, by one process or many, and loaded under any other division.
 
-    RUN/checkpoints/
-      step-000000100/              committed: a zarr store, never changed again
-      step-000000200-2/            step 200, saved again; supersedes step-000000200, which is then deleted
-      .step-000000300.partial-71-c0de/  being written, or what a writer that died left; no reader looks at it
-      .writer.lock                 held by the one writer
-
-Readers take no lock. Listing and pruning import neither torch nor zarr.
+Every rank makes a `CheckpointDirectory` of the same path, which all see; a process by itself needs nothing else.
+Listing, verifying and pruning import neither torch nor zarr before they must. Readers take no lock.
 """
 
 import contextlib
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfdist.checkpoint.damage import Damage
-from mfdist.checkpoint.durability import fsync
-from mfdist.checkpoint.layout import is_leftover, parse_step_name, partial_name, removed_name, step_name
-from mfdist.checkpoint.lock import WriterLock
 from mfdist.checkpoint.manifest import Manifest
+from mfdist.checkpoint.ranks import OneRank, Ranks, together
+from mfdist.checkpoint.series import StepSeries
+from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from mfdist.checkpoint.state import CheckpointState
+    from mfdist.spec import Region
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepInfo:
-    """A committed step, as its manifest describes it."""
-
-    step: int
-    path: Path
-    num_bytes: int = 0
-    num_files: int = 0
-    num_tables: int = 0
-    created: str = ""  # ISO 8601, UTC
-    damage: str | None = None  # why the manifest cannot be read; then the fields above but `path` and `step` are empty
+#: What a save that waits for the disk anyway copies into.
+_BUFFER_BYTES = 64 << 20
 
 
 class CheckpointDirectory:
     """The steps under `path`, which need not exist before the first save.
 
     One thread at a time may save or prune through one object; reading is safe from any thread and process.
+
+    Args:
+        path: the directory; with several ranks, on a file system that all of them share.
+        ranks: who saves together; by default this process alone.
+        is_incremental: whether a file that holds what it held in the last step is shared with it, by a hard link,
+            instead of written again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, ranks: Ranks | None = None, is_incremental: bool = True) -> None:
         self.path = Path(path)
-        self._lock: WriterLock | None = None
+        self.ranks = ranks or OneRank()
+        self.is_incremental = is_incremental
+        self.series = StepSeries(self.path)
 
     def save(self, state: "CheckpointState") -> StepInfo:
         """Write `state` beside the committed steps and commit it.
@@ -61,61 +51,84 @@ class CheckpointDirectory:
         deleted, so that at every moment one of them is there, whole. What dead writers left is deleted first.
 
         Raises:
-            ConfigError: a tensor or name cannot be stored.
-            UnavailableError: another writer holds the directory.
+            ConfigError: a tensor or name cannot be stored, or the ranks' shards leave a hole.
+            UnavailableError: another writer holds the directory, or a rank is late.
             CheckpointError: the disk is full, failing or read-only, or the directory was deleted meanwhile.
-            In each case the committed steps are untouched, what was half written is removed, and a retry is safe.
+            In each case, on all ranks, the committed steps are untouched, what was half written is removed, and a retry
+            is safe.
 
-        Cost: every byte is written and fsynced once; see `write_step`.
+        Called on: every rank, at the same steps.
+        Cost: every byte that changed is written and fsynced once; nothing is gathered. A rank's files that lie across
+            the shards of several ranks are written twice.
         """
-        from mfdist.checkpoint.writer import arrays_of, write_step
+        from mfdist.checkpoint.buffers import BlockBuffers
+        from mfdist.checkpoint.saving import Saving
 
-        arrays = arrays_of(state)
-        with self.writer_lock():
-            self._remove_leftovers()
-            partial = self.path / partial_name(state.step, os.getpid(), secrets.token_hex(4))
-            superseded = self._revisions().get(state.step, {})
-            final = self.path / step_name(state.step, max(superseded, default=0) + 1)
-            try:
-                manifest = write_step(partial, state, arrays)
-                partial.rename(final)  # the commit: the one act that readers can see
-                fsync(self.path)
-            except OSError as error:
-                shutil.rmtree(partial, ignore_errors=True)
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(
-                    f"step {state.step} must be written whole to be saved; writing under {self.path} failed "
-                    f"({_reason(error)}); earlier steps are intact, make room or mend the disk and save again."
-                ) from error
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            # The step is committed; what cannot be deleted now, the next writer deletes.
-            with contextlib.suppress(CheckpointError):
-                self._remove_leftovers()
-        return _step_info(state.step, final, manifest)
+        saving = Saving(state, self.series, self.ranks, BlockBuffers(_BUFFER_BYTES), is_incremental=self.is_incremental)
+        saving.copy()
+        return saving.finish()
 
-    def load(self, step: int | None = None, *, device: "torch.device | str" = "cpu") -> "CheckpointState":
-        """Load a step, by default the latest.
+    def load(
+        self,
+        step: int | None = None,
+        *,
+        device: "torch.device | str" = "cpu",
+        tables: Collection[str] | None = None,
+        shards: "Mapping[str, Sequence[Region]] | None" = None,
+    ) -> "CheckpointState":
+        """Load a step, by default the latest, into new tensors.
+
+        Args:
+            step: a committed step.
+            device: where the tensors are made.
+            tables: names of the tables to load whole; by default all, or none where `shards` are given.
+            shards: table → the regions of it that this rank holds, under whatever plan; they come back as `shards`.
 
         Raises:
-            CheckpointError: there is no such step, or it is damaged; the message names file, table and rows. A damaged
-                latest step is not passed over silently: name an earlier one.
+            CheckpointError: there is no such step or table, or a file is damaged; the message names file, table and
+                rows. A damaged latest step is not passed over silently: name an earlier one.
 
-        Cost: see `load_step`.
+        Called on: any rank; on all of them where there are several and `step` is not given.
+        Cost: each file with any of what is wanted is read once, and checked; a host copy of NUM_READERS files.
         """
-        from mfdist.checkpoint.reader import load_step
+        from mfdist.checkpoint.loading import load_step
+        from mfdist.checkpoint.step_files import StepFiles
 
-        return load_step(self._locate(step)[1], device)
+        with StepFiles(self._locate(step)[1]) as files:
+            return load_step(files, device, tables, shards or {})
+
+    def load_into(
+        self, target: "CheckpointState", step: int | None = None, *, allow_unused: bool = False
+    ) -> "CheckpointState":
+        """Fill the tensors of `target` from a step, by default the latest.
+
+        Args:
+            target: tables, shards and dense tensors to fill in place; its step and attributes are not looked at.
+            step: a committed step.
+            allow_unused: whether the step may hold more than is asked for.
+
+        Returns:
+            The same tensors with the step's number and attributes.
+
+        Raises:
+            CheckpointError: as `load`; or an array is missing, left over, or of another shape or dtype. Whatever can be
+                known before reading is said before anything is filled.
+
+        Called on: as `load`.
+        """
+        from mfdist.checkpoint.loading import load_step_into
+        from mfdist.checkpoint.step_files import StepFiles
+
+        with StepFiles(self._locate(step)[1]) as files:
+            return load_step_into(files, target, allow_unused=allow_unused)
 
     def steps(self) -> list[StepInfo]:
         """Return the committed steps, ascending; empty where the directory does not exist."""
         infos = []
-        for step, revisions in sorted(self._revisions().items()):
+        for step, revisions in sorted(self.series.revisions().items()):
             path = revisions[max(revisions)]
             try:
-                infos.append(_step_info(step, path, Manifest.read(path)))
+                infos.append(StepInfo.of(step, path, Manifest.read(path)))
             except CheckpointError as error:
                 if path.exists():  # otherwise it was pruned between the listing and here
                     infos.append(StepInfo(step=step, path=path, damage=str(error)))
@@ -135,27 +148,31 @@ class CheckpointDirectory:
         """
         from mfdist.checkpoint.reader import verify_step
 
-        step, path = self._locate(step)
+        step, path = self.series.locate(step)
         return verify_step(path, step, on_progress)
 
     def prune(self, keep_last: int) -> list[int]:
         """Delete all but the latest `keep_last` steps; return those deleted, ascending.
 
+        Files that a kept step shares with a deleted one stay, under the kept step's name.
+
         Raises:
             ConfigError: `keep_last` is below 1.
             UnavailableError: another writer holds the directory.
             CheckpointError: the directory cannot be written.
+
+        Called on: rank 0; it does nothing on others.
         """
         if keep_last < 1:
             raise ConfigError(f"keep_last must be at least 1; got {keep_last}; delete the directory to keep none.")
-        if not self.path.is_dir():
+        if self.ranks.rank != 0 or not self.path.is_dir():
             return []
         with self.writer_lock():
-            self._remove_leftovers()
-            outdated = sorted(self._revisions().items())[:-keep_last]
+            self.series.clean()
+            outdated = sorted(self.series.revisions().items())[:-keep_last]
             for _, revisions in outdated:
                 for path in revisions.values():
-                    self._remove(path)
+                    self.series.remove(path)
         return [step for step, _ in outdated]
 
     @contextlib.contextmanager
@@ -165,102 +182,14 @@ class CheckpointDirectory:
         Raises:
             UnavailableError: another writer holds the directory; the message names its process.
             CheckpointError: the directory cannot be made or written.
+
+        Called on: rank 0; it does nothing on others.
         """
-        if self._lock is not None:
-            if not self._lock.is_in_place():  # the directory was deleted since; the lock went with it
-                self._lock.release()
-                self._lock = self._acquire()
+        with self.series.writer_lock() if self.ranks.rank == 0 else contextlib.nullcontext():
             yield
-            return
-        self._lock = self._acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
-            self._lock = None
-
-    def _acquire(self) -> WriterLock:
-        try:
-            if not self.path.is_dir():
-                self.path.mkdir(parents=True, exist_ok=True)
-                fsync(self.path.parent)
-        except OSError as error:
-            raise CheckpointError(
-                f"a checkpoint directory must be writable; cannot make {self.path} ({error.strerror}); "
-                "choose another place."
-            ) from error
-        return WriterLock(self.path)
-
-    def _remove(self, path: Path) -> None:
-        """Delete a committed step: out of sight in one rename, so that no reader sees half of it."""
-        hidden = self.path / removed_name(path.name, os.getpid())
-        try:
-            path.rename(hidden)
-        except OSError as error:
-            raise CheckpointError(
-                f"a checkpoint directory must be writable; cannot remove {path} ({error.strerror}); "
-                "check its permissions and its disk."
-            ) from error
-        shutil.rmtree(hidden, ignore_errors=True)  # what stays is deleted by the next writer
-
-    def _remove_leftovers(self) -> None:
-        for path in self._entries():
-            if is_leftover(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-        for revisions in self._revisions().values():
-            for revision in sorted(revisions)[:-1]:
-                self._remove(revisions[revision])
 
     def _locate(self, step: int | None) -> tuple[int, Path]:
-        committed = self._revisions()
-        if not committed:
-            raise CheckpointError(
-                f"a checkpoint must have been committed; {self.path} holds none; check the path, or train until one is."
-            )
-        step = max(committed) if step is None else step
-        if step not in committed:
-            raise CheckpointError(
-                f"step {step} must have been committed; {self.path} holds {_enumerate(sorted(committed))}; take one of "
-                "those."
-            )
-        revisions = committed[step]
-        return step, revisions[max(revisions)]
-
-    def _revisions(self) -> dict[int, dict[int, Path]]:
-        """Return step → revision → path of what is committed."""
-        found: dict[int, dict[int, Path]] = {}
-        for path in self._entries():
-            if (parsed := parse_step_name(path.name)) is not None and path.is_dir():
-                found.setdefault(parsed[0], {})[parsed[1]] = path
-        return found
-
-    def _entries(self) -> list[Path]:
-        try:
-            return list(self.path.iterdir())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CheckpointError(
-                f"a checkpoint directory must be readable; cannot list {self.path} ({error.strerror}); "
-                "check the path and its permissions."
-            ) from error
-
-
-def _step_info(step: int, path: Path, manifest: Manifest) -> StepInfo:
-    return StepInfo(
-        step=step,
-        path=path,
-        num_bytes=manifest.num_bytes,
-        num_files=len(manifest.files),
-        num_tables=len({array.split("/")[1] for array in manifest.arrays if array.startswith("tables/")}),
-        created=manifest.created,
-    )
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
-
-
-def _enumerate(steps: list[int]) -> str:
-    listed = ", ".join(map(str, steps if len(steps) <= 8 else steps[-8:]))
-    return f"step{'s' if len(steps) > 1 else ''} {'… ' if len(steps) > 8 else ''}{listed}"
+        """Return number and path of a step; where none is named and there are several ranks, the one rank 0 sees."""
+        if step is None and self.ranks.world_size > 1:
+            step = together(self.ranks, "latest", lambda: self.series.locate(None)[0])[0]
+        return self.series.locate(step)

@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import TypeAlias
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
 
 
 def fsync(path: Path) -> None:
@@ -13,7 +16,14 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, *parts: Bytes) -> None:
     """Write a new file and wait until its contents are on disk; its name is not until its directory is synced."""
-    path.write_bytes(data)
-    fsync(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for part in parts:
+            left = memoryview(part)
+            while left:  # a single call writes 2 GiB at most
+                left = left[os.write(fd, left) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,4 +1,4 @@
-"""Where everything lies in a step's store: names, paths and row blocks. Pure; touches no file.
+"""Where everything lies in a step's store: names and paths. Pure; touches no file.
 
 A step is a zarr v3 group:
 
@@ -8,26 +8,17 @@ A step is a zarr v3 group:
       dense/<part>/<part>…             any shape
       manifest/                        a group whose attributes list every file with its size and crc32c
 
-Arrays are cut along their rows only. Nothing here depends on how many ranks wrote them.
+How arrays are cut into files is in `grid.py`. Nothing depends on how many ranks wrote them.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from urllib.parse import quote, unquote
 
 from mfdist.errors import ConfigError
 
 FORMAT = "mfdist-checkpoint"
-FORMAT_VERSION = 1
-
-#: Largest chunk, the unit a zarr reader decodes. Measured: smaller ones cost zarr-python time, larger ones memory.
-CHUNK_BYTES = 2 << 20
-#: Chunks in one file, the unit of checksums and of sharing between steps.
-CHUNKS_PER_FILE = 8
-#: Files written or read together: enough to keep the disk busy, few enough to bound the host copy (128 MiB).
-FILES_AT_ONCE = 8
+FORMAT_VERSION = 2
 
 #: Longest path component most file systems accept, less what a writer appends to a temporary name.
 MAX_PART_BYTES = 200
@@ -121,38 +112,3 @@ def check_paths(paths: Iterable[str]) -> None:
                     f"a tensor's name must not continue another's; got {describe(path)} beside {describe(parent)}; "
                     "rename one."
                 )
-
-
-@dataclass(frozen=True)
-class RowBlocks:
-    """How an array's rows are cut into chunks and files; a 0-d array counts as one row."""
-
-    shape: tuple[int, ...]
-    rows_per_chunk: int
-    rows_per_file: int
-
-    @property
-    def num_rows(self) -> int:
-        """Return how many rows there are to cut."""
-        return self.shape[0] if self.shape else 1
-
-    def files(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (file name inside the array's directory, first row, row after the last) in ascending order."""
-        if 0 in self.shape:
-            return
-        for start in range(0, self.num_rows, self.rows_per_file):
-            index = [start // self.rows_per_file, *(0 for _ in self.shape[1:])] if self.shape else []
-            yield ".".join(["c", *map(str, index)]), start, min(start + self.rows_per_file, self.num_rows)
-
-
-def row_blocks(shape: tuple[int, ...], item_bytes: int) -> RowBlocks:
-    """Cut an array into chunks of at most CHUNK_BYTES (or one row), as even as they come, CHUNKS_PER_FILE to a file.
-
-    Even chunks keep padding small: zarr stores the last chunk at full size.
-    """
-    num_rows = max(1, shape[0] if shape else 1)
-    row_bytes = max(1, math.prod(shape[1:]) * item_bytes)
-    num_chunks = math.ceil(num_rows / max(1, CHUNK_BYTES // row_bytes))
-    rows_per_chunk = math.ceil(num_rows / num_chunks)
-    num_chunks = math.ceil(num_rows / rows_per_chunk)
-    return RowBlocks(shape, rows_per_chunk, rows_per_chunk * min(num_chunks, CHUNKS_PER_FILE))

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
+from mfdist.checkpoint.checksum import checksum
 from mfdist.checkpoint.layout import FORMAT, FORMAT_VERSION, parse_step_name
 from mfdist.errors import CheckpointError
 
 #: Path inside a step. A group and not a loose file, because zarr-python warns of loose files when it lists a group.
 MANIFEST = "manifest/zarr.json"
 
-_READ_BYTES = 4 << 20
+#: Formats this mfdist reads; golden steps of each are in tests/compat.
+READ_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class FileEntry:
 
     num_bytes: int
     crc32c: str  # eight hexadecimal digits
+    digest: str = ""  # xxh3 of what an array's file holds, without its index; empty for other files and in format 1
+
+    def to_json(self) -> list[Any]:
+        """Return the entry as it is written."""
+        return [self.num_bytes, self.crc32c, *([self.digest] if self.digest else [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class Manifest:
     step: int
     created: str  # ISO 8601, UTC; for people, nothing is ordered by it
     arrays: tuple[str, ...]  # paths in the order they were saved
+    written_bytes: int = 0  # by this save; the rest it shares with earlier steps
     files: Mapping[str, FileEntry]  # path inside the step → entry
 
     @property
@@ -46,8 +52,9 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "created": self.created,
+            "written_bytes": self.written_bytes,
             "arrays": list(self.arrays),
-            "files": {path: [entry.num_bytes, entry.crc32c] for path, entry in sorted(self.files.items())},
+            "files": {path: entry.to_json() for path, entry in sorted(self.files.items())},
         }
         return _document(body)
 
@@ -70,15 +77,18 @@ class Manifest:
             if body["crc32c"] != checksum(_canonical({k: v for k, v in body.items() if k != "crc32c"})):
                 raise ValueError("its contents do not have its checksum")
             version = body["format_version"]
-            if version == FORMAT_VERSION and raw != _document({k: v for k, v in body.items() if k != "crc32c"}):
+            if version in READ_VERSIONS and raw != _document({k: v for k, v in body.items() if k != "crc32c"}):
                 raise ValueError("its bytes are not those that were written")
+            files = (
+                {name: FileEntry(*entry) for name, entry in body["files"].items()} if version in READ_VERSIONS else {}
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"a step's manifest must be as it was written; {path} is damaged ({error}); use another step."
             ) from error
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
             raise CheckpointError(
-                f"this mfdist reads checkpoint format {FORMAT_VERSION}; {directory} has format {version}; "
+                f"this mfdist reads checkpoint formats up to {FORMAT_VERSION}; {directory} has format {version}; "
                 "use the mfdist that wrote it or a newer one."
             )
         named = parse_step_name(directory.name)
@@ -90,34 +100,9 @@ class Manifest:
             step=body["step"],
             created=body["created"],
             arrays=tuple(body["arrays"]),
-            files={name: FileEntry(*entry) for name, entry in body["files"].items()},
+            written_bytes=body.get("written_bytes", sum(entry.num_bytes for entry in files.values())),
+            files=files,
         )
-
-    def problem_of(self, directory: Path, name: str) -> str | None:
-        """Compare the file `name` with its entry; return what is wrong with it, or None."""
-        entry = self.files.get(name)
-        if entry is None:
-            return "is not in the manifest"
-        crc = num_bytes = 0
-        try:
-            with (directory / name).open("rb") as file:
-                while block := file.read(_READ_BYTES):
-                    crc = google_crc32c.extend(crc, block)
-                    num_bytes += len(block)
-        except FileNotFoundError:
-            return "is missing"
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        if num_bytes != entry.num_bytes:
-            return f"has {num_bytes} bytes, not the {entry.num_bytes} in the manifest"
-        if (found := f"{crc:08x}") != entry.crc32c:
-            return f"has crc32c {found}, not the {entry.crc32c} in the manifest"
-        return None
-
-
-def checksum(data: Any) -> str:
-    """Return the crc32c of bytes or of a contiguous uint8 array as eight hexadecimal digits."""
-    return f"{google_crc32c.value(data):08x}"
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:

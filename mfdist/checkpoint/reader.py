@@ -1,157 +1,145 @@
-"""Reads a committed step back, and says what is damaged; no file is used before its checksum was compared."""
+"""Loads a committed step, whole or in parts, and verifies one; each rank reads only the files it needs."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mfdist.checkpoint.damage import Damage
-from mfdist.checkpoint.dtypes import STORED_DTYPES
-from mfdist.checkpoint.engine import StoredArray, read_attributes
-from mfdist.checkpoint.layout import FILES_AT_ONCE, parse_path
-from mfdist.checkpoint.manifest import MANIFEST, Manifest
-from mfdist.checkpoint.state import CheckpointState, TableState
+from mfdist.checkpoint.damage import Damage, Place, UnsoundFile
+from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
+from mfdist.checkpoint.manifest import MANIFEST
+from mfdist.checkpoint.step_files import StepFiles, StoredArray, read_stored_array
+from mfdist.checkpoint.zarr_format import chunk_offsets
 from mfdist.errors import CheckpointError
+from mfdist.spec import Region
 
 #: Told (bytes checked, bytes in all) after each file.
 OnProgress = Callable[[int, int], None]
 
 
-def load_step(root: Path, device: torch.device | str) -> CheckpointState:
-    """Load everything the step at `root` holds.
+def read_parts(files: StepFiles, wanted: Sequence[tuple[StoredArray, Sequence[tuple[Region, Tensor]]]]) -> None:
+    """Fill tensors with regions of arrays.
+
+    Args:
+        files: the step.
+        wanted: arrays with (region, tensor of its shape and of the array's dtype, on any device).
 
     Raises:
-        CheckpointError: a file is missing or not what was saved; the message names the file and its table and rows.
+        CheckpointError: a file is missing or not what was saved; the message names file, table and rows. What was
+            filled until then stays.
 
-    Cost: every file is read twice, the second time from the page cache; beyond the tensors returned, a host copy of
-        FILES_AT_ONCE files.
+    Cost: each file that holds any of a region is read once, by one of NUM_READERS threads into its buffer.
     """
-    manifest = Manifest.read(root)
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        check = _Check(root, manifest, pool)
-        check.require(check.metadata())
-        tables: dict[str, dict[str, Tensor]] = {}
-        dense: dict[str, Tensor] = {}
-        for path in manifest.arrays:
-            table, name = parse_path(path)
-            tensor = _load_array(check, path, device)
-            if table is None:
-                dense[name] = tensor
-            else:
-                tables.setdefault(table, {})[name] = tensor
-    return CheckpointState(
-        step=manifest.step,
-        tables={name: TableState(weight=arrays.pop("weight"), optimizer=arrays) for name, arrays in tables.items()},
-        dense=dense,
-        attributes=read_attributes(root)["attributes"],
-    )
+    tasks: list[tuple[StoredArray, Place, list[_Target]]] = []
+    targets: list[_Target] = []
+    for array, parts in wanted:
+        mine = [_Target(region, tensor) for region, tensor in parts]
+        targets += mine
+        needed = {name: region for target in mine for name, region in array.grid.files_in(target.region)}
+        tasks += [(array, array.place(name, region), mine) for name, region in needed.items()]
+
+    def read(task: tuple[StoredArray, Place, list[_Target]]) -> None:
+        array, place, mine = task
+        files.require(place, lambda data: _spread(array, place, data, mine))
+
+    for _ in files.each(read, tasks):
+        pass  # raises what went wrong
+    for target in targets:
+        target.deliver()
 
 
 def verify_step(root: Path, step: int, on_progress: OnProgress) -> list[Damage]:
     """Compare every file of the step with the manifest, open every array, and see that each row has its file."""
     try:
-        manifest = Manifest.read(root)
+        opened = StepFiles(root)
     except CheckpointError as error:
         return [Damage(step=step, file=MANIFEST, problem=f"cannot be used: {error}")]
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        check = _Check(root, manifest, pool, on_progress)
-        damages = list(check.damages(check.metadata()))
-        unreadable = {damage.file for damage in damages}
-        for path in manifest.arrays:
-            metadata = f"{path}/zarr.json"
+    with opened as files:
+        names, arrays = files.manifest.files, set(files.manifest.arrays)
+        parents = {name: name.rpartition("/")[0] for name in names if name.endswith("zarr.json")}
+        places = [Place(name, parent if parent in arrays else None) for name, parent in parents.items()]
+        for path in files.manifest.arrays:
             try:
-                places = _files_of(path, StoredArray(root, path)) if metadata not in unreadable else None
-            except CheckpointError as error:
-                damages.append(_damage(step, _Place(metadata, path), f"cannot be used: {error}"))
-                places = None
-            if places is None:  # which rows a file holds is unknown; whether it is whole is not
-                places = [_Place(file, path) for file in manifest.files if file.startswith(f"{path}/c")]
-            damages += check.damages(places)
+                places += files.array(path).places()
+            except CheckpointError:  # which rows a file holds is unknown; whether it is whole is not
+                if f"{path}/zarr.json" not in names:
+                    places.append(Place(f"{path}/zarr.json", path))
+                places += [Place(name, path) for name in names if name.startswith(f"{path}/c")]
+        return _damages(files, places, on_progress)
+
+
+def _damages(files: StepFiles, places: Sequence[Place], on_progress: OnProgress) -> list[Damage]:
+    def check(place: Place) -> str | None:
+        document = None if place.path is None else f"{place.path}/zarr.json"
+        try:
+            files.use(place, partial(read_stored_array, str(place.path)) if place.file == document else len)
+        except UnsoundFile as error:
+            return str(error)
+        return None
+
+    damages, num_bytes = [], 0
+    for place, problem in zip(places, files.each(check, places), strict=True):
+        if problem is not None:
+            damages.append(place.damage(files.manifest.step, problem))
+        if place.file in files.manifest.files:
+            num_bytes += files.manifest.files[place.file].num_bytes
+            on_progress(num_bytes, files.manifest.num_bytes)
     return damages
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A file, and which part of which array it holds."""
+class _Target:
+    """The tensor of a region, seen as rows × columns, which files are spread into."""
 
-    file: str
-    path: str | None = None
-    rows: tuple[int, int] | None = None
+    def __init__(self, region: Region, tensor: Tensor) -> None:
+        self.region = region
+        self._tensor = tensor.detach()
+        is_viewable = tensor.ndim == 2 or tensor.is_contiguous()
+        self._filled = self._tensor if is_viewable else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        self._rows = self._filled.view(region.shape)
+        # numpy copies in the calling thread and lets others run; torch would start threads of its own in each.
+        self._host = (
+            self._rows.view(STORED_DTYPES[dtype_name(tensor.dtype)]).numpy() if tensor.device.type == "cpu" else None
+        )
 
+    def put(self, region: Region, values: NDArray[Any]) -> None:
+        """Take the values of a region, of which any part may lie in this one."""
+        mine = self.region.intersection(region)
+        if mine.is_empty:
+            return
+        values = values[_within(region, mine)]
+        if self._host is not None:
+            self._host[_within(self.region, mine)] = values
+        else:
+            self._rows[_within(self.region, mine)].copy_(torch.from_numpy(values).view(self._tensor.dtype))
 
-class _Check:
-    """Compares files with the manifest, several at a time."""
-
-    def __init__(
-        self, root: Path, manifest: Manifest, pool: ThreadPoolExecutor, on_progress: OnProgress | None = None
-    ) -> None:
-        self.root = root
-        self.manifest = manifest
-        self._pool = pool
-        self._on_progress = on_progress
-        self._num_bytes = 0
-
-    def metadata(self) -> list[_Place]:
-        """Return the files that describe groups and arrays."""
-        arrays = set(self.manifest.arrays)
-        parents = {file: file.rpartition("/")[0] for file in self.manifest.files if file.endswith("zarr.json")}
-        return [_Place(file, parent if parent in arrays else None) for file, parent in parents.items()]
-
-    def damages(self, places: Iterable[_Place]) -> Iterator[Damage]:
-        places = list(places)
-        problems = self._pool.map(lambda place: self.manifest.problem_of(self.root, place.file), places)
-        for place, problem in zip(places, problems, strict=True):
-            if problem is not None:
-                yield _damage(self.manifest.step, place, problem)
-            if self._on_progress is not None and place.file in self.manifest.files:
-                self._num_bytes += self.manifest.files[place.file].num_bytes
-                self._on_progress(self._num_bytes, self.manifest.num_bytes)
-
-    def require(self, places: Iterable[_Place]) -> None:
-        """Raise CheckpointError for the first damage."""
-        for damage in self.damages(places):
-            raise CheckpointError(
-                f"a checkpoint must be what was saved; {damage}, in {self.root}; "
-                "load another step, or copy the file from elsewhere."
-            )
+    def deliver(self) -> None:
+        """Bring what was filled into the tensor, where that could not be done directly."""
+        if self._filled is not self._tensor:
+            self._tensor.copy_(self._filled)
 
 
-def _damage(step: int, place: _Place, problem: str) -> Damage:
-    table, array = parse_path(place.path) if place.path is not None else (None, None)
-    return Damage(step=step, file=place.file, problem=problem, table=table, array=array, rows=place.rows)
+def _spread(array: StoredArray, place: Place, data: memoryview, targets: Sequence[_Target]) -> None:
+    """Give every target what it wants of a file's chunks."""
+    region, grid = place.region, array.grid
+    assert region is not None
+    dtype = torch.empty(0, dtype=STORED_DTYPES[dtype_name(array.dtype)]).numpy().dtype
+    chunk_shape = (grid.rows_per_chunk, grid.columns_per_file)
+    for number, offset in enumerate(chunk_offsets(grid, region, data, dtype.itemsize)):
+        values = np.frombuffer(data, dtype, math.prod(chunk_shape), offset).reshape(chunk_shape)
+        top = region.rows[0] + number * grid.rows_per_chunk
+        rows = (top, min(top + grid.rows_per_chunk, region.rows[1]))
+        chunk = Region(rows=rows, columns=region.columns)
+        for target in targets:
+            target.put(chunk, values[: chunk.shape[0], : chunk.shape[1]])
 
 
-def _files_of(path: str, array: StoredArray) -> list[_Place]:
-    return [_Place(f"{path}/{name}", path, (start, stop)) for name, start, stop in array.blocks.files()]
-
-
-def _load_array(check: _Check, path: str, device: torch.device | str) -> Tensor:
-    array = StoredArray(check.root, path)
-    places = _files_of(path, array)
-    name = array.attributes["dtype"]
-    stored = STORED_DTYPES[name]
-    result = torch.empty(array.blocks.shape, dtype=getattr(torch, name), device=device)
-    for first in range(0, len(places), FILES_AT_ONCE):
-        batch = places[first : first + FILES_AT_ONCE]
-        check.require(batch)
-        start, stop = _span(batch)
-        target = result[start:stop] if array.blocks.shape else result
-        host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-        try:
-            array.read_into(start, host.view(stored).numpy())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"a checkpoint must stay in place while it is read; {path} in {check.root} cannot be read ({error}); "
-                "load a step that is not being removed."
-            ) from error
-        if host is not target:
-            target.copy_(host)
-    return result
-
-
-def _span(places: list[_Place]) -> tuple[int, int]:
-    spans = [place.rows for place in places if place.rows is not None]
-    return spans[0][0], spans[-1][1]
+def _within(outer: Region, inner: Region) -> tuple[slice, slice]:
+    (top, _), (left, _) = outer.rows, outer.columns
+    rows, columns = inner.rows, inner.columns
+    return slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)

@@ -1,4 +1,7 @@
-"""What a checkpoint holds: tables with their row optimiser's state, every other tensor, and plain JSON."""
+"""What a checkpoint holds: tables with their row optimiser's state, every other tensor, and plain JSON.
+
+A rank that holds parts of tables gives them as `shards`; together the ranks' shards must cover each table.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from mfdist.errors import ConfigError
+from mfdist.spec import Region
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 
@@ -30,8 +34,7 @@ class TableState:
                 "save tensors of other shapes under `dense`."
             )
         for name, tensor in self.optimizer.items():
-            if name == "weight":
-                raise ConfigError("an optimiser state must not be named 'weight', the table's own array; rename it.")
+            _check_name(name)
             if tensor.ndim == 0 or tensor.shape[0] != self.weight.shape[0]:
                 raise ConfigError(
                     f"optimiser state {name!r} must have num_rows={self.weight.shape[0]} rows; "
@@ -40,21 +43,61 @@ class TableState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointState:
-    """Everything a run needs to go on from a step.
+class TableShard:
+    """A rectangle of a table and of its row optimiser's state.
+
+    A state of one value a row belongs to all shards of that row alike: it must be the same in each, and one is saved.
 
     Raises:
-        ConfigError: the step is negative, or the attributes are not what JSON gives back unchanged.
+        ConfigError: the region does not lie in the table, or a tensor does not have its shape.
+    """
+
+    num_rows: int  # of the whole table
+    row_dim: int
+    region: Region
+    weight: Tensor  # [rows, columns] of the region
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)  # each [rows, columns] or [rows]
+
+    def __post_init__(self) -> None:
+        if self.region.rows[1] > self.num_rows or self.region.columns[1] > self.row_dim:
+            raise ConfigError(
+                f"a shard must lie in its table; got rows {self.region.rows} and columns {self.region.columns} "
+                f"of [{self.num_rows}, {self.row_dim}]."
+            )
+        for name, tensor in {"weight": self.weight, **self.optimizer}.items():
+            allowed = [self.region.shape] if name == "weight" else [self.region.shape, self.region.shape[:1]]
+            if tuple(tensor.shape) not in allowed:
+                raise ConfigError(
+                    f"{name!r} of a shard must be {' or '.join(str(list(shape)) for shape in allowed)}; "
+                    f"got {list(tensor.shape)}."
+                )
+        for name in self.optimizer:
+            _check_name(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """Everything a run needs to go on from a step, or one rank's share of it.
+
+    What several ranks hold under one name (tables and dense tensors that are replicated) must be the same in each; one
+    of them writes it. Attributes are those of rank 0.
+
+    Raises:
+        ConfigError: the step is negative, a table is both whole and in shards, or the attributes are not what JSON
+            gives back unchanged.
     """
 
     step: int
     tables: Mapping[str, TableState]  # "blocks.0.qkv" → …
     dense: Mapping[str, Tensor]  # any dtype and shape; "/" in a name makes groups: "model/head.weight"
     attributes: Mapping[str, JSON]
+    shards: Mapping[str, Sequence[TableShard]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ConfigError(f"a checkpoint's step must be 0 or more; got {self.step}; count finished steps from 0.")
+        if both := self.tables.keys() & self.shards.keys():
+            raise ConfigError(f"a table must be saved whole or in shards; got both of {min(both)!r}; drop one.")
         # A checkpoint is exact: NaN, tuples and integer keys would come back as something else or as invalid JSON.
         try:
             text = json.dumps(dict(self.attributes), allow_nan=False)
@@ -67,3 +110,8 @@ class CheckpointState:
                 "checkpoint attributes must survive JSON unchanged; got tuples or keys that are not strings; "
                 "use lists and string keys."
             )
+
+
+def _check_name(name: str) -> None:
+    if name == "weight":
+        raise ConfigError("an optimiser state must not be named 'weight', the table's own array; rename it.")

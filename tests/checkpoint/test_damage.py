@@ -94,15 +94,16 @@ def test_no_bit_of_a_manifest_can_flip_unseen(directory: CheckpointDirectory, st
 
 
 def test_the_rows_of_a_damaged_file_are_named(directory: CheckpointDirectory) -> None:
-    weight = torch.zeros(9000, 1024)
+    weight = torch.zeros(9000, 1024)  # two blocks of columns, of 2048 rows each
     path = directory.save(
         CheckpointState(step=5, tables={"big": TableState(weight=weight)}, dense={}, attributes={})
     ).path
-    flip(path / "tables/big/weight/c.1.0", 12345)
+    flip(path / "tables/big/weight/c.1.1", 12345)
     [damage] = directory.verify()
-    assert (damage.table, damage.array, damage.rows) == ("big", "weight", (4000, 8000))
-    assert "table 'big' weight rows 4000 to 7999: tables/big/weight/c.1.0 has crc32c" in str(damage)
-    with pytest.raises(CheckpointError, match="table 'big' weight rows 4000 to 7999"):
+    assert (damage.table, damage.array, damage.rows) == ("big", "weight", (2048, 4096))
+    assert damage.columns == (512, 1024)
+    assert "weight rows 2048 to 4095 columns 512 to 1023: tables/big/weight/c.1.1 has crc32c" in str(damage)
+    with pytest.raises(CheckpointError, match="table 'big' weight rows 2048 to 4095"):
         directory.load()
 
 
@@ -156,10 +157,10 @@ def test_a_newer_format_is_refused_by_version(directory: CheckpointDirectory, st
     from google_crc32c import value
 
     document = json.loads((step / MANIFEST).read_bytes())
-    body = {**document["attributes"], "format_version": 2}
+    body = {**document["attributes"], "format_version": 3}
     del body["crc32c"]
     body["crc32c"] = f"{value(json.dumps(body, indent=1, sort_keys=True).encode()):08x}"
     (step / MANIFEST).write_text(json.dumps({**document, "attributes": body}))
-    with pytest.raises(CheckpointError, match=r"reads checkpoint format 1;.*has format 2; use the mfdist"):
+    with pytest.raises(CheckpointError, match=r"reads checkpoint formats up to 2;.*has format 3; use the mfdist"):
         directory.load()
     assert len(directory.verify()) == 1

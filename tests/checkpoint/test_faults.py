@@ -134,7 +134,7 @@ class Deleter(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not any(self.directory.glob(".step-*/tables/t1/weight/zarr.json")):
+        while not any(self.directory.glob(".step-*/tables/t1/weight/c.*")):
             pass
         for path in self.directory.parent.glob(self.pattern):
             while path.exists():

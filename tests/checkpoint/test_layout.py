@@ -1,7 +1,4 @@
-"""Names, paths and row blocks: pure, so tested by their properties."""
-
-import itertools
-import math
+"""Names and paths: pure, so tested by their properties."""
 
 import pytest
 from hypothesis import given
@@ -36,28 +33,6 @@ def test_a_name_that_fits_no_file_is_refused(name: str) -> None:
 def test_an_array_inside_an_array_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'model/a/b' beside tensor 'model/a'"):
         layout.check_paths([layout.dense_path("model/a/b"), layout.dense_path("model/a")])
-
-
-@given(st.lists(st.integers(0, 5000), max_size=3).map(tuple), st.sampled_from([1, 2, 4, 8, 16]))
-def test_files_cover_every_row_once_in_order(shape: tuple[int, ...], item_bytes: int) -> None:
-    blocks = layout.row_blocks(shape, item_bytes)
-    spans = [(start, stop) for _, start, stop in blocks.files()]
-    if 0 in shape:
-        assert spans == []
-        return
-    assert spans[0][0] == 0
-    assert spans[-1][1] == (shape[0] if shape else 1)
-    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(spans))
-    row_bytes = math.prod(shape[1:]) * item_bytes
-    assert blocks.rows_per_chunk * row_bytes <= max(layout.CHUNK_BYTES, row_bytes)
-    assert blocks.rows_per_file % blocks.rows_per_chunk == 0
-    assert blocks.rows_per_file // blocks.rows_per_chunk <= layout.CHUNKS_PER_FILE
-
-
-def test_chunks_are_even_so_that_padding_is_small() -> None:
-    just_over = layout.CHUNK_BYTES // 4 + 1
-    blocks = layout.row_blocks((just_over,), 4)
-    assert blocks.rows_per_chunk == (just_over + 1) // 2
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**3))

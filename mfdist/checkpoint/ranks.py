@@ -1,0 +1,152 @@
+"""How the ranks that save one checkpoint agree: short messages through a key-value store, never a collective.
+
+Call order: every rank calls `share` with the same sequence of tags. A rank that cannot go on calls `fail` instead, and
+all others get its error from that very `share`, so nobody waits for a rank that has given up. Each wait has a deadline
+and says who is late. May be called from any one thread at a time, also beside training's own collectives.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mfdist.errors import InternalError, MfdistError, UnavailableError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+    from mfdist.checkpoint.state import JSON
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05
+
+
+class Ranks(Protocol):
+    """The ranks of a run, as seen by one of them."""
+
+    rank: int
+    world_size: int
+
+    def share(self, tag: str, value: "JSON") -> list[Any]:
+        """Return every rank's value, by rank.
+
+        Raises:
+            MfdistError: another rank failed; its own error, with its rank.
+            UnavailableError: a rank did not come before the deadline.
+        """
+
+    def fail(self, tag: str, error: BaseException) -> None:
+        """Tell the others, who are or will be in `share`, that this rank gives up; waits for nobody."""
+
+
+class OneRank:
+    """A process that saves by itself."""
+
+    rank = 0
+    world_size = 1
+
+    def share(self, tag: str, value: "JSON") -> list[Any]:
+        """Return the one value."""
+        return [value]
+
+    def fail(self, tag: str, error: BaseException) -> None:
+        """Tell nobody."""
+
+
+class StoreRanks:
+    """Ranks that talk through a `torch.distributed` store.
+
+    Args:
+        store: a TCPStore, FileStore or the like that all ranks reach, best behind a PrefixStore of its own: a run that
+            starts again under the same store needs another prefix. It is polled, so that the store's one connection
+            stays free for others.
+        rank: this process's.
+        world_size: how many there are.
+        deadline_s: how long a rank waits for the slowest one, the time that one writes included.
+    """
+
+    def __init__(self, store: "Store", rank: int, world_size: int, *, deadline_s: float = 1800.0) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._deadline_s = deadline_s
+        self._round = 0
+        self._told: list[str] = []
+
+    @classmethod
+    def of_process_group(cls, *, deadline_s: float = 1800.0) -> "StoreRanks":
+        """Return the ranks of the default process group, over the store it was set up with.
+
+        Called on: every rank, after `init_process_group`, equally often.
+        """
+        from torch.distributed import distributed_c10d as dist
+
+        store = dist._get_default_store()
+        return cls(
+            dist.PrefixStore("mfdist-checkpoint", store), dist.get_rank(), dist.get_world_size(), deadline_s=deadline_s
+        )
+
+    def share(self, tag: str, value: "JSON") -> list[Any]:
+        """Return every rank's value, by rank; see `Ranks`."""
+        self._tell(tag, {"value": value})
+        keys = [self._key(tag, rank) for rank in range(self.world_size)]
+        self._wait_for(tag, keys)
+        answers = [json.loads(self._store.get(key)) for key in keys]
+        self._round += 1
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise _remote_error(rank, *answer["error"])
+        return [answer["value"] for answer in answers]
+
+    def fail(self, tag: str, error: BaseException) -> None:
+        """Tell the others that this rank gives up; see `Ranks`."""
+        kind = error.kind if isinstance(error, MfdistError) else InternalError.kind
+        self._tell(tag, {"error": [kind, f"{error}" if isinstance(error, MfdistError) else repr(error)]})
+        self._round += 1
+
+    def _tell(self, tag: str, message: dict[str, Any]) -> None:
+        self._store.set(self._key(tag, self.rank), json.dumps(message))
+        self._told.append(self._key(tag, self.rank))
+        if len(self._told) > 2:  # all have answered in the last round, so all have read what was told before it
+            self._store.delete_key(self._told.pop(0))
+
+    def _key(self, tag: str, rank: int) -> str:
+        return f"{self._round}/{tag}/{rank}"
+
+    def _wait_for(self, tag: str, keys: list[str]) -> None:
+        deadline = time.monotonic() + self._deadline_s
+        pause_s = _FIRST_PAUSE_S
+        missing = dict(enumerate(keys))
+        while missing:
+            missing = {rank: key for rank, key in missing.items() if not self._store.check([key])}
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                late = ", ".join(map(str, missing))
+                raise UnavailableError(
+                    f"every rank must come to the checkpoint's {tag!r} within {self._deadline_s:g} s; late: rank "
+                    f"{late} of {self.world_size}; see whether it still runs, or whether it saves at another step."
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+
+def together(ranks: Ranks, tag: str, act: Callable[[], "JSON"]) -> list[Any]:
+    """Return what `act` returns on every rank; where it fails on one, raise on all.
+
+    Raises:
+        Whatever this rank's `act` raises, else what another rank's did.
+    """
+    try:
+        value = act()
+    except BaseException as error:
+        ranks.fail(tag, error)
+        raise
+    return ranks.share(tag, value)
+
+
+def _remote_error(rank: int, kind: str, message: str) -> MfdistError:
+    classes = [MfdistError]
+    for error in classes:
+        classes += error.__subclasses__()
+    found = next((error for error in reversed(classes) if error.kind == kind), InternalError)
+    return found(f"rank {rank}: {message}")

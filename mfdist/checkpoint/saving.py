@@ -1,0 +1,260 @@
+"""Saving one step by all ranks, in phases.
+
+1. prepare: every rank tells what it holds; rank 0 cleans up and opens the hidden folder the step is written in.
+2. copy: every rank copies its files' contents out of the tensors, which may change afterwards.
+3. flush: every rank's own files are on disk, and its pieces of files that lie across ranks.
+4. complete: the owners put such files together.
+5. commit: rank 0 writes the documents and the manifest, syncs the folders, and renames the step into place.
+
+A failure of one rank in any phase is raised on all; what was half written is removed, earlier steps are untouched.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfdist.checkpoint.buffers import BlockBuffers
+from mfdist.checkpoint.division import divide
+from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
+from mfdist.checkpoint.durability import fsync, write_file
+from mfdist.checkpoint.holding import Holding, holdings_of
+from mfdist.checkpoint.layout import FORMAT, FORMAT_VERSION, describe
+from mfdist.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from mfdist.checkpoint.ranks import Ranks, together
+from mfdist.checkpoint.series import StepSeries
+from mfdist.checkpoint.step_info import StepInfo
+from mfdist.checkpoint.writer import PIECES, Base, RankWriter
+from mfdist.checkpoint.zarr_format import array_document, group_document
+from mfdist.errors import CheckpointError, ConfigError, MfdistError
+from mfdist.spec import Region
+
+if TYPE_CHECKING:
+    from mfdist.checkpoint.state import CheckpointState
+
+
+class Saving:
+    """One save, as one rank sees it.
+
+    Call order: the constructor, `copy`, `finish`; `finish` may run in another thread. Each raises what went wrong on
+    this rank or another, after which the save is over.
+
+    Args:
+        state: what this rank holds.
+        series: where to; on a file system that all ranks share.
+        ranks: who saves together.
+        buffers: what `copy` copies into.
+        is_incremental: whether files that hold what they held in the last step are linked instead of written.
+
+    Raises:
+        ConfigError: a tensor or name cannot be stored, or the ranks' shards do not fit together or leave a hole.
+        UnavailableError: another writer holds the directory, or a rank is late.
+        CheckpointError: the disk is full, failing or read-only, or the directory was deleted meanwhile.
+    """
+
+    def __init__(
+        self,
+        state: "CheckpointState",
+        series: StepSeries,
+        ranks: Ranks,
+        buffers: BlockBuffers,
+        *,
+        is_incremental: bool = True,
+    ) -> None:
+        self._step = state.step
+        self._attributes = state.attributes
+        self._series = series
+        self._ranks = ranks
+        self._stack = ExitStack()  # what ends with the save, however it ends
+        with self._over_if_it_fails():
+            mine: dict[str, Holding] = {}
+
+            def prepare() -> dict[str, Any]:
+                mine.update(holdings_of(state))
+                return self._opened(mine)
+
+            answers = self._together("prepare", prepare)
+            self._root: Path = series.path / str(answers[0]["root"])
+            self._arrays, held = _merged(answers, mine)
+            plans = [
+                plan
+                for path, holding in self._arrays.items()
+                for plan in divide(path, holding.grid, held[path], ranks.rank)
+            ]
+            base = _base(series.path / answers[0]["base"]) if is_incremental and answers[0]["base"] else None
+            self._writer = RankWriter(self._root, ranks.rank, self._arrays, plans, buffers, base)
+            self._stack.callback(self._writer.close)
+
+    def copy(self) -> None:
+        """Copy the state; when this returns its tensors may change. Waits for the disk only while buffers are full."""
+        with self._over_if_it_fails():
+            try:
+                if not self._root.is_dir():
+                    raise CheckpointError(
+                        f"all ranks must see the checkpoint directory; rank {self._ranks.rank} does not find "
+                        f"{self._root}; use a file system that all hosts share."
+                    )
+                self._writer.copy()
+            except BaseException as error:
+                self._ranks.fail("flush", error)
+                raise
+
+    def finish(self) -> StepInfo:
+        """Wait until the step is committed; return what it came to."""
+        with self._over_if_it_fails():
+            self._together("flush", self._writer.flush)
+            self._together("complete", self._complete)
+            committed = self._together("commit", self._commit)[0]
+        self._stack.close()
+        return StepInfo(path=self._series.path / committed.pop("name"), **committed)
+
+    def _opened(self, mine: Mapping[str, Holding]) -> dict[str, Any]:
+        """Return what this rank tells the others before anything is written."""
+        told: dict[str, Any] = {
+            "step": self._step,
+            "arrays": {path: holding.to_json() for path, holding in mine.items()},
+        }
+        if self._ranks.rank == 0:
+            self._stack.enter_context(self._series.writer_lock())
+            self._series.clean()
+            committed = self._series.revisions()
+            told["base"] = committed and self._series.locate(None)[1].name
+            root = self._series.begin(self._step)
+            self._stack.callback(shutil.rmtree, root, ignore_errors=True)  # finds nothing once it is committed
+            told["root"] = root.name
+        return told
+
+    def _complete(self) -> None:
+        self._writer.complete()
+        if self._ranks.rank != 0:
+            files = {name: entry.to_json() for name, entry in self._writer.files.items()}
+            report = {"written": self._writer.num_written_bytes, "files": files}
+            self._report_path(self._ranks.rank).parent.mkdir(exist_ok=True)
+            self._report_path(self._ranks.rank).write_text(json.dumps(report))
+
+    def _commit(self) -> dict[str, Any] | None:
+        if self._ranks.rank != 0:
+            return None
+        files: dict[str, FileEntry] = {}
+        written_bytes = 0
+        for rank in range(1, self._ranks.world_size):
+            report = json.loads(self._report_path(rank).read_text())
+            files |= {name: FileEntry(*entry) for name, entry in report["files"].items()}
+            written_bytes += report["written"]
+        shutil.rmtree(self._root / PIECES, ignore_errors=True)
+        self._writer.write_documents(self._documents())
+        files |= self._writer.files
+        manifest = Manifest(
+            step=self._step,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            arrays=tuple(self._arrays),
+            written_bytes=written_bytes + self._writer.num_written_bytes,
+            files=files,
+        )
+        (self._root / MANIFEST).parent.mkdir()
+        write_file(self._root / MANIFEST, manifest.to_bytes())
+        self._writer.each(fsync, _seal(self._root, manifest))
+        path = self._series.commit(self._step, self._root)
+        told = dataclasses.asdict(StepInfo.of(self._step, path, manifest))
+        del told["path"]  # where it is mounted may differ from host to host
+        return {**told, "name": path.name}
+
+    def _documents(self) -> dict[str, bytes]:
+        """Return every zarr.json of the step but the manifest's."""
+        attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": self._step}
+        documents = {"zarr.json": group_document({**attributes, "attributes": dict(self._attributes)})}
+        for path, holding in self._arrays.items():
+            stored = dtype_name(STORED_DTYPES[dtype_name(holding.dtype)])
+            described = {"dtype": dtype_name(holding.dtype)}
+            documents[f"{path}/zarr.json"] = array_document(holding.grid, stored, holding.item_bytes, described)
+            parts = path.split("/")[:-1]
+            for depth in range(1, len(parts) + 1):
+                documents["/".join([*parts[:depth], "zarr.json"])] = group_document({})
+        return documents
+
+    def _report_path(self, rank: int) -> Path:
+        return self._root / PIECES / f"rank-{rank}.json"
+
+    def _together(self, tag: str, act: Callable[[], Any]) -> list[Any]:
+        def act_or_explain() -> Any:
+            try:
+                return act()
+            except MfdistError:
+                raise
+            except OSError as error:
+                reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
+                raise CheckpointError(
+                    f"step {self._step} must be written whole to be saved; writing under {self._series.path} failed "
+                    f"({reason}); earlier steps are intact, make room or mend the disk and save again."
+                ) from error
+
+        return together(self._ranks, tag, act_or_explain)
+
+    @contextmanager
+    def _over_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._stack.close()
+            raise
+
+
+def _merged(
+    answers: Sequence[Mapping[str, Any]], mine: Mapping[str, Holding]
+) -> tuple[dict[str, Holding], dict[str, list[list[Region]]]]:
+    """Return every array there is, with this rank's parts of it, and who holds which regions of it."""
+    arrays: dict[str, Holding] = {}
+    held: dict[str, list[list[Region]]] = {}
+    for rank, answer in enumerate(answers):
+        if answer["step"] != answers[0]["step"]:
+            raise ConfigError(
+                f"all ranks must save the same step; rank 0 saves {answers[0]['step']}, rank {rank} {answer['step']}; "
+                "call save at the same steps everywhere."
+            )
+        for path, told in answer["arrays"].items():
+            known = Holding.from_json(told)
+            first = arrays.setdefault(path, known)
+            if (first.shape, first.dtype) != (known.shape, known.dtype):
+                raise ConfigError(
+                    f"an array must have one shape and dtype on all ranks; {describe(path)} is "
+                    f"{list(first.shape)} {dtype_name(first.dtype)} and, on rank {rank}, {list(known.shape)} "
+                    f"{dtype_name(known.dtype)}; build the same model everywhere."
+                )
+            held.setdefault(path, [[] for _ in answers])[rank] = [
+                Region(rows=(top, bottom), columns=(left, right)) for top, bottom, left, right in told["regions"]
+            ]
+    return {**arrays, **mine}, held
+
+
+def _base(root: Path) -> Base | None:
+    try:
+        return Base(root, Manifest.read(root))
+    except CheckpointError:
+        return None  # damaged: everything is written again
+
+
+def _seal(root: Path, manifest: Manifest) -> list[Path]:
+    """Return every directory of the step, after making sure that each file written is still there and no other.
+
+    Somebody may have deleted the directory meanwhile; making it again would leave a part of the files.
+    """
+    found: dict[str, int] = {}
+    directories: list[Path] = []
+    for directory, _, names in os.walk(root):
+        directories.append(Path(directory))
+        for name in names:
+            path = Path(directory, name)
+            found[path.relative_to(root).as_posix()] = path.stat().st_size
+    expected = {name: entry.num_bytes for name, entry in manifest.files.items()}
+    expected[MANIFEST] = len(manifest.to_bytes())
+    if found != expected:
+        name = min(dict(found.items() ^ expected.items()))
+        raise CheckpointError(
+            f"nobody else may touch a step being written; {root / name} was changed or removed; save again."
+        )
+    return directories

@@ -1,0 +1,87 @@
+"""Ranks that agree through a store: everyone gets everything, failures reach all, and nobody waits for ever."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from mfdist.checkpoint.ranks import OneRank, StoreRanks, together
+from mfdist.errors import CheckpointError, InternalError, UnavailableError
+
+
+def in_threads(world_size, body, deadline_s=20.0):
+    store = dist.HashStore()
+
+    def call(rank):
+        try:
+            return body(StoreRanks(store, rank, world_size, deadline_s=deadline_s))
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return store, list(pool.map(call, range(world_size)))
+
+
+def test_everyone_gets_everything_round_after_round():
+    def body(ranks):
+        return [ranks.share("tag", [ranks.rank, number]) for number in range(20)]
+
+    store, answers = in_threads(3, body)
+    assert answers == [[[[rank, number] for rank in range(3)] for number in range(20)]] * 3
+    assert store.num_keys() <= 3 * 2  # what was read is deleted
+
+
+def test_an_error_reaches_all_as_itself_and_the_next_round_goes_on():
+    def act(ranks):
+        if ranks.rank == 1:
+            raise CheckpointError("the disk is full")
+
+    def body(ranks):
+        try:
+            together(ranks, "write", lambda: act(ranks))
+        except CheckpointError as error:
+            return str(error), ranks.share("after", ranks.rank)
+
+    _, answers = in_threads(3, body)
+    after = [0, 1, 2]
+    assert answers == [
+        ("rank 1: the disk is full", after),
+        ("the disk is full", after),
+        ("rank 1: the disk is full", after),
+    ]
+
+
+def test_an_unknown_error_is_reported_as_a_defect():
+    def body(ranks):
+        together(ranks, "write", lambda: 1 // ranks.rank)
+
+    _, (own, other) = in_threads(2, body)
+    assert isinstance(own, ZeroDivisionError)
+    assert isinstance(other, InternalError)
+    assert "ZeroDivisionError" in str(other)
+
+
+def test_who_is_late_is_named():
+    gate = threading.Event()
+
+    def body(ranks):
+        if ranks.rank == 2:
+            gate.wait(20)
+            return None
+        try:
+            return ranks.share("flush", None)
+        finally:
+            if ranks.rank == 0:
+                gate.set()
+
+    _, answers = in_threads(3, body, deadline_s=0.2)
+    for answer in answers[:2]:
+        assert isinstance(answer, UnavailableError)
+        assert "'flush' within 0.2 s; late: rank 2 of 3" in str(answer)
+
+
+def test_one_rank_answers_itself():
+    assert together(OneRank(), "any", lambda: 5) == [5]
+    with pytest.raises(ZeroDivisionError):
+        together(OneRank(), "any", lambda: 1 // 0)
