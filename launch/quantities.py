@@ -1,6 +1,9 @@
 """Quantities as people read them: counts, bytes, durations, shares, and text that a terminal can safely show."""
 
 import math
+import re
+
+from mfdist.errors import ConfigError
 
 _COUNT_SUFFIXES = ("", "k", "M", "B", "T")
 _BYTE_SUFFIXES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -14,6 +17,22 @@ def count(value: float) -> str:
 def num_bytes(value: float) -> str:
     """Return a size in binary units: 512 B, 1.2 GiB."""
     return _scaled(value, 1024.0, _BYTE_SUFFIXES, " ")
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a person wrote: `80GB`, `79.6GiB`, `1 TB`, `512`; GB is 10⁹, GiB is 2³⁰.
+
+    Raises:
+        ConfigError: it is no size, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kMGTP])(i?))?B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f'a size must be a number with a unit, such as 80GB or 64GiB; got "{text}"')
+    number, prefix, binary = match.groups()
+    value = int(float(number) * (1024 if binary else 1000) ** (" kmgtp".index(prefix.lower()) if prefix else 0))
+    if value < 1:
+        raise ConfigError(f'a size must be at least one byte; got "{text}"')
+    return value
 
 
 def duration(seconds: float) -> str:

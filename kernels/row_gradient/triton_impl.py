@@ -24,7 +24,7 @@ _COLUMNS_EACH = 1024
 _SHORT_RUN = 32
 _COLUMNS_OF_SHORT_RUNS = 512
 #: Longer runs are split, lest one frequent row's program outlast all others.
-PIECE = 256
+_PIECE = 256
 
 
 def row_gradient(
@@ -60,11 +60,12 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    columns = slice_columns(row_ids.numel(), num_rows, dim)
-    num_pieces = row_ids.numel() // PIECE
+    is_short = row_ids.numel() < _SHORT_RUN * num_rows
+    columns = min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
+    num_pieces = row_ids.numel() // _PIECE
     pieces = scores.new_empty(num_pieces, columns)
     for first in range(0, dim, columns):
-        constants = (row_ids.shape[1], PIECE, columns, first > 0, True)
+        constants = (row_ids.shape[1], _PIECE, columns, first > 0)
         if num_pieces:
             sum_piece[(num_pieces,)](
                 table, row_ids, scores, grad_output, order.lookups, order.ends, pieces, grad_scores,
@@ -76,17 +77,11 @@ def _sum(
         )  # fmt: skip
 
 
-def slice_columns(num_lookups: int, num_rows: int, dim: int) -> int:
-    """Return the columns that one warp's program takes at a time."""
-    is_short = num_lookups < _SHORT_RUN * num_rows
-    return min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
-
-
 @triton.jit
 def sum_piece(
     table, row_ids, scores, grad_output, order, ends, pieces, grad_scores,
     D, S, first_column, NUM_RUNS, NUM_LOOKUPS,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over PIECE lookups, if they are all of one row, into a row of `pieces`."""
     piece = tl.program_id(0).to(tl.int64)
@@ -103,7 +98,7 @@ def sum_piece(
                 values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
                 total = _sum_lookups(
                     scores, grad_output, order, grad_scores, values, c, is_column,
-                    start, end, end, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+                    start, end, end, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED,
                 )  # fmt: skip
                 tl.store(pieces + piece * COLUMNS + tl.arange(0, COLUMNS), total)
 
@@ -117,7 +112,7 @@ def _row_of(row_ids, lookup, K: tl.constexpr, S):
 def _sum_row(
     table, scores, grad_output, order, starts, ends, pieces, grad_table, grad_scores,
     D, first_column, NUM_LOOKUPS,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over one row's run of lookups; a row without any gets zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -126,7 +121,7 @@ def _sum_row(
     values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
     total = sum_run(
         scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-        tl.load(starts + row), tl.load(ends + row), D, NUM_LOOKUPS, K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        tl.load(starts + row), tl.load(ends + row), D, NUM_LOOKUPS, K, PIECE, COLUMNS, IS_ADDED,
     )  # fmt: skip
     tl.store(
         grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column, eviction_policy="evict_first"
@@ -137,9 +132,9 @@ def _sum_row(
 def sum_run(
     scores, grad_output, order, pieces, grad_scores, values, c, is_column,
     start, end, D, NUM_LOOKUPS,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Return the sum [COLUMNS] of score · grad_output over one row's run, and its lookups' score gradients if asked.
+    """Return the sum [COLUMNS] of score · grad_output over one row's run, and write its lookups' score gradients.
 
     What `sum_piece` has summed of the run is taken from `pieces`.
     """
@@ -147,7 +142,7 @@ def sum_run(
     end_piece = tl.maximum(end // PIECE, first_piece)
     total = _sum_lookups(
         scores, grad_output, order, grad_scores, values, c, is_column,
-        start, first_piece * PIECE, end_piece * PIECE, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        start, first_piece * PIECE, end_piece * PIECE, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED,
     )  # fmt: skip
     for piece in range(first_piece, end_piece):
         total += tl.load(pieces + tl.cast(piece, tl.int64) * COLUMNS + tl.arange(0, COLUMNS))
@@ -158,11 +153,11 @@ def sum_run(
 def _sum_lookups(
     scores, grad_output, order, grad_scores, values, c, is_column,
     start, gap, gap_end, end, D, NUM_LOOKUPS,
-    K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Return the sum of score · grad_output over [start, gap) and [gap_end, end) of the order.
 
-    Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice left.
+    Each lookup's ⟨grad_output, values⟩ is written to grad_scores, or added to what an earlier slice left there.
     While one lookup is summed, the next one's grad_output and the number of the one after are on their way; past the
     end, which costs no test, these are lookups of another row that nobody uses.
     """
@@ -176,11 +171,10 @@ def _sum_lookups(
         later_lookup = _lookup_at(order, entry + 2, gap, skipped, NUM_LOOKUPS)
         wide = grads.to(tl.float32)
         total += wide * score
-        if HAS_PRODUCTS:
-            product = tl.sum(wide * values, axis=0)
-            if IS_ADDED:
-                product += tl.load(grad_scores + lookup)
-            tl.store(grad_scores + lookup, product)
+        product = tl.sum(wide * values, axis=0)
+        if IS_ADDED:
+            product += tl.load(grad_scores + lookup)
+        tl.store(grad_scores + lookup, product)
         lookup, score, grads = next_lookup, next_score, next_grads
         next_lookup = later_lookup
     return total

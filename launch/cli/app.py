@@ -10,6 +10,7 @@ from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
+from mfdist.launch.cli.plan import plan
 from mfdist.launch.cli.train import NOTES, train
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")
+app.command()(plan)
 app.command()(doctor)
 
 

@@ -5,9 +5,11 @@ split over more owners than there are rows is nothing special. Adjacent parts sh
 is why a plan cannot hold a hole or an overlap once its cuts ascend.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 from mfdist.errors import ConfigError
 
@@ -24,23 +26,33 @@ def even_cuts(size: int, num_parts: int, step: int = 1) -> Cuts:
         step: the smallest piece that is not divided, such as the rows of a slot.
     """
     num_pieces = size // step
+    if num_pieces * num_parts < 1 << 62:
+        return tuple((np.arange(num_parts + 1) * num_pieces // num_parts * step).tolist())
     return tuple(num_pieces * part // num_parts * step for part in range(num_parts + 1))
 
 
-def proportional_cuts(size: int, shares: Sequence[float], step: int = 1) -> Cuts:
-    """Return cuts of `size` into parts in proportion to `shares`, every cut the multiple of `step` nearest to it.
+@lru_cache(maxsize=64)
+def first_ranks(num_ranks: int) -> tuple[int, ...]:
+    """Return 0, 1, …: one tuple for all the tables that are split over the same ranks."""
+    return tuple(range(num_ranks))
+
+
+def levelling_cuts(size: int, loads: npt.NDArray[np.float64], step: int = 1) -> Cuts:
+    """Return even cuts whose larger parts go to those who carry least so far.
+
+    Cutting one table after another so keeps the loads within one piece of each other, the largest of any table.
 
     Args:
         size: what is divided, a multiple of `step`.
-        shares: at least one, none negative, not all zero.
+        loads: [parts] what each part's owner carries already; at least one.
         step: the smallest piece that is not divided.
     """
-    num_pieces, total, sums = size // step, sum(shares), 0.0
-    cuts = [0]
-    for share in shares:
-        sums += share
-        cuts.append(min(num_pieces, round(num_pieces * sums / total)) * step)
-    return (*cuts[:-1], size)
+    base, num_left = divmod(size // step, len(loads))
+    if not num_left:
+        return even_cuts(size, len(loads), step)
+    pieces = np.full(len(loads), base)
+    pieces[np.argsort(loads, kind="stable")[:num_left]] += 1
+    return (0, *(np.cumsum(pieces) * step).tolist())
 
 
 def check_cuts(cuts: Cuts, size: int, what: str, where: str, step: int = 1) -> None:

@@ -1,12 +1,11 @@
 """Plans of one table, one function for each kind of sharding."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
 from mfdist.errors import ConfigError
-from mfdist.sharding.cuts import Cuts, even_cuts
+from mfdist.sharding.cuts import Cuts, even_cuts, first_ranks
 from mfdist.sharding.table_plan import Kind, TablePlan
 from mfdist.spec import TableSpec
 
@@ -137,9 +136,3 @@ def _ranks(owners: int | Sequence[int]) -> tuple[int, ...]:
     if not ranks:
         raise ConfigError("a split table needs at least one owner; got none")
     return ranks
-
-
-@lru_cache(maxsize=64)
-def first_ranks(num_ranks: int) -> tuple[int, ...]:
-    """Return one tuple for all the tables that are split over the same ranks."""
-    return tuple(range(num_ranks))

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mfdist.errors import ConfigError
-from mfdist.sharding.cuts import Cuts, even_cuts
-from mfdist.sharding.kinds import first_ranks
+from mfdist.sharding.cuts import Cuts, even_cuts, first_ranks
 from mfdist.sharding.table_plan import KINDS, WIRE_DTYPES, TablePlan, dtype_name
 
 if TYPE_CHECKING:

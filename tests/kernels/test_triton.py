@@ -46,27 +46,10 @@ ORDER = {
 }
 COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32", "lookups": "*i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
-SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True, "HAS_PRODUCTS": True}
+SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True}
 STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
-UPDATE = {
-    **GRADIENT,
-    **ORDER,
-    **STATES,
-    "grads": "*bf16",
-    "mean_squares": "*fp32",
-    "squares": "*fp32",
-    "R": "i64",
-    "column_offset": "i32",
-}
-WHOLE = {
-    "K": 128,
-    "PIECE": 512,
-    "COLUMNS": 1024,
-    "IS_ADDED": False,
-    "HAS_PRODUCTS": True,
-    "IS_UPDATED": True,
-    "SQUARES": 0,
-}
+UPDATE = {**GRADIENT, **ORDER, **STATES, "grads": "*bf16", "mean_squares": "*fp32", "R": "i64", "column_offset": "i32"}
+WHOLE = {"K": 128, "PIECE": 512, "COLUMNS": 1024}
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
 )
@@ -114,10 +97,6 @@ KERNELS = {
     "row_update.triton_impl._update_looked_up by adagrad": (
         {**UPDATE, "first": "*fp32"},
         {**WHOLE, "RULE": 1, "HAS_ROWS": True},
-    ),
-    "row_update.triton_impl._update_looked_up by adagrad in slices": (
-        {**UPDATE, "first": "*fp32"},
-        {**WHOLE, "RULE": 1, "HAS_ROWS": True, "COLUMNS": 512, "IS_ADDED": True, "SQUARES": 3},
     ),
     "row_update.triton_impl._update_looked_up by adam": (UPDATE, {**WHOLE, "RULE": 2, "HAS_ROWS": False}),
     "row_update.triton_impl._update_given": (

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mfdist.errors import ConfigError
 from mfdist.launch import quantities
 
 
@@ -21,6 +22,28 @@ def test_count(value, expected):
 )
 def test_num_bytes(value, expected):
     assert quantities.num_bytes(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512", 512),
+        ("80GB", 80_000_000_000),
+        ("64GiB", 64 << 30),
+        ("79.6 gib", int(79.6 * 2**30)),
+        (" 1 TB ", 10**12),
+        ("2k", 2000),
+        ("1B", 1),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, expected):
+    assert quantities.parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "80XB", "-1GB", "0GB", "8 0GB", "1e9", "80 GB of it"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="a size must be"):
+        quantities.parse_bytes(text)
 
 
 @pytest.mark.parametrize(

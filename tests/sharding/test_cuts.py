@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfdist.errors import ConfigError
-from mfdist.sharding.cuts import check_cuts, even_cuts, proportional_cuts
+from mfdist.sharding.cuts import check_cuts, even_cuts, levelling_cuts
 
 
 @given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 7))
@@ -19,13 +19,15 @@ def test_even_cuts_are_as_even_as_pieces_allow(num_pieces, num_parts, step):
     assert max(sizes) - min(sizes) <= step
 
 
-@given(st.integers(0, 200), st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.integers(1, 7))
-def test_proportional_cuts_lie_within_a_piece_of_their_place(num_pieces, shares, step):
-    size = num_pieces * step
-    cuts = proportional_cuts(size, shares, step)
-    check_cuts(cuts, size, "rows", "t", step)
-    sums = [sum(shares[:index]) / sum(shares) * size for index in range(len(shares) + 1)]
-    assert all(abs(cut - exact) <= step for cut, exact in zip(cuts, sums, strict=True))
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 7)), min_size=1, max_size=12), st.integers(1, 9))
+def test_levelling_keeps_loads_within_the_largest_piece(tables, num_parts):
+    loads = [0.0] * num_parts
+    for num_pieces, step in tables:
+        cuts = levelling_cuts(num_pieces * step, loads, step)
+        check_cuts(cuts, num_pieces * step, "rows", "t", step)
+        loads = [load + right - left for load, (left, right) in zip(loads, pairwise(cuts), strict=True)]
+    assert max(loads) - min(loads) <= max(step for _, step in tables)
+    assert sum(loads) == sum(num_pieces * step for num_pieces, step in tables)
 
 
 @pytest.mark.parametrize(

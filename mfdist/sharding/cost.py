@@ -1,0 +1,243 @@
+"""Costs: what a plan takes in memory, on the wire, and in time. Pure; no table is touched.
+
+Times are predictions by an α–β model: a collective takes a start, a latency for each peer, and its bytes over the
+link's rate, bytes within a host and between hosts at once; lookups and updates take their bytes over the memory's rate.
+A step is the sum over its tables, each as slow as its slowest rank, since every exchange waits for all. Overlap is not
+counted.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mfdist.sharding.footprint import Footprint, footprint
+from mfdist.sharding.holdings import Floats, Holdings
+from mfdist.sharding.plan import ShardingPlan
+from mfdist.sharding.table_plan import TablePlan
+from mfdist.sharding.topology import Topology
+from mfdist.sharding.traffic import Axis, Phase, Transfer, owner_hits, transfers
+from mfdist.sharding.workload import TableLoad, Workload
+
+#: Columns of a table that a lookup keeps in the cache while tokens pass.
+_SLICE_COLUMNS = 64
+#: The least that memory reads of a row at once.
+_LEAST_READ_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableCost:
+    """What one table costs in a step.
+
+    Args:
+        plan: what was priced.
+        held: what it gives to the ranks.
+        footprint: memory.
+        transfers: collectives of one micro-batch.
+        num_micro_batches: how often those happen in a step.
+        lookup_s, exchange_s, update_s: of a step: hashing apart, lookups forward and backward; collectives; the rows'
+            update.
+    """
+
+    plan: TablePlan
+    held: Holdings
+    footprint: Footprint
+    transfers: tuple[Transfer, ...]
+    num_micro_batches: int
+    lookup_s: float
+    exchange_s: float
+    update_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Return the predicted time of a step's lookups, exchanges and update."""
+        return self.lookup_s + self.exchange_s + self.update_s
+
+    def renamed(self, name: str) -> "TableCost":
+        """Return the cost of another table of the same shape that is read alike."""
+        return self if name == self.plan.name else replace(self, plan=replace(self.plan, name=name))
+
+    @cached_property
+    def lasting_bytes(self) -> float:
+        """Return the memory a rank needs beside exchange buffers, the mean over ranks."""
+        return self.held.mean(self.footprint.lasting)
+
+    @cached_property
+    def buffer_bytes(self) -> float:
+        """Return the memory that the largest exchange takes on a rank."""
+        return float(self.footprint.transient.max())
+
+    def sent_bytes(self, phase: Phase | None = None) -> Floats:
+        """Return the bytes [W] that each rank sends in a step, in one phase or both."""
+        sent = np.zeros(len(self.held.rows))
+        for transfer in self.transfers:
+            if phase in (None, transfer.phase) and not transfer.is_control:
+                sent = sent + transfer.sent * self.num_micro_batches
+        return self.held.on_ranks(sent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCost:
+    """What all tables and the dense part cost in a step.
+
+    Args:
+        tables: in the plan's order.
+        dense_bytes: parameters, gradients, states and activations beside the tables, each rank.
+        dense_s: the dense part's arithmetic and the exchange of its gradients.
+    """
+
+    tables: tuple[TableCost, ...]
+    dense_bytes: float
+    dense_s: float
+
+    @cached_property
+    def rank_bytes(self) -> Floats:
+        """Return the memory [W] that each rank needs at its fullest."""
+        total = np.full(self.tables[0].held.world_size, float(self.dense_bytes))
+        for table in self.tables:
+            total += table.held.on_ranks(table.footprint.lasting)
+        return total + self.buffer_bytes
+
+    @property
+    def buffer_bytes(self) -> float:
+        """Return the memory that the largest exchange takes; it is the same for all tables in turn."""
+        return max(table.buffer_bytes for table in self.tables)
+
+    @property
+    def step_s(self) -> float:
+        """Return the predicted time of a step."""
+        return sum(table.step_s for table in self.tables) + self.dense_s
+
+
+def price(plan: ShardingPlan, topology: Topology, workload: Workload) -> PlanCost:
+    """Return what a plan costs on a topology of its world size."""
+    tables = [price_table(table, topology, workload) for table in plan.tables]
+    return PlanCost(
+        tables=tuple(tables), dense_bytes=dense_bytes(topology, workload), dense_s=dense_s(topology, workload)
+    )
+
+
+def price_table(plan: TablePlan, topology: Topology, workload: Workload) -> TableCost:
+    """Return what one table costs."""
+    load = workload.load(plan.name)
+    num_tokens = workload.tokens_per_exchange(topology.world_size)
+    held = Holdings.of(plan, topology.world_size)
+    exchanges = transfers(plan, held, load, num_tokens, topology.ranks_per_host)
+    times = workload.micro_batches
+    return TableCost(
+        plan=plan,
+        held=held,
+        footprint=footprint(plan, held, load, workload, exchanges, num_tokens, topology.ranks_per_host),
+        transfers=tuple(exchanges),
+        num_micro_batches=times,
+        lookup_s=times * _lookup_s(plan, held, load, topology, num_tokens),
+        exchange_s=times * sum(transfer_s(transfer, topology) for transfer in exchanges),
+        update_s=_update_s(plan, held, load, topology, workload),
+    )
+
+
+def transfer_s(transfer: Transfer, topology: Topology) -> float:
+    """Return the time of one all-to-all, packing and unpacking included."""
+    inside, outside = _num_peers(transfer.axis, topology)
+    size = float(max(transfer.sent.max(), transfer.received.max()))
+    if transfer.is_control:
+        return (
+            topology.collective_s
+            + (inside + outside) * topology.control.latency_s
+            + size / topology.control.bytes_per_s
+        )
+    packing = 2 * float((transfer.sent + transfer.received).max()) / topology.copy_bytes_per_s
+    shares = (size * inside / (inside + outside), size * outside / (inside + outside))
+    return topology.collective_s + packing + _moving_s(shares, (inside, outside), topology)
+
+
+def _num_peers(axis: Axis, topology: Topology) -> tuple[int, int]:
+    """Return how many others take part, on the same host and elsewhere."""
+    ranks = topology.ranks_per_host
+    inside, outside = ranks - 1, topology.world_size - ranks
+    return {"world": (inside, outside), "inside": (inside, 0), "between": (0, topology.num_hosts - 1)}[axis]
+
+
+def _moving_s(sizes: tuple[float, float], num_peers: tuple[int, int], topology: Topology) -> float:
+    """Return the time of bytes within a host and between hosts, at once."""
+    inside, outside = topology.inside, topology.between
+    latency = num_peers[0] * inside.latency_s + num_peers[1] * outside.latency_s
+    return latency + max(sizes[0] / inside.bytes_per_s, sizes[1] / outside.bytes_per_s)
+
+
+def dense_bytes(topology: Topology, workload: Workload) -> float:
+    """Return what the dense part takes on a rank: fp32 parameters, gradients, two moments; and activations."""
+    num_tokens = workload.tokens_per_exchange(topology.world_size)
+    return workload.num_dense_parameters * 16 + workload.activation_bytes_per_token * num_tokens
+
+
+def dense_s(topology: Topology, workload: Workload) -> float:
+    """Return the time of the dense part's arithmetic and of the exchange of its gradients."""
+    tokens = workload.tokens_per_exchange(topology.world_size) * workload.micro_batches
+    arithmetic = tokens * workload.dense_flops_per_token / topology.flops_per_s
+    world_size = topology.world_size
+    if world_size == 1 or not workload.num_dense_parameters:
+        return arithmetic
+    # An all-reduce passes round the hosts over all their links at once, and within each host.
+    size = 2.0 * 4 * workload.num_dense_parameters
+    ranks, num_hosts = topology.ranks_per_host, topology.num_hosts
+    sizes = (size * (ranks - 1) / ranks, size * (num_hosts - 1) / num_hosts / ranks)
+    return arithmetic + topology.collective_s + _moving_s(sizes, (ranks - 1, num_hosts - 1), topology)
+
+
+def _lookup_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topology, num_tokens: int) -> float:
+    """Return the time of one micro-batch's lookups: rows read once forward; rows and gradients once each backward."""
+    world_size, num_hosts = topology.world_size, topology.num_hosts
+    if plan.kind == "row_wise":
+        return _fetched_s(plan, held, load, topology, num_tokens, world_size)
+    if plan.kind == "grid" and not plan.code_stride and num_hosts > 1:
+        return _fetched_s(plan, held, load, topology, num_tokens * topology.ranks_per_host, num_hosts)
+    num_summed = np.full(len(held.rows), float(num_tokens * load.num_lookups))
+    if plan.kind != "replicated":  # all ranks' tokens, in the part of the table that is here
+        num_summed *= world_size * held.rows / plan.num_rows
+    row_bytes = _row_bytes(held.columns, plan.dtype.itemsize)
+    return 3 * float(np.max(num_summed * row_bytes / _rates(plan, held, topology)))
+
+
+def _fetched_s(
+    plan: TablePlan, held: Holdings, load: TableLoad, topology: Topology, num_tokens: int, group: int
+) -> float:
+    """Return the time of lookups whose rows come to the tokens, and whose gradients go to the rows."""
+    lookups = float(num_tokens * load.num_lookups)
+    unique = load.num_unique(plan.num_rows, num_tokens) if plan.deduplicate else lookups
+    item_bytes = plan.dtype.itemsize
+    width = float(_row_bytes(held.columns, item_bytes).max())
+    is_cached = unique * min(float(held.columns.max()), _SLICE_COLUMNS) * item_bytes <= topology.cache_bytes
+    rate = topology.cached_lookup_bytes_per_s if is_cached else topology.lookup_bytes_per_s
+    most = float(held.rows.max()) / plan.num_rows * group  # the fullest rank's load, as a multiple of the average
+    summed = lookups * width / rate + 2 * lookups * most * width / float(_rates(plan, held, topology).min())
+    pairs = num_tokens * float(owner_hits(plan, held, load).max()) * group
+    copied = 2 * (unique * most + pairs) * width / topology.copy_bytes_per_s
+    ordered = lookups * (2 + most) / topology.sort_ids_per_s  # by row, by owner, and at the owner by row again
+    return summed + copied + ordered
+
+
+def _row_bytes(columns: Floats, item_bytes: int) -> Floats:
+    """Return what memory reads of a row that has so many columns; of no row, nothing."""
+    return np.where(columns > 0, np.maximum(columns * item_bytes, _LEAST_READ_BYTES), 0)
+
+
+def _rates(plan: TablePlan, held: Holdings, topology: Topology) -> Floats:
+    slices = held.rows * np.minimum(held.columns, _SLICE_COLUMNS) * plan.dtype.itemsize
+    is_cached = slices <= topology.cache_bytes
+    return np.where(is_cached, topology.cached_lookup_bytes_per_s, topology.lookup_bytes_per_s)
+
+
+def _update_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topology, workload: Workload) -> float:
+    """Return the time of a step's row gradients and updates: every weight, or in backward those of touched rows."""
+    item_bytes, rows, times = plan.dtype.itemsize, held.rows, 1
+    state = {"sgd": 0, "rowwise_adagrad": 0, "adam": 2 * workload.state_dtype.itemsize}[workload.rule]
+    if workload.is_fused:
+        times = workload.micro_batches
+        seen = workload.tokens_per_exchange(topology.world_size) * topology.world_size
+        touched = load.num_unique(plan.num_rows, seen)
+        rows = rows * min(1.0, touched / plan.num_rows)
+        moved = 2 * item_bytes + 2 * state
+    else:
+        moved = 2 * item_bytes + 2 * state + item_bytes * (1 + workload.micro_batches)  # the gradient: written, read
+    return times * float(np.max(rows * held.columns)) * moved / topology.copy_bytes_per_s

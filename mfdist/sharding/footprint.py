@@ -1,0 +1,115 @@
+"""Footprints: the memory that a table takes on each rank.
+
+Shape letters: W ranks, n tokens a rank, K lookups a token, D row width, U different rows a rank asks for.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mfdist.sharding.holdings import Floats, Holdings
+from mfdist.sharding.table_plan import TablePlan
+from mfdist.sharding.traffic import SCORE_BYTES, Transfer, owner_hits, row_id_bytes
+from mfdist.sharding.workload import TableLoad, Workload
+
+_INDEX_BYTES = 8  # of a token's or a lookup's number
+_RUN_BYTES = 4
+_ACCUMULATOR_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of a table on a rank of each class of `Holdings`, [C].
+
+    Args:
+        weights: the rows held.
+        gradients: their gradient, where every weight has one.
+        states: what the row optimiser keeps.
+        saved: kept from a lookup to its backward; adds up over the tables of a model.
+        transient: lives during one exchange; the largest table's counts.
+    """
+
+    weights: Floats
+    gradients: Floats
+    states: Floats
+    saved: Floats
+    transient: Floats
+
+    @cached_property
+    def lasting(self) -> Floats:
+        """Return what all tables of a model add up to."""
+        return self.weights + self.gradients + self.states + self.saved
+
+
+def footprint(
+    plan: TablePlan,
+    held: Holdings,
+    load: TableLoad,
+    workload: Workload,
+    exchanges: list[Transfer],
+    num_tokens: int,
+    ranks_per_host: int,
+) -> Footprint:
+    """Return what a table takes on each rank.
+
+    Args:
+        plan, held, load: the table's.
+        workload: for its rule, and whether gradients are fused away.
+        exchanges: the table's `transfers`.
+        num_tokens: n.
+        ranks_per_host: for a grid.
+    """
+    cells = held.rows * held.columns
+    weights = cells * plan.dtype.itemsize
+    largest = np.max([transfer.sent + transfer.received for transfer in exchanges], axis=0) if exchanges else 0 * cells
+    return Footprint(
+        weights=weights,
+        gradients=0 * cells if workload.is_fused else weights,
+        states=state_bytes(held, workload),
+        saved=_saved(plan, held, load, num_tokens, ranks_per_host),
+        transient=largest,
+    )
+
+
+def state_bytes(held: Holdings, workload: Workload) -> Floats:
+    """Return the bytes of the row optimiser's states on each rank."""
+    match workload.rule:
+        case "sgd":
+            return 0 * held.rows
+        case "rowwise_adagrad":
+            return np.where(held.columns > 0, held.rows * _ACCUMULATOR_BYTES, 0)
+        case "adam":
+            return 2 * held.rows * held.columns * workload.state_dtype.itemsize
+
+
+def _saved(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int, ranks_per_host: int) -> Floats:
+    """Return what backward needs again: codes and scores of what a rank sums; row-wise, who used which row."""
+    world_size, num_hosts = held.world_size, held.world_size // ranks_per_host
+    lookups = np.full(len(held.rows), float(num_tokens * load.num_lookups))
+    lookup_bytes = load.id_bytes + SCORE_BYTES
+    share = held.rows / plan.num_rows
+    match plan.kind:
+        case "column_wise":
+            return lookups * world_size * lookup_bytes
+        case "table_wise":
+            return lookups * world_size * share * lookup_bytes
+        case "row_wise":
+            return _saved_requests(plan, held, load, num_tokens, world_size)
+        case "replicated":
+            return lookups * lookup_bytes
+        case "grid":
+            if plan.code_stride or num_hosts == 1:
+                return lookups * ranks_per_host * share * num_hosts * lookup_bytes
+            return _saved_requests(plan, held, load, num_tokens * ranks_per_host, num_hosts)
+
+
+def _saved_requests(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int, group: int) -> Floats:
+    """Return the ids asked of a rank, and its own lookups in the order of their owners with scores and places."""
+    lookups = float(num_tokens * load.num_lookups)
+    unique = load.num_unique(plan.num_rows, num_tokens) if plan.deduplicate else lookups
+    id_bytes = row_id_bytes(plan.num_rows)
+    hits = owner_hits(plan, held, load)
+    pairs = num_tokens * float(hits @ held.counts) * group / held.world_size
+    own = lookups * (SCORE_BYTES + id_bytes + _INDEX_BYTES) + pairs * (_INDEX_BYTES + _RUN_BYTES)
+    return own + unique * group * held.rows / plan.num_rows * id_bytes

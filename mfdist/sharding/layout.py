@@ -1,0 +1,113 @@
+"""Layout: cuts that fill the ranks of a world alike, once the kind of each table is known."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from mfdist.sharding.cuts import levelling_cuts
+from mfdist.sharding.holdings import Floats, Holdings
+from mfdist.sharding.kinds import column_wise, grid, replicated, row_wise, table_wise
+from mfdist.sharding.table_plan import Kind, TablePlan
+from mfdist.sharding.topology import Topology
+from mfdist.sharding.workload import Workload
+from mfdist.spec import TableSpec
+
+#: Columns are cut at multiples of this where that leaves enough of them, so that rows of a shard start aligned.
+_ALIGNED_BYTES = 16
+
+
+def candidates(spec: TableSpec, topology: Topology, workload: Workload) -> list[TablePlan]:
+    """Return every plan there is for a table, cut evenly; of two that take as long, the earlier is better.
+
+    Deduplication is a choice where it is allowed: it costs sorting, and pays where ids repeat.
+    """
+    world_size, stride = topology.world_size, workload.load(spec.name).code_stride
+    forward, backward = workload.forward_dtype, workload.backward_dtype
+    copies = [replicated(spec, backward_dtype=backward)]
+    if world_size == 1:
+        return copies
+    choices = (True, False) if workload.deduplicate else (False,)
+    split = [
+        column_wise(spec, world_size, forward_dtype=forward, backward_dtype=backward),
+        *(
+            row_wise(spec, world_size, deduplicate=once, forward_dtype=forward, backward_dtype=backward)
+            for once in choices
+        ),
+    ]
+    if stride:
+        split.append(table_wise(spec, world_size, stride, forward_dtype=forward, backward_dtype=backward))
+    if topology.num_hosts > 1 and topology.ranks_per_host > 1:
+        shape = (topology.num_hosts, topology.ranks_per_host)
+        for slots, once in [*((0, once) for once in choices), *([(stride, True)] if stride else [])]:
+            split.append(
+                grid(
+                    spec,
+                    *shape,
+                    code_stride=slots,
+                    deduplicate=once,
+                    forward_dtype=forward,
+                    backward_dtype=backward,
+                )
+            )
+    return [*copies, *split]
+
+
+def lay_out(plans: Iterable[TablePlan], topology: Topology) -> tuple[TablePlan, ...]:
+    """Cut each table where it is cut already, the pieces left over going to the ranks that hold least.
+
+    Tables with the largest pieces are cut first. In bytes of rows, no two ranks then differ by more than the largest
+    piece (a slot, a row or a few columns of one table; for grids, one of each direction).
+
+    Returns:
+        the plans in their given order.
+    """
+    given = list(plans)
+    loads = np.zeros(topology.world_size)
+    done: dict[int, TablePlan] = {}
+    for index in sorted(range(len(given)), key=lambda index: -_piece_bytes(given[index])):
+        plan = done[index] = _levelled(given[index], loads, topology)
+        held = Holdings.of(plan, topology.world_size)
+        loads += held.on_ranks(held.rows * held.columns) * plan.dtype.itemsize
+    return tuple(done[index] for index in range(len(given)))
+
+
+def _levelled(plan: TablePlan, loads: Floats, topology: Topology) -> TablePlan:
+    rows, columns = _steps(plan)
+    match plan.kind:
+        case "replicated":
+            return plan
+        case "row_wise" | "table_wise":
+            cuts = levelling_cuts(plan.num_rows, loads, rows)
+            return plan if cuts == plan.row_cuts else replace(plan, row_cuts=cuts)
+        case "column_wise":
+            cuts = levelling_cuts(plan.row_dim, loads, columns)
+            return plan if cuts == plan.column_cuts else replace(plan, column_cuts=cuts)
+        case "grid":
+            places = loads.reshape(topology.num_hosts, topology.ranks_per_host)
+            return replace(
+                plan,
+                row_cuts=levelling_cuts(plan.num_rows, places.sum(1), rows),
+                column_cuts=levelling_cuts(plan.row_dim, places.sum(0), columns),
+            )
+
+
+def _steps(plan: TablePlan) -> tuple[int, int]:
+    """Return the rows and the columns that stay together."""
+    aligned = max(1, _ALIGNED_BYTES // plan.dtype.itemsize)
+    num_parts = plan.num_column_parts
+    is_even = plan.row_dim % num_parts == 0
+    is_aligned = not is_even and plan.row_dim % aligned == 0 and plan.row_dim // aligned >= num_parts
+    return plan.code_stride or 1, aligned if is_aligned else 1
+
+
+def _piece_bytes(plan: TablePlan) -> int:
+    rows, columns = _steps(plan)
+    size: dict[Kind, int] = {
+        "row_wise": rows * plan.row_dim,
+        "table_wise": rows * plan.row_dim,
+        "column_wise": plan.num_rows * columns,
+        "grid": rows * plan.row_dim + plan.num_rows * columns,
+        "replicated": 0,
+    }
+    return size[plan.kind] * plan.dtype.itemsize
