@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from mfdist.kernels import gather_sum
 from mfdist.spec import TableSpec
 from mfdist.table import Table
+from mfdist.tables.initial_rows import draw_rows, new_seed
 
 
 class LocalTable(Table):
@@ -24,8 +25,10 @@ class LocalTable(Table):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all rows anew from N(0, std²)."""
-        nn.init.normal_(self.weight, std=self.std)
+        """Draw all rows anew from N(0, std²), by a seed that torch's default generator gives and `seed` keeps."""
+        self.seed = new_seed()
+        if not self.weight.is_meta:
+            draw_rows(self.weight, self.spec, self.spec.region, self.std, self.seed)
 
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the lookup; see `Table.forward`."""

@@ -1,0 +1,282 @@
+"""The exchange between ranks: the only place where collectives are called.
+
+Order of a call, on every rank of the group alike:
+
+    opened = exchange.open(call, counts)      # sizes and tags, over the CPU's network
+    opened.wait()                             # → what the others' counts are; a tag that differs is an error
+    pending = exchange.send(...)              # an all-to-all that is under way; compute meanwhile
+    pending.wait()                            # → what arrived
+
+Any number of sends may be under way; they end in the order they were begun. Every wait ends: after the deadline it
+raises an error that names the ranks that are not there. After such an error the group is of no further use.
+
+W ranks. All calls are for the thread that runs the model, forward or backward.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mfdist.errors import ConsistencyError, MfdistError
+from mfdist.sharding.silence import explain_silence
+from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
+
+#: Numbers that travel with a tag besides it.
+NUM_COUNTS = 6
+#: A message to one rank is split into pieces of at most so many bytes, for libraries that count in 32 bits.
+_MAX_MESSAGE_BYTES = 1 << 30
+_REFUSED = TAG_SIZE
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """What this rank has sent to others through one exchange."""
+
+    num_bytes: Counter[str] = field(default_factory=Counter)  # phase → payload bytes
+    control_bytes: int = 0  # tags and sizes
+    num_messages: int = 0  # payload messages, a piece each
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        self.num_bytes.clear()
+        self.control_bytes = self.num_messages = 0
+
+
+class Exchange:
+    """All-to-alls among some ranks, tagged, counted, and with an end to every wait.
+
+    Args:
+        ranks: global ranks that take part, ascending.
+        device: where the payload lies; NCCL carries it on a GPU, gloo on a CPU, and tags always travel by gloo.
+        deadline_s: longest wait for the slowest rank.
+        chunk_bytes: payload that is worth a chunk of its own, so that it travels while the next is computed; by default
+            32 MiB on a GPU, and no chunks on a CPU, which has no cores to spare.
+
+    Called on: all of `ranks`, in the same order for all exchanges of a process.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        device: torch.device,
+        *,
+        deadline_s: float = 300.0,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.rank = self.ranks.index(dist.get_rank())
+        self.world_size = len(self.ranks)
+        self.deadline_s = deadline_s
+        self.traffic = Traffic()
+        self._chunk_bytes = chunk_bytes if chunk_bytes or device.type == "cpu" else 32 << 20
+        self._names: dict[str, None] = {}
+        self._num_calls = 0
+        self._control = self._new_group("gloo", deadline_s)
+        # NCCL's own deadline ends the process without a word; the tags' comes first and names who is late.
+        self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
+
+    def _new_group(self, backend: str, timeout_s: float) -> Any:
+        is_part = self.world_size < dist.get_world_size()
+        return dist.new_group(
+            list(self.ranks),
+            timeout=timedelta(seconds=timeout_s),
+            backend=backend,
+            use_local_synchronization=is_part,
+        )
+
+    def know(self, *names: str) -> None:
+        """Remember names of tables and kinds, so that errors can name what other ranks do."""
+        self._names.update(dict.fromkeys(names))
+
+    def num_chunks(self, num_bytes: int) -> int:
+        """Return into how many chunks a payload of so many bytes is worth splitting."""
+        return 1 if self._chunk_bytes is None else min(8, max(1, num_bytes // self._chunk_bytes))
+
+    def open(
+        self, call: Call, counts: Sequence[Sequence[int]] | Sequence[int] = (), *, refusal: MfdistError | None = None
+    ) -> "Opened":
+        """Tell all ranks what this one does, and how much.
+
+        Args:
+            call: what every rank must be doing.
+            counts: up to `NUM_COUNTS` numbers for all ranks, or a list of them for each rank.
+            refusal: why this rank cannot take part; it is raised here and makes the call an error everywhere.
+
+        Returns:
+            A handle; nothing was waited for.
+        """
+        self.know(call.table, call.kind)
+        number = self._num_calls
+        self._num_calls += 1
+        each = counts if counts and isinstance(counts[0], Sequence) else [counts] * self.world_size
+        head = [*call.encode(number), int(refusal is not None)]
+        lines = [[*head, *line, *[0] * (NUM_COUNTS - len(line))] for line in each]  # type: ignore[misc, arg-type]
+        sent = torch.tensor(lines, dtype=torch.int64)
+        received = torch.empty_like(sent)
+        self.traffic.control_bytes += sent.nbytes // self.world_size * (self.world_size - 1)
+        opened = Opened(exchange=self, call=call, number=number, sent=sent, received=received, refusal=refusal)
+        opened.start()
+        return opened
+
+    def send(
+        self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+    ) -> "Pending":
+        """Send each rank its part of a flat tensor, and get theirs.
+
+        Args:
+            opened: the call this belongs to; its tags may still be under way.
+            payload: contiguous, the parts one after the other; not to be written to before the wait.
+            sizes: elements for each rank; they add up to the payload.
+            arriving: elements from each rank, whose `sizes` must say the same.
+            largest: the most elements any rank sends to any other, known to all ranks alike.
+
+        Returns:
+            A handle whose `wait` gives a flat tensor of the payload's dtype, in the order of the ranks.
+        """
+        payload = payload.reshape(-1)
+        width = payload.element_size()
+        self._count(opened.call.phase, [size * width for size in sizes])
+        received = payload.new_empty(sum(arriving))
+        step = max(1, _MAX_MESSAGE_BYTES // width)
+        pending = Pending(exchange=self, opened=opened, received=received)
+        if largest <= step:
+            pending.start(received, payload, arriving, sizes)
+            return pending
+        for first in range(0, largest, step):
+            pieces = [_pieces(part, first, step) for part in (sizes, arriving)]
+            piece = torch.cat([payload[begin:end] for begin, end in pieces[0]])
+            into = payload.new_empty(sum(end - begin for begin, end in pieces[1]))
+            pending.start(into, piece, *[[end - begin for begin, end in part] for part in reversed(pieces)])
+            pending.scatter(into, pieces[1])
+        return pending
+
+    def _count(self, phase: str, sizes: Sequence[int]) -> None:
+        others = [size for rank, size in enumerate(sizes) if rank != self.rank and size]
+        self.traffic.num_bytes[phase] += sum(others)
+        self.traffic.num_messages += sum(-(-size // _MAX_MESSAGE_BYTES) for size in others)
+
+    def _swap(self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int]) -> Any:
+        group = self._payload if sent.is_cuda else self._control
+        return dist.all_to_all_single(received, sent, list(arriving), list(sizes), group=group, async_op=True)
+
+    def _explain(self, told: str, cause: BaseException) -> MfdistError:
+        return explain_silence(told, self.ranks, cause, self.deadline_s)
+
+
+@dataclass(kw_only=True)
+class Opened:
+    """A call whose tags are under way."""
+
+    exchange: Exchange
+    call: Call
+    number: int
+    sent: Tensor
+    received: Tensor
+    refusal: MfdistError | None
+    _work: Any = None
+    _counts: list[list[int]] | None = None
+
+    def start(self) -> None:
+        """Send the tags."""
+        ones = [1] * self.exchange.world_size
+        with _explained(self):
+            self._work = self.exchange._swap(self.received, self.sent, ones, ones)
+
+    def wait(self) -> list[list[int]]:
+        """Return the counts of each rank; waiting again gives them again.
+
+        Raises:
+            MfdistError: the refusal this rank gave.
+            ConsistencyError: a rank does something else, or refused.
+            UnavailableError: a rank did not come before the deadline.
+        """
+        if self._counts is not None:
+            return self._counts
+        with _explained(self):
+            self._work.wait()
+        lines = self.received.tolist()
+        exchange = self.exchange
+        tags = {exchange.ranks[index]: line[:TAG_SIZE] for index, line in enumerate(lines)}
+        check_tags(self.call, self.number, tags, exchange.ranks[exchange.rank], tuple(exchange._names))
+        if self.refusal is not None:
+            raise self.refusal
+        refused = [exchange.ranks[index] for index, line in enumerate(lines) if line[_REFUSED]]
+        if refused:
+            raise ConsistencyError(
+                f"all ranks must be able to make {self.told}; rank {refused[0]} refused it; see the error there"
+            )
+        self._counts = [line[_REFUSED + 1 :] for line in lines]
+        return self._counts
+
+    @property
+    def told(self) -> str:
+        """Return the call as messages name it."""
+        return self.call.told(self.number)
+
+
+@dataclass(kw_only=True)
+class Pending:
+    """A payload that is under way."""
+
+    exchange: Exchange
+    opened: Opened
+    received: Tensor
+    _works: list[Any] = field(default_factory=list)
+    _kept: list[Tensor] = field(default_factory=list)  # until it has been sent
+    _scattered: list[tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=list)
+
+    def start(self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int]) -> None:
+        """Begin one all-to-all."""
+        self._kept.append(sent)
+        with _explained(self.opened):
+            self._works.append(self.exchange._swap(received, sent, arriving, sizes))
+
+    def scatter(self, piece: Tensor, places: list[tuple[int, int]]) -> None:
+        """Remember where a piece belongs once it is there."""
+        self._scattered.append((piece, places))
+
+    def wait(self) -> Tensor:
+        """Return what arrived, once; on a GPU the stream waits and not the caller.
+
+        Raises:
+            UnavailableError, ConsistencyError: see `Opened.wait`.
+        """
+        with _explained(self.opened):
+            for work in self._works:
+                work.wait()
+        for piece, places in self._scattered:
+            for part, (begin, end) in zip(
+                piece.split_with_sizes([end - begin for begin, end in places]), places, strict=True
+            ):
+                self.received[begin:end] = part
+        self._kept.clear()
+        return self.received
+
+
+@dataclass(frozen=True)
+class _explained:
+    """Turns what torch.distributed raises into an error that names ranks and calls."""
+
+    opened: Opened
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and isinstance(error, RuntimeError) and not isinstance(error, MfdistError):
+            raise self.opened.exchange._explain(self.opened.told, error) from error
+
+
+def _pieces(sizes: Sequence[int], first: int, step: int) -> list[tuple[int, int]]:
+    """Return where [first, first + step) of each part lies, the parts lying one after the other."""
+    places, start = [], 0
+    for size in sizes:
+        places.append((start + min(first, size), start + min(first + step, size)))
+        start += size
+    return places

@@ -1,0 +1,87 @@
+"""What a route is: a lookup and its gradient in a table of which this rank holds a part.
+
+Letters: n this rank's tokens, N all ranks' tokens in the order of the ranks, K lookups a token, W ranks, D row width;
+R and d the rows and columns this rank holds.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mfdist.sharding.tags import Call
+
+
+@dataclass(frozen=True)
+class LookupArguments:
+    """A lookup as `Table.forward` takes it."""
+
+    row_ids: Tensor  # [n, K]
+    scores: Tensor  # [n, K] fp32
+    code_stride: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Return n."""
+        return self.row_ids.shape[0]
+
+    @property
+    def num_lookups(self) -> int:
+        """Return K; 0 where the ids are not [n, K], which is refused."""
+        return self.row_ids.shape[1] if self.row_ids.ndim == 2 else 0
+
+    def call(self, table: str, kind: str) -> Call:
+        """Return what other ranks must be doing while this one makes the lookup."""
+        return Call(
+            table=table,
+            kind=kind,
+            phase="lookup",
+            num_lookups=self.num_lookups,
+            code_stride=self.code_stride,
+            id_bytes=self.row_ids.element_size(),
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a lookup leaves for its gradient: tensors, which autograd keeps, and what else the route needs."""
+
+    tensors: tuple[Tensor, ...] = ()
+    others: Any = None
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """Gradient of the rows this rank holds: of all of them, or of some, the others' being zero."""
+
+    values: Tensor  # [R, d], or [U, d]
+    row_ids: Tensor | None = field(default=None)  # [U] int64, ascending, counted from the first row held
+
+
+class Route(ABC):
+    """A way for a lookup through the ranks. Stateless; all ranks of its exchange call it in the same order."""
+
+    @abstractmethod
+    def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
+        """Return this rank's sums [n, D] in weight.dtype, and what `backward` needs where `is_training`.
+
+        Args:
+            weight: [R, d], the part of the table that this rank holds.
+            lookup: this rank's; n may differ from rank to rank, K may not.
+            is_training: a gradient may be asked for.
+
+        Raises:
+            RowIdError: an id lies outside the table; the other ranks get a ConsistencyError.
+            UnavailableError, ConsistencyError: see `Exchange`.
+        """
+
+    @abstractmethod
+    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+        """Return the gradient of the held rows, summed over all ranks, and that of this rank's scores [n, K].
+
+        Args:
+            weight: as it was in `forward`.
+            kept: from `forward`.
+            grad_output: [n, D], of this rank's sums.
+        """

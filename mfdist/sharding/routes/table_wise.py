@@ -1,0 +1,145 @@
+"""Table-wise: every rank sums its slots for all tokens; the partial sums are added up where the tokens are.
+
+Forward: codes and scores of each slot go to its owner, partial sums come back.
+Backward: the gradient goes to all owners, the score gradients of their slots come back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mfdist.sharding.exchange import Exchange, Opened, Pending
+from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.column_wise import sum_in_order
+from mfdist.sharding.routes.local import LocalRoute
+from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+from mfdist.sharding.routes.row_wise import RowWise
+from mfdist.sharding.wire import Wire
+
+
+class TableWise(Route):
+    """Partial sums are added in the order of the ranks: repeatable, and an unsharded table's up to rounding.
+
+    Args:
+        name: the table's.
+        rows: [begin, end) of each rank's rows; empty where it has none.
+        row_dim: D, of all of them.
+        exchange: among the ranks that share the rows.
+        row_wise: what takes lookups whose slots do not lie on one rank each, such as those by row ids.
+        wires: what partial sums travel as, and gradients.
+
+    Bytes sent a rank: n·K·(i + s)·(W − 1)/W + n·D·b·(W − 1) forward, n·D·b·(W − 1) + n·K·s·(W − 1)/W backward.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[tuple[int, int]],
+        row_dim: int,
+        exchange: Exchange,
+        row_wise: RowWise,
+        wires: tuple[torch.dtype, torch.dtype],
+    ) -> None:
+        self._name = name
+        self._rows = tuple(rows)
+        self._row_dim = row_dim
+        self._owners = [int(end > begin) for begin, end in rows]  # a rank without rows has nothing to add
+        self._num_rows = max(end for _, end in rows)
+        self._exchange = exchange
+        self._row_wise = row_wise
+        self._forward_wire, self._backward_wire = wires
+        self._local = LocalRoute(name)
+
+    def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
+        """Return the sums; see `Route.forward`."""
+        slots = self._slots(lookup)
+        if slots is None:
+            out, kept = self._row_wise.forward(weight, lookup, is_training=is_training)
+            return out, Kept(kept.tensors, (None, kept.others))
+        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
+        call = lookup.call(self._name, "table_wise")
+        refusal = refusal_of(lookup, self._num_rows, weight, self._name)
+        opened = exchange.open(call, [lookup.num_tokens], refusal=refusal)
+        num_tokens = [counts[0] for counts in opened.wait()]
+        everyone = self._dispatch(opened, lookup, num_tokens, slots)
+        sums, kept = self._local.forward(weight, everyone, is_training=is_training)
+        width = wire.width(self._row_dim)
+        owners = self._owners
+        is_owner = owners[exchange.rank]
+        returned = exchange.send(
+            opened,
+            wire.encode(sums),
+            [count * width * is_owner for count in num_tokens],
+            [lookup.num_tokens * width * each for each in owners],
+            max(num_tokens) * width,
+        ).wait()
+        shares = wire.decode(returned.view(sum(owners) * lookup.num_tokens, width))
+        out = sum_in_order(shares.view(sum(owners), lookup.num_tokens, self._row_dim))
+        return out, Kept(kept.tensors, (replace(call, phase="gradient"), num_tokens, slots, kept.others))
+
+    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+        """Return the gradients; see `Route.backward`."""
+        if kept.others[0] is None:
+            return self._row_wise.backward(weight, Kept(kept.tensors, kept.others[1]), grad_output)
+        call, num_tokens, slots, stride = kept.others
+        exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
+        own = num_tokens[exchange.rank]
+        opened = exchange.open(call)
+        width = wire.width(self._row_dim)
+        widths = [end - begin for begin, end in slots]
+        owners = self._owners
+        is_owner = owners[exchange.rank]
+        arrived = exchange.send(
+            opened,
+            wire.encode(grad_output).repeat(sum(owners), 1),
+            [own * width * each for each in owners],
+            [count * width * is_owner for count in num_tokens],
+            max(num_tokens) * width,
+        ).wait()
+        everyones = wire.decode(arrived.view(sum(num_tokens) * is_owner, width))
+        row_gradient, slot_gradients = self._local.backward(weight, Kept(kept.tensors, stride), everyones)
+        returned = exchange.send(
+            opened,
+            slot_gradients,
+            [count * widths[exchange.rank] for count in num_tokens],
+            [own * each for each in widths],
+            max(num_tokens) * max(widths),
+        ).wait()
+        opened.wait()
+        grad_scores = returned.new_zeros(own, call.num_lookups)
+        for (begin, end), part in zip(slots, returned.split_with_sizes([own * each for each in widths]), strict=True):
+            grad_scores[:, begin:end] = part.view(own, end - begin)
+        return row_gradient, grad_scores
+
+    def _slots(self, lookup: LookupArguments) -> list[tuple[int, int]] | None:
+        """Return the lookups that each rank's rows answer, or None where they cannot be told by their number."""
+        stride, num_lookups = lookup.code_stride, lookup.num_lookups
+        if stride > 0 and stride * num_lookups == self._num_rows:
+            if any(begin % stride or end % stride for begin, end in self._rows):
+                return None
+            return [(begin // stride, end // stride) for begin, end in self._rows]
+        if not stride and sum(self._owners) == 1:  # one rank has them all
+            return [(0, num_lookups) if end > begin else (0, 0) for begin, end in self._rows]
+        return None
+
+    def _dispatch(
+        self, opened: Opened, lookup: LookupArguments, num_tokens: Sequence[int], slots: Sequence[tuple[int, int]]
+    ) -> LookupArguments:
+        """Send each rank the codes and scores of its slots; return those that are for this rank."""
+        widths = [end - begin for begin, end in slots]
+        own = widths[self._exchange.rank]
+
+        def send(part: Tensor) -> Pending:
+            return self._exchange.send(
+                opened,
+                torch.cat([part[:, begin:end].reshape(-1) for begin, end in slots]),
+                [lookup.num_tokens * each for each in widths],
+                [count * own for count in num_tokens],
+                max(num_tokens) * max(widths),
+            )
+
+        ids, scores = send(lookup.row_ids), send(lookup.scores)
+        shape = (sum(num_tokens), own)
+        return LookupArguments(ids.wait().view(shape), scores.wait().view(shape), lookup.code_stride)

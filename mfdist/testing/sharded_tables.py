@@ -1,0 +1,103 @@
+"""Sharded tables for tests: made from whole rows, put together again, and held against the suite of every table.
+
+All functions are called on all ranks.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.table_plan import TablePlan
+from mfdist.tables.sharded import ShardedTable
+from mfdist.testing.table_conformance import TableConformance
+
+
+def sharded(rows: Tensor, plan: TablePlan, exchanges: MeshExchanges) -> ShardedTable:
+    """Return a sharded table that holds `rows`, the same on all ranks."""
+    table = ShardedTable(plan, exchanges, device=rows.device)
+    with torch.no_grad():
+        table.weight.copy_(part_of(rows, table))
+    return table
+
+
+def part_of(whole: Tensor, table: ShardedTable) -> Tensor:
+    """Return the part of `whole` [R, D] that this rank holds."""
+    (top, bottom), (left, right) = table.region.rows, table.region.columns
+    return whole[top:bottom, left:right]
+
+
+def put_together(table: ShardedTable, part: Tensor | None) -> Tensor:
+    """Return [R, D] from every rank's part, or zeros for None; a copy that a rank holds must equal the others'."""
+    part = torch.zeros_like(table.weight) if part is None else part
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (table.region, part.detach().cpu()))
+    whole = part.new_full((table.spec.num_rows, table.spec.row_dim), float("nan"))
+    for region, theirs in everyones:
+        (top, bottom), (left, right) = region.rows, region.columns
+        held = whole[top:bottom, left:right]
+        assert bool(held.isnan().all()) or torch.equal(held.cpu(), theirs), "copies differ"
+        held.copy_(theirs)
+    return whole
+
+
+class ShardedConformance(TableConformance):
+    """The suite for one kind of sharding; each rank makes the same lookups, whose mean gradient is a rank's own.
+
+    Args:
+        exchanges: over the mesh.
+        make_plan: from a spec to its plan.
+    """
+
+    def __init__(self, exchanges: MeshExchanges, make_plan: Any) -> None:
+        self._exchanges = exchanges
+        self._make_plan = make_plan
+
+    def make_table(self, rows: Tensor) -> ShardedTable:
+        """Return a sharded table of the rows."""
+        from mfdist.spec import TableSpec
+
+        spec = TableSpec(name="sharded", num_rows=rows.shape[0], row_dim=rows.shape[1], dtype=rows.dtype)
+        device = self._exchanges.device
+        return sharded(rows.to(device), self._make_plan(spec), self._exchanges)
+
+    def rows_gradient(self, table: Any) -> Tensor:
+        """Return the whole gradient, put together."""
+        return put_together(table, table.weight.grad)
+
+
+def run_conformance(suite: TableConformance) -> list[str]:
+    """Run every case of a suite outside pytest, as ranks must; return their names.
+
+    Raises:
+        AssertionError: a case failed; the message has its name.
+    """
+    done = []
+    for name, method, arguments in cases_of(suite):
+        torch.manual_seed(0)
+        try:
+            method(**arguments)
+        except Exception as error:
+            raise AssertionError(f"{name} failed: {error!r}") from error
+        done.append(name)
+    return done
+
+
+def cases_of(suite: TableConformance) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yield the name, method and arguments of each case, `parametrize` marks multiplied out."""
+    for name, method in inspect.getmembers(suite, inspect.ismethod):
+        if not name.startswith("test_"):
+            continue
+        axes = []
+        for mark in getattr(method, "pytestmark", []):
+            names, values = mark.args[:2]
+            listed = [part.strip() for part in names.split(",")] if isinstance(names, str) else list(names)
+            axes.append([dict(zip(listed, value if len(listed) > 1 else (value,), strict=True)) for value in values])
+        for chosen in itertools.product(*axes):
+            arguments = {key: value for part in chosen for key, value in part.items()}
+            yield f"{name}{list(arguments.values()) if arguments else ''}", method, arguments

@@ -1,0 +1,193 @@
+"""What ranks do in the tests of sharded tables; in a module of its own, since their processes import it."""
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from mfdist.errors import MfdistError
+from mfdist.sharding import exchange, kinds
+from mfdist.sharding.mesh import MeshExchanges
+from mfdist.spec import TableSpec
+from mfdist.tables.local import LocalTable
+from mfdist.tables.sharded import ShardedTable
+from mfdist.testing.sharded_tables import ShardedConformance, put_together, run_conformance, sharded
+
+
+def make_plan(kind, spec, world_size, stride=0, **options):
+    """Return a plan of a kind, as even as it gets; `uneven` and `permuted` are row-wise and column-wise splits."""
+    if kind == "row_wise":
+        return kinds.row_wise(spec, world_size, **options)
+    if kind == "uneven_rows":
+        cuts = [0, *(spec.num_rows * part // 10 for part in range(1, world_size)), spec.num_rows]
+        return kinds.row_wise(spec, list(reversed(range(world_size))), cuts=cuts, **options)
+    if kind == "some_rows":  # the first rank has none
+        return kinds.row_wise(spec, range(1, world_size) if world_size > 1 else 1, deduplicate=False, **options)
+    if kind == "column_wise":
+        return kinds.column_wise(spec, world_size, **options)
+    if kind == "uneven_columns":  # the last rank has none
+        width = spec.row_dim // 3
+        cuts = [0, *([width] * (world_size - 2)), spec.row_dim]
+        return kinds.column_wise(spec, [*range(1, world_size - 1), 0], cuts=cuts, **options)
+    if kind == "table_wise":
+        return kinds.table_wise(spec, world_size, stride or 1, **options)
+    if kind == "one_owner":
+        return kinds.table_wise(spec, [world_size - 1], 0, **options)
+    if kind == "grid":
+        return kinds.grid(spec, 2, world_size // 2, **options)
+    if kind == "slot_grid":
+        return kinds.grid(spec, 2, world_size // 2, code_stride=stride or 1, **options)
+    assert kind == "replicated"
+    options.pop("forward_dtype", None)
+    return kinds.replicated(spec, **options)
+
+
+def exchanges_for(kind, world_size, **options):
+    shape = (2, world_size // 2) if "grid" in kind else (world_size,)
+    return MeshExchanges(init_device_mesh("cpu", shape), **options)
+
+
+def conformance(rank, kind):
+    world_size = dist.get_world_size()
+    exchanges = exchanges_for(kind, world_size)
+    return run_conformance(ShardedConformance(exchanges, lambda spec: make_plan(kind, spec, world_size)))
+
+
+def token_counts(world_size):
+    """Return how many tokens each rank has: different numbers, and none on one of them."""
+    return [(37, 0, 50, 8)[rank % 4] + rank // 4 for rank in range(world_size)]
+
+
+def lookup_of(stride, num_lookups, num_rows, num_tokens, row_dim):
+    """Return ids or codes, scores and the gradient of the output, the same in every process."""
+    generator = torch.Generator().manual_seed(7)
+    limit = stride or num_rows
+    ids = torch.randint(0, limit, (num_tokens, num_lookups), generator=generator)
+    scores = torch.randn(num_tokens, num_lookups, generator=generator)
+    grads = torch.randn(num_tokens, row_dim, generator=generator)
+    return (ids.to(torch.uint8) if stride and limit <= 256 else ids.int()), scores, grads
+
+
+def unsharded(rows, ids, scores, grads, stride):
+    """Return what one table gives for all ranks' tokens: sums, row gradients and score gradients."""
+    table = LocalTable(TableSpec(name="t", num_rows=rows.shape[0], row_dim=rows.shape[1], dtype=rows.dtype))
+    with torch.no_grad():
+        table.weight.copy_(rows)
+    scores = scores.clone().requires_grad_()
+    out = table(ids, scores, code_stride=stride)
+    out.backward(grads.to(out.dtype))
+    return out.detach(), table.weight.grad, scores.grad
+
+
+def compared(rank, kind, stride, options, exchanges=None):
+    """Return this rank's (sums, whole row gradient, score gradients), each with the unsharded table's."""
+    world_size = dist.get_world_size()
+    num_lookups, row_dim, dtype = 5, 23, options.pop("dtype", torch.float32)
+    num_rows = num_lookups * (stride or 40)
+    counts = token_counts(world_size)
+    rows = torch.randn(num_rows, row_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    ids, scores, grads = lookup_of(stride, num_lookups, num_rows, sum(counts), row_dim)
+    scaled = grads.to(dtype) / world_size
+    wanted = unsharded(rows, ids, scores, scaled, stride)
+    spec = TableSpec(name="t", num_rows=num_rows, row_dim=row_dim, dtype=dtype)
+    exchanges = exchanges or exchanges_for(kind, world_size)
+    table = sharded(rows, make_plan(kind, spec, world_size, stride, **options), exchanges)
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    got = []
+    for _ in range(2):
+        table.weight.grad = None
+        own = scores[mine].clone().requires_grad_()
+        out = table(ids[mine], own, code_stride=stride)
+        out.backward(grads[mine].to(dtype))
+        got.append((out.detach(), put_together(table, table.weight.grad), own.grad))
+    repeats = all(torch.equal(one, two) for one, two in zip(*got, strict=True))
+    return got[0], (wanted[0][mine], wanted[1], wanted[2][mine] * world_size), repeats
+
+
+def chunked(rank, kind, stride):
+    """Return whether a lookup in chunks has the bits of one without, and how many messages each took."""
+    results, messages = [], []
+    for chunk_bytes in (None, 256):
+        exchanges = exchanges_for(kind, dist.get_world_size(), chunk_bytes=chunk_bytes)
+        results.append(compared(rank, kind, stride, {}, exchanges)[0])
+        messages.append(exchanges.everyone.traffic.num_messages)
+    return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), messages
+
+
+def in_pieces(rank, kind, stride):
+    """Return whether messages cut into pieces of 64 bytes change a bit."""
+    whole = compared(rank, kind, stride, {})[0]
+    before, exchange._MAX_MESSAGE_BYTES = exchange._MAX_MESSAGE_BYTES, 64
+    try:
+        pieces = compared(rank, kind, stride, {})[0]
+    finally:
+        exchange._MAX_MESSAGE_BYTES = before
+    return all(torch.equal(one, two) for one, two in zip(whole, pieces, strict=True))
+
+
+def initial_rows(rank, kind):
+    """Return whether a sharded table starts with the values of a local one after the same seed."""
+    spec = TableSpec(name="t", num_rows=2100, row_dim=300)
+    torch.manual_seed(5)
+    local = LocalTable(spec, std=0.5)
+    torch.manual_seed(5)
+    table = sharded_table(kind, spec)
+    return torch.equal(put_together(table, table.weight), local.weight)
+
+
+def sharded_table(kind, spec, stride=0):
+    world_size = dist.get_world_size()
+    return ShardedTable(make_plan(kind, spec, world_size, stride), exchanges_for(kind, world_size), std=0.5)
+
+
+def mean_loss(rank, kind):
+    """Return the whole gradient where each rank's loss is the mean over its tokens."""
+    spec = TableSpec(name="t", num_rows=16, row_dim=4)
+    table = sharded(
+        torch.arange(64.0).view(16, 4), make_plan(kind, spec, dist.get_world_size()), exchanges_for(kind, 2)
+    )
+    scores = torch.ones(3, 1, requires_grad=True)
+    table(torch.tensor([[0], [9], [9]]) + rank, scores).sum(dim=1).mean().backward()
+    return put_together(table, table.weight.grad), scores.grad
+
+
+def other_inputs(rank, kind):
+    """Return what each rank is told when rank 1 alone gives an id outside; then a lookup that works."""
+    spec = TableSpec(name="words", num_rows=16, row_dim=4)
+    table = sharded(torch.ones(16, 4), make_plan(kind, spec, dist.get_world_size()), exchanges_for(kind, 3))
+    told = ""
+    try:
+        table(torch.tensor([[3], [16 if rank == 1 else 5]]), torch.ones(2, 1))
+    except MfdistError as error:
+        told = f"{error.kind}: {error}"
+    return told, table(torch.tensor([[3]]), torch.ones(1, 1)).tolist()
+
+
+def other_tables(rank):
+    """Return what each rank is told when rank 1 looks up in another table than the rest."""
+    exchanges = exchanges_for("column_wise", 3)
+    tables = [
+        sharded(torch.ones(16, 4), make_plan("column_wise", TableSpec(name=name, num_rows=16, row_dim=4), 3), exchanges)
+        for name in ("words", "bytes")
+    ]
+    try:
+        tables[int(rank == 1)](torch.tensor([[3]]), torch.ones(1, 1))
+    except MfdistError as error:
+        return f"{error.kind}: {error}"
+    return ""
+
+
+def late(rank, what):
+    """Return what ranks 0 and 2 are told when rank 1 does not come to a lookup, or to a gradient."""
+    spec = TableSpec(name="words", num_rows=16, row_dim=4)
+    table = sharded(torch.ones(16, 4), make_plan("column_wise", spec, 3), exchanges_for("column_wise", 3, deadline_s=1))
+    try:
+        if what == "gradient" or rank != 1:
+            out = table(torch.tensor([[3]]), torch.ones(1, 1, requires_grad=True))
+            if rank != 1:
+                out.sum().backward()
+    except MfdistError as error:
+        return f"{error.kind}: {error}"
+    time.sleep(6)
+    return ""

@@ -1,0 +1,129 @@
+"""ShardedTable: every kind keeps the contract of all tables, and gives what an unsharded table gives."""
+
+import re
+
+import pytest
+import torch
+
+from mfdist.testing.run_ranks import RankPool
+from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.tables import sharded_ranks as ranks
+
+KINDS = (
+    "row_wise",
+    "uneven_rows",
+    "some_rows",
+    "column_wise",
+    "uneven_columns",
+    "table_wise",
+    "one_owner",
+    "replicated",
+)
+GRIDS = ("grid", "slot_grid")
+EXACT = ("row_wise", "uneven_rows", "some_rows", "column_wise", "uneven_columns", "one_owner", "grid")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool() as made:
+        yield made
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [*((kind, 2) for kind in KINDS), *((kind, 4) for kind in GRIDS)])
+def test_the_contract_of_every_table(pool, kind, world_size):
+    names = pool.run(ranks.conformance, world_size, kind, timeout_s=120)
+    assert len(names[0]) > 20 and names[0] == names[-1]
+
+
+@pytest.mark.parametrize("stride", [0, 8], ids=["ids", "codes"])
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [*((kind, 3) for kind in KINDS), *((kind, 4) for kind in GRIDS), ("row_wise", 1), ("column_wise", 1)],
+)
+def test_what_an_unsharded_table_gives(pool, kind, world_size, stride):
+    for got, wanted, repeats in pool.run(ranks.compared, world_size, kind, stride, {}):
+        assert repeats
+        for one, other in zip(got, wanted, strict=True):
+            assert one.dtype == other.dtype
+            assert relative_error(one, other) <= TOLERANCES["float32"]
+        if kind in EXACT:
+            assert torch.equal(got[0], wanted[0])
+            assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=["bf16", "e4m3", "e5m2"])
+def test_narrower_traffic_costs_its_rounding_and_no_more(pool, kind, wire):
+    """Forward and backward are chosen apart; a wire narrower than the rows moves only what it carries."""
+    bound = {torch.bfloat16: 4e-3, torch.float8_e4m3fn: 6e-2, torch.float8_e5m2: 0.12}[wire]
+    for direction in ("forward_dtype", "backward_dtype"):
+        got, wanted, repeats = pool.run(ranks.compared, 2, kind, 8, {direction: wire})[0]
+        errors = [relative_error(one, other) for one, other in zip(got, wanted, strict=True)]
+        assert repeats and max(errors) <= bound
+        is_forward = direction == "forward_dtype"
+        assert (errors[0] > 1e-6) == (is_forward and kind != "replicated")
+        assert (errors[1] > 1e-6) != is_forward
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+def test_bf16_tables_travel_as_they_are(pool, kind):
+    for got, wanted, repeats in pool.run(ranks.compared, 3, kind, 8, {"dtype": torch.bfloat16}):
+        assert repeats and got[0].dtype == torch.bfloat16
+        for one, other in zip(got, wanted, strict=True):
+            assert relative_error(one.float(), other.float()) <= TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise"])
+def test_chunks_change_no_bit(pool, kind):
+    results = pool.run(ranks.chunked, 2, kind, 8)
+    assert all(is_same for is_same, _ in results)
+    without, within = (sum(messages[index] for _, messages in results) for index in (0, 1))
+    assert within > without
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+def test_messages_past_the_limit_are_split(pool, kind):
+    assert pool.run(ranks.in_pieces, 3, kind, 8) == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("uneven_rows", 3), ("column_wise", 3), ("grid", 4), ("replicated", 2)]
+)
+def test_first_values_do_not_depend_on_the_sharding(pool, kind, world_size):
+    assert pool.run(ranks.initial_rows, world_size, kind) == [True] * world_size
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+def test_gradients_are_those_of_the_mean_over_the_ranks(pool, kind):
+    for rows, scores in pool.run(ranks.mean_loss, 2, kind):
+        expected = torch.zeros(16)
+        # Rank 1 looks one row further than rank 0.
+        for row, times in ((0, 1), (9, 2), (1, 1), (10, 2)):
+            expected[row] = times / 3 / 2
+        assert torch.allclose(rows, expected[:, None].expand(16, 4))
+        assert scores.shape == (3, 1)
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise"])
+def test_one_ranks_bad_id_is_an_error_everywhere_and_the_next_lookup_works(pool, kind):
+    told = pool.run(ranks.other_inputs, 3, kind)
+    assert told[1][0].startswith('row_id: row id 16 at lookup 0 is outside table "words"')
+    for rank in (0, 2):
+        assert 'lookup of table "words"' in told[rank][0] and "rank 1 refused it" in told[rank][0]
+    assert all(rows == [[1.0] * 4] for _, rows in told)
+
+
+def test_lookups_in_different_tables_are_told_apart(pool):
+    told = pool.run(ranks.other_tables, 3)
+    assert told[0].startswith(
+        "consistency: all ranks must make the same lookups in the same order; rank 0 makes call 0"
+    )
+    assert re.search(r'rank 0 makes .*table "words" .*rank 1 makes call 0, the lookup of table "bytes"', told[0])
+    assert 'rank 1 makes call 0, the lookup of table "bytes"' in told[1]
+
+
+@pytest.mark.parametrize("what", ["lookup", "gradient"])
+def test_a_rank_that_does_not_come_is_named(pool, what):
+    for told in pool.run(ranks.late, 3, what)[::2]:
+        assert told.startswith(f"unavailable: all ranks must reach call {int(what == 'gradient')}, the {what} of table")
+        assert "within 1 s; rank 1 did not" in told
