@@ -14,6 +14,8 @@ from mfdist.spec import TableSpec
 
 #: No world larger than this is looked for.
 _LARGEST_WORLD = 1 << 14
+#: No rank is asked to look up fewer tokens at once, to save memory.
+_FEWEST_TOKENS = 256
 _GIB = 1 << 30
 
 _Setting = tuple[Sequence[TableSpec], Topology, Workload]
@@ -117,11 +119,14 @@ def _unplaced(decision: Decision) -> tuple[Unplaced, ...]:
 
 def _changes(setting: _Setting) -> Iterator[tuple[str, Callable[[_Setting], _Setting]]]:
     """Yield the changes that are not made yet, the mildest first."""
-    specs, _, workload = setting
-    if workload.micro_batches < 8:
+    specs, topology, workload = setting
+    times = 1
+    while workload.tokens_per_exchange(topology.world_size * times) > _FEWEST_TOKENS:
+        times *= 2
+    if times > 1:
         yield (
-            f"{8 * workload.micro_batches} micro-batches a step",
-            lambda it: (it[0], it[1], replace(it[2], micro_batches=8 * it[2].micro_batches)),
+            f"{times * workload.micro_batches} micro-batches a step",
+            lambda it: (*it[:2], replace(it[2], micro_batches=times * it[2].micro_batches)),
         )
     if not workload.is_fused:
         yield "rows updated in backward, without a stored gradient", lambda it: (*it[:2], replace(it[2], is_fused=True))
