@@ -13,15 +13,21 @@ from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_su
 from mfdist.kernels.ragged_gradient import ragged_gradient
 from mfdist.kernels.row_gradient import row_gradient
 from mfdist.kernels.row_id_check import check_errors
+from mfdist.kernels.row_update import RowRule, fused_row_update, row_update, squared_sums, updating_gather_sum
 from mfdist.kernels.sign_hash import sign_hash
 
 __all__ = [
     "QuantizedRows",
+    "RowRule",
     "check_errors",
+    "fused_row_update",
     "gather_sum",
     "quantize",
     "quantized_gather_sum",
     "ragged_gradient",
     "row_gradient",
+    "row_update",
     "sign_hash",
+    "squared_sums",
+    "updating_gather_sum",
 ]

@@ -126,6 +126,33 @@ def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_at_random(typing_context: Any, array: Any, index: Any, value: Any, key: Any, column: Any) -> Any:
+    """Write a run at `array[index]`; bf16 is rounded up or down at random, other formats to the nearest even value.
+
+    Args:
+        array: fp32, bf16 or fp16.
+        index: where its first value goes.
+        value: the run.
+        key: uint32, the row's key; see `row_update.rule`.
+        column: int64, the column of the run's first value.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type, _, lanes, _, _ = signature.args
+        element = _element(array_type)
+        run = args[2]
+        if array_type.dtype == types.uint16:
+            run = _round_at_random(builder, run, args[3], args[4], lanes.width)
+        elif array_type.dtype == types.int16:
+            run = builder.fptrunc(run, _vector(ir.HalfType(), lanes.width))
+        written = builder.store(run, _address(context, builder, array_type, args, element, lanes.width))
+        written.align = array_type.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value, types.uint32, types.int64), generate
+
+
+@intrinsic
 def scaled_add(typing_context: Any, run: Any, scale: Any, to: Any) -> Any:
     """Return run · scale + to, rounded once."""
 
@@ -143,6 +170,30 @@ def product_add(typing_context: Any, left: Any, right: Any, to: Any) -> Any:
         return _fused(builder, *args)
 
     return left(left, right, to), generate
+
+
+@intrinsic
+def scaled(typing_context: Any, run: Any, scale: Any) -> Any:
+    """Return run · scale."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(args[0], _splat(builder, args[1], signature.args[0].width))
+
+    return run(run, types.float32), generate
+
+
+@intrinsic
+def over_root(typing_context: Any, run: Any, square: Any, least: Any) -> Any:
+    """Return run / (√square + least), value by value."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes, kind = signature.args[0].width, args[1].type
+        name = f"llvm.sqrt.v{lanes}f32"
+        root = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name)
+        divisor = builder.fadd(builder.call(root, [args[1]]), _splat(builder, args[2], lanes))
+        return builder.fdiv(args[0], divisor)
+
+    return run(run, square, types.float32), generate
 
 
 @intrinsic
@@ -188,7 +239,7 @@ def _fused(builder: Any, left: Any, right: Any, to: Any) -> Any:
 
 
 def _splat(builder: Any, scalar: Any, width: int) -> Any:
-    undefined = ir.Constant(_vector(ir.FloatType(), width), ir.Undefined)
+    undefined = ir.Constant(_vector(scalar.type, width), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
     return _shuffle(builder, first, [0] * width)
 
@@ -220,3 +271,27 @@ def _round_to_bf16(builder: Any, run: Any, width: int) -> Any:
     is_nan = builder.fcmp_unordered("uno", run, run)
     # Rounding up may carry a NaN's payload into infinity or the sign, so NaN keeps its own pattern.
     return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), _vector(ir.IntType(16), width))
+
+
+def _round_at_random(builder: Any, run: Any, key: Any, column: Any, width: int) -> Any:
+    words = _vector(ir.IntType(32), width)
+
+    def constant(number: int) -> Any:
+        return ir.Constant(words, [number] * width)
+
+    def shifted(value: Any, bits: int) -> Any:
+        return builder.xor(value, builder.lshr(value, constant(bits)))
+
+    columns = _splat(builder, builder.trunc(column, ir.IntType(32)), width)
+    columns = builder.add(columns, ir.Constant(words, list(range(width))))
+    x = builder.add(builder.mul(columns, constant(0x9E3779B9)), _splat(builder, key, width))
+    x = builder.mul(shifted(x, 16), constant(0x7FEB352D))
+    x = builder.mul(shifted(x, 15), constant(0x846CA68B))
+    random = builder.lshr(shifted(x, 16), constant(_HALF_BITS))
+    bits = builder.bitcast(run, words)
+    rounded = builder.trunc(
+        builder.lshr(builder.add(bits, random), constant(_HALF_BITS)), _vector(ir.IntType(16), width)
+    )
+    exponent = builder.and_(bits, constant(0x7F800000))
+    is_special = builder.icmp_unsigned("==", exponent, constant(0x7F800000))  # infinity and NaN have no next value
+    return builder.select(is_special, _round_to_bf16(builder, run, width), rounded)

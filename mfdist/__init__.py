@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mfdist.config import RunConfig, load_config
     from mfdist.layers import MemoryLayer
     from mfdist.models import DenseTransformer, MemoryFormer
+    from mfdist.optim import RowAdagrad, RowAdam, RowSGD
     from mfdist.table import Table
     from mfdist.tables.local import LocalTable
 
@@ -22,6 +23,9 @@ __all__ = [
     "LocalTable",
     "MemoryFormer",
     "MemoryLayer",
+    "RowAdagrad",
+    "RowAdam",
+    "RowSGD",
     "RunConfig",
     "Table",
     "__version__",
@@ -33,6 +37,9 @@ _HOME = {
     "LocalTable": "mfdist.tables.local",
     "MemoryFormer": "mfdist.models",
     "MemoryLayer": "mfdist.layers",
+    "RowAdagrad": "mfdist.optim",
+    "RowAdam": "mfdist.optim",
+    "RowSGD": "mfdist.optim",
     "RunConfig": "mfdist.config",
     "Table": "mfdist.table",
     "load_config": "mfdist.config",

@@ -85,7 +85,7 @@ class MemoryLayer(nn.Module):
             x: [..., in_features], fp32, fp16 or bf16.
 
         Returns:
-            [..., out_features] in the table's dtype, or in autocast's where that is on.
+            [..., out_features] in x's dtype, or in autocast's where that is on.
 
         Cost: N·K·D elements of the table read once.
         """
@@ -95,6 +95,8 @@ class MemoryLayer(nn.Module):
             )
         codes, scores = self.hash(x.reshape(-1, self.in_features))
         out: Tensor = self.table(codes, scores, code_stride=self.hash.code_stride)
+        if not torch.is_autocast_enabled(x.device.type):
+            out = out.to(x.dtype)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)

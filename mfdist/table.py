@@ -3,14 +3,20 @@
 Call order: any number of lookups (`table(row_ids, scores)`), each followed or not by a backward. A lookup changes
 nothing and may be repeated. Local, sharded and remote tables are interchangeable under a `MemoryLayer`.
 
+Rows are trained in one of two ways. As they are made, backward gives them a gradient (`weight.grad`) for any optimiser.
+After `fuse(optimizer)` backward updates them itself, and no gradient of the rows ever exists.
+
 Shape letters: N tokens, K lookups a token, R rows, D row width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from mfdist.spec import TableSpec
+from mfdist.optim import RowOptimizer, RowState
+from mfdist.spec import Region, TableSpec
 
 
 class Table(nn.Module, ABC):
@@ -19,6 +25,37 @@ class Table(nn.Module, ABC):
     def __init__(self, spec: TableSpec) -> None:
         super().__init__()
         self.spec = spec
+        #: What trains the rows in backward, with its states; None where that is left to an optimiser outside.
+        self.row_state: RowState | None = None
+
+    @property
+    def region(self) -> Region:
+        """Return the part of the table that `weight` holds in this process."""
+        return self.spec.region
+
+    def fuse(self, optimizer: RowOptimizer | None) -> Self:
+        """Train the rows in every backward from now on, or, given None, by an optimiser outside again.
+
+        Each backward of a lookup is one update, of the rows that it read, at the rate `row_state.lr`; so each
+        micro-batch is one. `weight.grad` stays None, gradients cannot be clipped, and score gradients are those of the
+        rows before the update. Two lookups with both backwards still to come cannot be in one graph: torch refuses
+        the second backward, since the rows are no longer those that were read. A fused table is frozen by looking up
+        under `torch.no_grad`, or by `fuse(None)`.
+
+        Args:
+            optimizer: settings; states begin at zero, also where the table was fused before.
+
+        Returns:
+            The table itself.
+
+        Called on: every process that holds a part of the table, between steps.
+        Cost: the states' memory; see the optimiser.
+        """
+        weight = self.get_parameter("weight")
+        self.row_state = None if optimizer is None else RowState(optimizer, weight, self.region)
+        weight.grad = None
+        weight.requires_grad_(optimizer is None)
+        return self
 
     @abstractmethod
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
@@ -40,8 +77,16 @@ class Table(nn.Module, ABC):
         Called on: any thread of the process that holds the table; concurrent lookups are safe.
         """
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Let the row optimiser's states follow the rows to another device."""
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.row_state is not None:
+            self.row_state.move(fn)
+        return applied
+
     def extra_repr(self) -> str:
         """Return the spec as shown by `print(model)`."""
         spec = self.spec
         dtype = str(spec.dtype).removeprefix("torch.")
-        return f'"{spec.name}", num_rows={spec.num_rows}, row_dim={spec.row_dim}, dtype={dtype}'
+        fused = "" if self.row_state is None else f", fuse={self.row_state.optimizer}"
+        return f'"{spec.name}", num_rows={spec.num_rows}, row_dim={spec.row_dim}, dtype={dtype}{fused}'

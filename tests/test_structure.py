@@ -165,8 +165,8 @@ def test_help_and_version_load_no_torch() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert set(mfdist.__all__) == {
-        "DenseTransformer", "LocalTable", "MemoryFormer", "MemoryLayer", "RunConfig", "Table", "__version__",
-        "load_config",
+        "DenseTransformer", "LocalTable", "MemoryFormer", "MemoryLayer", "RowAdagrad", "RowAdam", "RowSGD",
+        "RunConfig", "Table", "__version__", "load_config",
     }  # fmt: skip
     for name in mfdist.__all__:
         assert name in dir(mfdist)

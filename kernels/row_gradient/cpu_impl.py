@@ -39,7 +39,7 @@ _MAX_OWN_ROWS = 4096
 _PARALLEL_WORK = 1 << 16
 
 
-class _Lookup(NamedTuple):
+class Lookup(NamedTuple):
     """The arguments as kernels take them: the fields of `Ids`, flat arrays, sizes."""
 
     id_bytes: int
@@ -68,7 +68,7 @@ def row_gradient(
         return table.new_zeros(num_rows, dim), scores.new_zeros(num_tokens, num_lookups)
     grad_table = in_huge_pages(table.new_empty(num_rows, dim))
     grad_scores = scores.new_empty(num_tokens, num_lookups)
-    lookup = _Lookup(
+    lookup = Lookup(
         *ids,
         flat_rows(table),
         flat(scores),
@@ -81,23 +81,32 @@ def row_gradient(
         code_stride,
     )
     threads = num_threads((num_tokens * num_lookups + num_rows) * dim, worth=_PARALLEL_WORK)
-    if 0 < code_stride <= min(_MAX_OWN_ROWS, 2 * num_tokens):
-        fitting = _TILES_BYTES // (2 * code_stride * MIDDLE * np.dtype(np.float32).itemsize)
-        call(_by_lookup, threads, lookup, max(1, min(fitting, -(-num_lookups // threads))))
+    if chunk := lookups_together(code_stride, num_tokens, num_lookups, threads):
+        call(_by_lookup, threads, lookup, chunk)
     else:
-        order, ends = _sorted_by_row(lookup, num_rows)
+        order, ends = sorted_by_row(lookup, num_rows)
         call(_by_row, threads, lookup, order, ends, 4 * threads)
     return grad_table, grad_scores
+
+
+def lookups_together(code_stride: int, num_tokens: int, num_lookups: int, threads: int) -> int:
+    """Return how many lookups a thread takes at a time, or 0 where they are to be sorted by row."""
+    if not 0 < code_stride <= min(_MAX_OWN_ROWS, 2 * num_tokens):
+        return 0
+    fitting = _TILES_BYTES // (2 * code_stride * MIDDLE * np.dtype(np.float32).itemsize)
+    return max(1, min(fitting, -(-num_lookups // threads)))
 
 
 @jit(parallel=True)
 def _by_lookup(lookup: Any, chunk: Any) -> None:
     for task in numba.prange(-(-lookup.K // chunk)):
-        _pass_columns(lookup, task * chunk, min(lookup.K, task * chunk + chunk))
+        first = task * chunk
+        pass_columns(lookup, first, min(lookup.K, first + chunk), lookup.grad_table, first * lookup.S)
 
 
 @jit_part()
-def _pass_columns(lookup: Any, first: Any, end: Any) -> None:
+def pass_columns(lookup: Any, first: Any, end: Any, target: Any, target_row: Any) -> None:
+    """Write the scores' gradients of lookups [first, end), and their rows' to `target` from a row of it on."""
     count = end - first
     row_ids = find_rows(lookup, 0, lookup.N, first, end, first)
     rows = np.empty(count * lookup.S * MIDDLE, np.float32)
@@ -105,13 +114,13 @@ def _pass_columns(lookup: Any, first: Any, end: Any) -> None:
     products = np.zeros(lookup.N * count, np.float32)
     column = 0
     while column + MIDDLE <= lookup.D:
-        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, zeros_middle())
+        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, target, target_row, zeros_middle())
         column += MIDDLE
     while column + NARROW <= lookup.D:
-        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, zeros_narrow())
+        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, target, target_row, zeros_narrow())
         column += NARROW
     while column < lookup.D:
-        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, zeros_single())
+        _pass_tokens(lookup, row_ids, rows, sums, products, first, count, column, target, target_row, zeros_single())
         column += 1
     for n in range(lookup.N):
         for i in range(count):
@@ -128,11 +137,13 @@ def _pass_tokens(
     first: Any,
     count: Any,
     column: Any,
+    target: Any,
+    target_row: Any,
     zeros: Any,
 ) -> None:
     """Do one tile of columns of `count` lookups for all tokens; `rows` and `sums` are scratch."""
     N, K, D = lookup.N, lookup.K, lookup.D
-    table, scores, grads, grad_table = lookup.table, lookup.scores, lookup.grad, lookup.grad_table
+    table, scores, grads = lookup.table, lookup.scores, lookup.grad
     tile = width(zeros)
     origin = first * lookup.S
     for row in range(count * lookup.S):
@@ -145,11 +156,11 @@ def _pass_tokens(
             store(sums, start, scaled_add(grad, at(scores, n * K + first + i), load(sums, start, zeros)))
             products[n * count + i] += total(product_add(grad, load(rows, start, zeros), zeros))
     for row in range(count * lookup.S):
-        store(grad_table, (origin + row) * D + column, load(sums, row * tile, zeros))
+        store(target, (target_row + row) * D + column, load(sums, row * tile, zeros))
 
 
 @jit()
-def _sorted_by_row(lookup: Any, R: Any) -> Any:
+def sorted_by_row(lookup: Any, R: Any) -> Any:
     """Return the lookups n·K + k sorted by row, ties in order, and where each row's run ends (a counting sort)."""
     rows = find_rows(lookup, 0, lookup.N, 0, lookup.K, 0)
     ends = np.zeros(R + 1, np.int64)
@@ -168,14 +179,14 @@ def _sorted_by_row(lookup: Any, R: Any) -> Any:
 def _by_row(lookup: Any, order: Any, ends: Any, parts: Any) -> None:
     for part in numba.prange(parts):
         # Equal shares of lookups plus rows, so that neither a hot row nor a long empty stretch makes one part late.
-        _sum_rows(lookup, order, ends, _share(ends, part, parts), _share(ends, part + 1, parts))
+        _sum_rows(lookup, order, ends, share(ends, part, parts), share(ends, part + 1, parts))
     tokens = -(-lookup.N // parts)
     for part in numba.prange(parts):
-        _multiply_rows(lookup, min(lookup.N, part * tokens), min(lookup.N, part * tokens + tokens))
+        multiply_rows(lookup, min(lookup.N, part * tokens), min(lookup.N, part * tokens + tokens))
 
 
 @jit_part()
-def _share(ends: Any, part: Any, parts: Any) -> Any:
+def share(ends: Any, part: Any, parts: Any) -> Any:
     """Return the first row of a part."""
     R = ends.size
     wanted = (ends[R - 1] + R) * part // parts
@@ -193,30 +204,36 @@ def _share(ends: Any, part: Any, parts: Any) -> Any:
 @jit_part()
 def _sum_rows(lookup: Any, order: Any, ends: Any, low: Any, high: Any) -> None:
     for row in range(low, high):
-        run = order[(ends[row - 1] if row > 0 else 0) : ends[row]]
-        column = 0
-        while column + MIDDLE <= lookup.D:
-            _sum_row(lookup, run, row, column, zeros_middle())
-            column += MIDDLE
-        while column + NARROW <= lookup.D:
-            _sum_row(lookup, run, row, column, zeros_narrow())
-            column += NARROW
-        while column < lookup.D:
-            _sum_row(lookup, run, row, column, zeros_single())
-            column += 1
+        sum_row(lookup, order[(ends[row - 1] if row > 0 else 0) : ends[row]], lookup.grad_table, row * lookup.D)
 
 
 @jit_part()
-def _sum_row(lookup: Any, run: Any, row: Any, column: Any, zeros: Any) -> None:
+def sum_row(lookup: Any, run: Any, target: Any, at: Any) -> None:
+    """Write score · grad_output, summed over a run of lookups, to `target` from `at` on."""
+    column = 0
+    while column + MIDDLE <= lookup.D:
+        _sum_tile(lookup, run, target, at, column, zeros_middle())
+        column += MIDDLE
+    while column + NARROW <= lookup.D:
+        _sum_tile(lookup, run, target, at, column, zeros_narrow())
+        column += NARROW
+    while column < lookup.D:
+        _sum_tile(lookup, run, target, at, column, zeros_single())
+        column += 1
+
+
+@jit_part()
+def _sum_tile(lookup: Any, run: Any, target: Any, to: Any, column: Any, zeros: Any) -> None:
     grad = zeros
     for i in range(run.size):
         at = run[i] // lookup.K * lookup.D + column
         grad = scaled_add(load(lookup.grad, at, zeros), lookup.scores[run[i]], grad)
-    store(lookup.grad_table, row * lookup.D + column, grad)
+    store(target, to + column, grad)
 
 
 @jit_part()
-def _multiply_rows(lookup: Any, low: Any, high: Any) -> None:
+def multiply_rows(lookup: Any, low: Any, high: Any) -> None:
+    """Write the scores' gradients of tokens [low, high)."""
     D = lookup.D
     rows = find_rows(lookup, low, high, 0, lookup.K, 0)
     for n in range(low, high):

@@ -44,15 +44,15 @@ def check_update(table: Tensor, state: list[Tensor], rule: RowRule, lr: Tensor, 
 
 def check_given(table: Tensor, grads: Tensor, rows: Tensor | None, mean_squares: Tensor | None, name: str) -> None:
     """Raise ConfigError unless gradients that are there already fit the table; see `row_update`."""
+    if rows is not None and (rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64)):
+        raise ConfigError(
+            f'rows to update must be [U] in int32 or int64; got {list(rows.shape)} in {rows.dtype} for table "{name}"'
+        )
     num_updated = table.shape[0] if rows is None else rows.shape[0]
     if grads.ndim != 2 or grads.shape[1] != table.shape[1] or grads.shape[0] not in (num_updated, table.shape[0]):
         raise ConfigError(
             f"gradients must be [U, D] = [{num_updated}, {table.shape[1]}], or have all {table.shape[0]} rows; got "
             f'{list(grads.shape)} for table "{name}"'
-        )
-    if rows is not None and (rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64)):
-        raise ConfigError(
-            f'rows to update must be [U] in int32 or int64; got {list(rows.shape)} in {rows.dtype} for table "{name}"'
         )
     if mean_squares is not None and (mean_squares.shape != (num_updated,) or mean_squares.dtype != torch.float32):
         raise ConfigError(

@@ -14,16 +14,18 @@ from mfdist.kernels.row_update import reference
 from mfdist.kernels.row_update.arguments import check_given, check_rows, check_update, read_settings, rule_arguments
 from mfdist.kernels.row_update.rule import RowRule
 
-_RULE = "str kind, float weight_decay, float eps, float beta1, float beta2, int seed, int row_offset, int column_offset"
+RULE_SCHEMA = (
+    "str kind, float weight_decay, float eps, float beta1, float beta2, int seed, int row_offset, int column_offset"
+)
 torch.library.define(
     "mfdist::fused_row_update",
     "(Tensor(a!) table, Tensor(b!)[] state, Tensor row_ids, Tensor scores, Tensor grad_output, "
-    f"Tensor lr, Tensor step, {_RULE}, int code_stride, str name) -> Tensor",
+    f"Tensor lr, Tensor step, {RULE_SCHEMA}, int code_stride, str name) -> Tensor",
 )
 torch.library.define(
     "mfdist::row_update",
     "(Tensor(a!) table, Tensor(b!)[] state, Tensor grads, Tensor? rows, Tensor? mean_squares, "
-    f"Tensor lr, Tensor step, {_RULE}, str name) -> ()",
+    f"Tensor lr, Tensor step, {RULE_SCHEMA}, str name) -> ()",
 )
 #: What autograd calls with arguments that have been checked.
 fused_row_update_unchecked = torch.ops.mfdist.fused_row_update.default

@@ -80,8 +80,8 @@ def rounded(
 
 def random_bits(seed: int, step: int, stream: int, rows: Tensor, num_columns: int, column_offset: int) -> Tensor:
     """Return the 16 random bits of each row [U] and column, int64 [U, num_columns]; see `rule`."""
-    key = _mix64((_mix64(seed) + 4 * step + stream) & _ALL_64)
-    row_keys = [_mix64((key + row * _GOLDEN_64) & _ALL_64) >> 32 for row in rows.tolist()]
+    key = mix64((mix64(seed) + 4 * step + stream) & _ALL_64)
+    row_keys = [mix64((key + row * _GOLDEN_64) & _ALL_64) >> 32 for row in rows.tolist()]
     columns = (torch.arange(num_columns) + column_offset) * _GOLDEN_32
     x = (torch.tensor(row_keys, dtype=torch.int64).unsqueeze(1) + columns) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -89,7 +89,8 @@ def random_bits(seed: int, step: int, stream: int, rows: Tensor, num_columns: in
     return (x ^ (x >> 16)) >> 16
 
 
-def _mix64(x: int) -> int:
+def mix64(x: int) -> int:
+    """Return a 64-bit integer well mixed; see `rule`."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _ALL_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _ALL_64
     return x ^ (x >> 31)

@@ -1,11 +1,12 @@
 """A table of which this rank holds a part; the exchange with the other ranks is hidden in its lookup."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mfdist.errors import ConfigError
+from mfdist.optim import RowOptimizer
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.routes.planned import check_mesh, route_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, RowGradient
@@ -65,6 +66,19 @@ class ShardedTable(Table):
     def reset_parameters(self) -> None:
         """Draw the held rows anew from N(0, std²); the values are those of an unsharded table after the same seed."""
         self._draw(new_seed())
+
+    def fuse(self, optimizer: RowOptimizer | None) -> Self:
+        """Leave the rows' training to an optimiser outside, the only one that sharded rows have.
+
+        Raises:
+            ConfigError: an optimizer is given.
+        """
+        if optimizer is not None:
+            raise ConfigError(
+                f'a sharded table\'s rows must be trained by an optimiser outside; got fuse for "{self.spec.name}"; '
+                "give its parameters to a torch optimiser"
+            )
+        return self
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:

@@ -64,6 +64,37 @@ def row_gradient(
     return grad_table, grad_scores
 
 
+def row_update(
+    rows: Floats,
+    states: list[Floats],
+    grads: Floats,
+    kind: str,
+    lr: float,
+    step: int,
+    *,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> tuple[Floats, list[Floats]]:
+    """Return rows [U, D] and their states after one update, the `step`-th, by their gradients."""
+    rows, states = rows.copy(), [state.copy() for state in states]
+    for u in range(rows.shape[0]):
+        g, kept = grads[u], rows[u] - lr * weight_decay * rows[u]
+        if kind == "sgd":
+            rows[u] = kept - lr * g
+        elif kind == "rowwise_adagrad":
+            states[0][u] += sum(float(value) ** 2 for value in g) / len(g)
+            rows[u] = kept - lr / (math.sqrt(states[0][u]) + eps) * g
+        else:
+            m, v = (moment[u] for moment in states)
+            m[:] = betas[0] * m + (1 - betas[0]) * g
+            v[:] = betas[1] * v + (1 - betas[1]) * g * g
+            for c in range(len(g)):
+                root = math.sqrt(v[c] / (1 - betas[1] ** step))
+                rows[u, c] = kept[c] - lr * m[c] / (1 - betas[0] ** step) / (root + eps)
+    return rows, states
+
+
 def _score(chunk: list[float], score: str, temperature: float) -> float:
     certainty = 1.0
     for value in chunk:

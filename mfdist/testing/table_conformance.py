@@ -17,7 +17,8 @@ from mfdist.table import Table
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: What rows may be.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TableConformance(ABC):
@@ -33,7 +34,7 @@ class TableConformance(ABC):
         assert gradient is not None
         return gradient.to_dense() if gradient.is_sparse else gradient
 
-    @pytest.mark.parametrize("dtype", _DTYPES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("num_tokens", "num_lookups", "row_dim"), [(1, 1, 1), (63, 3, 40), (100, 8, 33), (5, 1, 96)]
     )
@@ -95,7 +96,7 @@ class TableConformance(ABC):
     def _run(self, rows: Tensor, ids: Tensor, scores: Tensor, code_stride: int) -> tuple[Tensor, Tensor, Tensor]:
         table, scores = self.make_table(rows), scores.clone().requires_grad_()
         out: Tensor = table(ids, scores, code_stride=code_stride)
-        out.backward(_grad_output(out))  # type: ignore[no-untyped-call]
+        out.backward(grad_output_of(out))  # type: ignore[no-untyped-call]
         assert scores.grad is not None
         return out.detach(), self.rows_gradient(table), scores.grad
 
@@ -104,12 +105,16 @@ class TableConformance(ABC):
         assert out.dtype == rows.dtype
         exact = (rows.double().numpy(), ids.long().numpy(), scores.double().numpy())
         wanted = oracles.gather_sum(*exact, code_stride)
-        wanted_rows, wanted_scores = oracles.row_gradient(*exact, _grad_output(out).double().numpy(), code_stride)
+        wanted_rows, wanted_scores = oracles.row_gradient(*exact, grad_output_of(out).double().numpy(), code_stride)
         for got, want in ((out, wanted), (grad_rows, wanted_rows), (grad_scores, wanted_scores)):
-            bound = TOLERANCES[str(got.dtype).removeprefix("torch.")]
-            assert relative_error(got.double().numpy(), want) <= bound
+            assert_close(got, want)
 
 
-def _grad_output(out: Tensor) -> Tensor:
+def assert_close(got: Tensor, want: oracles.Floats) -> None:
+    """Compare a result with the oracle's within the tolerance of its dtype."""
+    assert relative_error(got.double().numpy(), want) <= TOLERANCES[str(got.dtype).removeprefix("torch.")]
+
+
+def grad_output_of(out: Tensor) -> Tensor:
     """Return a fixed gradient of the output that has no symmetry."""
     return torch.linspace(-1, 1, out.numel(), device=out.device).cos().view_as(out).to(out.dtype)

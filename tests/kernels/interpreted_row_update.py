@@ -33,10 +33,11 @@ def check(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.float3
     expected_scores, expected = reference_update(before, lookup, rule, offsets)
     assert relative_error(grad_scores.numpy(), expected_scores.numpy()) <= TOLERANCES["float32"]
     assert_close(got, expected)
-    check_given(lookup, rule, state_dtype, offsets)
 
 
-def check_given(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype, offsets: tuple[int, int]) -> None:
+def check_given(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.float32) -> None:
+    """Compare the update from gradients that are there with the reference."""
+    offsets = (1 << 40, 3)
     rows = touched_rows(lookup)
     dense = torch.randn(lookup.table.shape)
     before = make_updated(lookup.table, rule, state_dtype)
@@ -56,9 +57,11 @@ def check_given(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype, offsets
 
 def updates() -> None:
     for rule in RULES:
-        check(make_lookup(63, 3, 8, 40), rule)
-        check(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32), rule, torch.bfloat16)
-        check(make_lookup(20, 2, 90, 1, dtype=torch.float16, is_compact=False, id_dtype=torch.int64), rule)
+        check(make_lookup(63, 2, 6, 40), rule)
+        check(make_lookup(30, 2, 6, 96, dtype=torch.bfloat16, id_dtype=torch.int32), rule, torch.bfloat16)
+        check(make_lookup(9, 2, 30, 1, dtype=torch.float16, is_compact=False, id_dtype=torch.int64), rule)
+        check_given(make_lookup(10, 2, 6, 40, dtype=torch.bfloat16), rule, torch.bfloat16)
+    check_given(make_lookup(10, 2, 6, 33), RULES[1])
     sgd, adagrad, _ = RULES
     check(make_lookup(0, 3, 8, 8), sgd)
     check(make_lookup(3, 70, 1, 100), adagrad)
