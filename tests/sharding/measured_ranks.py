@@ -1,0 +1,41 @@
+"""What ranks measure of a real sharded table; in a module of its own, since their processes import it."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.plan import ShardingPlan
+from mfdist.tables.sharded import ShardedTable
+
+
+def measured(rank, plan_json, name, num_tokens, load, mesh_shape):
+    """Return this rank's bytes: rows, gradient, kept for backward, and sent forward and backward."""
+    plan = ShardingPlan.from_json(plan_json).table(name)
+    exchanges = MeshExchanges(init_device_mesh("cpu", mesh_shape))
+    table = ShardedTable(plan, exchanges)
+    generator = torch.Generator().manual_seed(rank)
+    limit = load.code_stride or plan.num_rows
+    ids = torch.randint(0, limit, (num_tokens, load.num_lookups), generator=generator)
+    ids = ids.to({1: torch.uint8, 4: torch.int32, 8: torch.int64}[load.id_bytes])
+    scores = torch.rand(num_tokens, load.num_lookups, generator=generator, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() != table.weight.untyped_storage().data_ptr():
+            kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = table(ids, scores, code_stride=load.code_stride)
+    out.sum().backward()
+    sent = {phase: sum(each.traffic.num_bytes[phase] for each in exchanges.all) for phase in ("lookup", "gradient")}
+    gradient = table.weight.grad
+    dist.barrier()
+    return {
+        "weights": table.weight.nbytes,
+        "gradients": 0 if gradient is None else gradient.nbytes,
+        "saved": sum(kept.values()),
+        "forward": sent["lookup"],
+        "backward": sent["gradient"],
+    }

@@ -1,0 +1,66 @@
+"""Predictions against what real sharded tables hold, keep and send, on real ranks."""
+
+import pytest
+import torch
+
+from mfdist.sharding.cost import price_table
+from mfdist.sharding.kinds import column_wise, grid, replicated, row_wise, table_wise
+from mfdist.sharding.plan import ShardingPlan
+from mfdist.sharding.topology import cpu
+from mfdist.sharding.workload import TableLoad, Workload
+from mfdist.spec import TableSpec
+from mfdist.testing.run_ranks import RankPool
+from tests.sharding import measured_ranks
+
+#: Largest difference between a predicted number of bytes and the measured one, as a share of the latter.
+WITHIN = 0.05
+
+CODES = TableSpec(name="t", num_rows=12 * 256, row_dim=60)
+CODES_LOAD = TableLoad(num_lookups=12, code_stride=256, id_bytes=1)
+IDS = TableSpec(name="t", num_rows=20000, row_dim=40, dtype=torch.bfloat16)
+IDS_LOAD = TableLoad(num_lookups=6, id_bytes=8)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool() as made:
+        yield made
+
+
+def plans(spec, load, world_size):
+    yield "rows", row_wise(spec, world_size)
+    yield "rows each time", row_wise(spec, world_size, deduplicate=False, forward_dtype=torch.bfloat16)
+    skewed = (0, *(spec.num_rows * part * part // world_size**2 for part in range(1, world_size)), spec.num_rows)
+    yield "skewed rows", row_wise(spec, world_size, cuts=skewed)
+    yield "columns", column_wise(spec, world_size, backward_dtype=torch.bfloat16)
+    yield "columns in fp8", column_wise(spec, world_size, forward_dtype=torch.float8_e4m3fn)
+    yield "copies", replicated(spec)
+    if load.code_stride:
+        yield "slots", table_wise(spec, world_size, load.code_stride)
+    if world_size == 4:
+        yield "grid of rows", grid(spec, 2, 2)
+    if world_size == 4 and load.code_stride:
+        yield "grid of slots", grid(spec, 2, 2, code_stride=load.code_stride)
+
+
+@pytest.mark.parametrize("world_size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 8))])
+@pytest.mark.parametrize(("spec", "load"), [(CODES, CODES_LOAD), (IDS, IDS_LOAD)], ids=["codes", "ids"])
+def test_bytes_are_those_predicted(pool, spec, load, world_size):
+    num_tokens = 1500
+    work = Workload(batch_tokens=num_tokens * world_size, loads={"t": load})
+    for name, plan in plans(spec, load, world_size):
+        is_grid = plan.kind == "grid"
+        mesh = (2, world_size // 2) if is_grid else (world_size,)
+        cost = price_table(plan, cpu(world_size, 2 if is_grid else 1), work)
+        text = ShardingPlan(world_size, (plan,)).to_json()
+        found = pool.run(measured_ranks.measured, world_size, text, "t", num_tokens, load, mesh)
+        predicted = {
+            "weights": cost.held.on_ranks(cost.footprint.weights),
+            "gradients": cost.held.on_ranks(cost.footprint.gradients),
+            "saved": cost.held.on_ranks(cost.footprint.saved),
+            "forward": cost.sent_bytes("forward"),
+            "backward": cost.sent_bytes("backward"),
+        }
+        for key, each in predicted.items():
+            measured = [rank[key] for rank in found]
+            assert each.tolist() == pytest.approx(measured, rel=WITHIN, abs=64), f"{key} of {name}"
