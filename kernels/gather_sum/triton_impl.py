@@ -27,8 +27,8 @@ from mfdist.kernels.triton_rows import as_fp32, weighted
 _SLICE_ROW_BYTES = 128
 #: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
 _SLICE_BYTES = 24 << 20
-#: Elements a warp sums, and fewer where there would be too few warps to fill a GPU with.
-_TILE = 2048
+#: Elements a warp sums by the bytes of each, and fewer where there would be too few warps to fill a GPU with.
+_TILE = {1: 1024, 2: 2048, 4: 1024}
 _SMALL_TILE = 512
 _MANY_TILES = 2048
 _PACKED_TOKENS = 64
@@ -101,8 +101,8 @@ def gather_sum(
 def tile(num_tokens: int, dim: int, itemsize: int) -> tuple[int, int]:
     """Return tokens and columns of the tile that a warp sums of one slice."""
     columns = min(_SLICE_ROW_BYTES // itemsize, next_power_of_2(dim))
-    is_many = num_tokens * dim >= _TILE * _MANY_TILES
-    return (_TILE if is_many else _SMALL_TILE) // columns, columns
+    is_many = num_tokens * dim >= _TILE[itemsize] * _MANY_TILES
+    return (_TILE[itemsize] if is_many else _SMALL_TILE) // columns, columns
 
 
 @triton.jit

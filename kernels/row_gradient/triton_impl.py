@@ -1,7 +1,7 @@
 """row_gradient on a GPU: lookups are sorted by row, then one program a row reads its tokens' grad_output once for both.
 
 1. The order of the lookups, by row and within a row by token: see `triton_order`.
-2. Whole pieces of the order that belong to one row, which only a long run has, are summed by a program each.
+2. Runs of one row twice as long as a piece or longer are cut into pieces, which a program each sums.
 3. Each row's program sums what is left of its run and adds the pieces. The row itself stays in registers, so the same
    read of grad_output gives score · grad_output for the row and ⟨grad_output, row⟩ for the lookup's score.
 
@@ -23,8 +23,8 @@ _COLUMNS_EACH = 1024
 #: Where runs are short, the rows themselves leave grad_output less of the second-level cache: half of it at a time.
 _SHORT_RUN = 32
 _COLUMNS_OF_SHORT_RUNS = 512
-#: Longer runs are split, lest one frequent row's program outlast all others.
-_PIECE = 256
+#: Lookups of a piece: without pieces one frequent row's program would outlast all others.
+PIECE = 128
 
 
 def row_gradient(
@@ -60,129 +60,144 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    is_short = row_ids.numel() < _SHORT_RUN * num_rows
-    columns = min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
-    num_pieces = row_ids.numel() // _PIECE
+    columns = slice_columns(row_ids.numel(), num_rows, dim)
+    num_pieces = row_ids.numel() // PIECE
     pieces = scores.new_empty(num_pieces, columns)
+    bounds = (order.lookups, order.starts, order.ends)
     for first in range(0, dim, columns):
-        constants = (row_ids.shape[1], _PIECE, columns, first > 0)
+        constants = (row_ids.shape[1], PIECE, columns, first > 0, True)
         if num_pieces:
             sum_piece[(num_pieces,)](
-                table, row_ids, scores, grad_output, order.lookups, order.ends, pieces, grad_scores,
-                dim, code_stride, first, order.ends.numel(), row_ids.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
+                table, row_ids, scores, grad_output, *bounds, row_ids, pieces, grad_scores,
+                dim, code_stride, first, num_rows, row_ids.numel(), *constants, False, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
         _sum_row[(num_rows,)](
-            table, scores, grad_output, order.lookups, order.starts, order.ends, pieces, grad_table, grad_scores,
+            table, scores, grad_output, *bounds, pieces, grad_table, grad_scores,
             dim, first, row_ids.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
+def slice_columns(num_lookups: int, num_rows: int, dim: int, *, is_costly: bool = False) -> int:
+    """Return the columns that one warp's program takes at a time; `is_costly`: several slices mean more work."""
+    is_short = num_lookups < _SHORT_RUN * num_rows and not is_costly
+    return min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
+
+
 @triton.jit
 def sum_piece(
-    table, row_ids, scores, grad_output, order, ends, pieces, grad_scores,
+    table, row_ids, scores, grad_output, order, starts, ends, runs, pieces, grad_scores,
     D, S, first_column, NUM_RUNS, NUM_LOOKUPS,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    HAS_RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum score · grad_output over PIECE lookups, if they are all of one row, into a row of `pieces`."""
-    piece = tl.program_id(0).to(tl.int64)
-    start = piece * PIECE
-    end = start + PIECE
-    if end <= tl.load(ends + NUM_RUNS - 1):  # past it are bad ids
-        first = tl.load(order + start)
-        last = tl.load(order + end - 1)
-        if (first >= 0) & (last >= 0):  # within the order they leave gaps
-            row = _row_of(row_ids, first, K, S)
-            if row == _row_of(row_ids, last, K, S):
+    """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`.
+
+    Pieces count from where their run starts, so a run's pieces start in successive windows, and no window has two. The
+    last lookup of the window belongs to the piece, if there is one. HAS_RUNS: `runs` holds each lookup's run, which
+    otherwise has the row's number.
+    """
+    window = tl.program_id(0).to(tl.int64)
+    last = window * PIECE + PIECE - 1
+    if last < tl.load(ends + NUM_RUNS - 1):  # past it are bad ids
+        lookup = tl.load(order + last)
+        if lookup >= 0:  # within the order they leave gaps
+            row = tl.load(row_ids + lookup).to(tl.int64) + (lookup % K).to(tl.int64) * S
+            run = row
+            if HAS_RUNS:
+                run = tl.load(runs + last).to(tl.int64)
+            start = tl.load(starts + run).to(tl.int64)
+            end = tl.load(ends + run).to(tl.int64)
+            first = start + (last - start) // PIECE * PIECE
+            if (end - start >= 2 * PIECE) & (first + PIECE <= end):
                 c = first_column + tl.arange(0, COLUMNS)
                 is_column = c < D
                 values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
-                total = _sum_lookups(
-                    scores, grad_output, order, grad_scores, values, c, is_column,
-                    start, end, end, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED,
+                coming = first_lookups(scores, grad_output, order, first, c, is_column, D, NUM_LOOKUPS, K)
+                total, coming = sum_lookups(
+                    scores, grad_output, order, grad_scores, values, coming, c, is_column,
+                    first, first + PIECE, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
                 )  # fmt: skip
-                tl.store(pieces + piece * COLUMNS + tl.arange(0, COLUMNS), total)
-
-
-@triton.jit
-def _row_of(row_ids, lookup, K: tl.constexpr, S):
-    return tl.load(row_ids + lookup).to(tl.int64) + (lookup % K).to(tl.int64) * S
+                tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
 
 
 @triton.jit
 def _sum_row(
     table, scores, grad_output, order, starts, ends, pieces, grad_table, grad_scores,
     D, first_column, NUM_LOOKUPS,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over one row's run of lookups; a row without any gets zeros."""
     row = tl.program_id(0).to(tl.int64)
     c = first_column + tl.arange(0, COLUMNS)
     is_column = c < D
+    start = tl.load(starts + row)
+    end = tl.load(ends + row)
     values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    total = sum_run(
-        scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-        tl.load(starts + row), tl.load(ends + row), D, NUM_LOOKUPS, K, PIECE, COLUMNS, IS_ADDED,
+    cut = cut_pieces(start, end, PIECE)
+    coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
+    total, coming = sum_lookups(
+        scores, grad_output, order, grad_scores, values, coming, c, is_column,
+        cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
     )  # fmt: skip
+    total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
     tl.store(
         grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column, eviction_policy="evict_first"
     )
 
 
 @triton.jit
-def sum_run(
-    scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-    start, end, D, NUM_LOOKUPS,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
-):  # fmt: skip
-    """Return the sum [COLUMNS] of score · grad_output over one row's run, and write its lookups' score gradients.
+def cut_pieces(start, end, PIECE: tl.constexpr):
+    """Return where what is left of a run starts once its pieces are cut off."""
+    return tl.where(end - start >= 2 * PIECE, end - (end - start) % PIECE, start)
 
-    What `sum_piece` has summed of the run is taken from `pieces`.
-    """
-    first_piece = (start + PIECE - 1) // PIECE
-    end_piece = tl.maximum(end // PIECE, first_piece)
-    total = _sum_lookups(
-        scores, grad_output, order, grad_scores, values, c, is_column,
-        start, first_piece * PIECE, end_piece * PIECE, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED,
-    )  # fmt: skip
-    for piece in range(first_piece, end_piece):
-        total += tl.load(pieces + tl.cast(piece, tl.int64) * COLUMNS + tl.arange(0, COLUMNS))
+
+@triton.jit
+def add_pieces(total, pieces, start, cut, PIECE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the total [COLUMNS] and the sums of the pieces of [start, cut)."""
+    for window in range(start // PIECE, start // PIECE + (cut - start) // PIECE):
+        total += tl.load(pieces + tl.cast(window, tl.int64) * COLUMNS + tl.arange(0, COLUMNS))
     return total
 
 
 @triton.jit
-def _sum_lookups(
-    scores, grad_output, order, grad_scores, values, c, is_column,
-    start, gap, gap_end, end, D, NUM_LOOKUPS,
-    K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
-):  # fmt: skip
-    """Return the sum of score · grad_output over [start, gap) and [gap_end, end) of the order.
-
-    Each lookup's ⟨grad_output, values⟩ is written to grad_scores, or added to what an earlier slice left there.
-    While one lookup is summed, the next one's grad_output and the number of the one after are on their way; past the
-    end, which costs no test, these are lookups of another row that nobody uses.
-    """
-    skipped = tl.where(gap < end, gap_end - gap, 0)
-    lookup = _lookup_at(order, start, gap, skipped, NUM_LOOKUPS)
-    next_lookup = _lookup_at(order, start + 1, gap, skipped, NUM_LOOKUPS)
+def first_lookups(scores, grad_output, order, start, c, is_column, D, NUM_LOOKUPS, K: tl.constexpr):
+    """Return what `sum_lookups` begins with: a lookup, its score and grad_output, and the lookup after it."""
+    lookup = _lookup_at(order, start, NUM_LOOKUPS)
     score, grads = _grads_of(scores, grad_output, lookup, c, is_column, D, K)
+    return lookup, score, grads, _lookup_at(order, start + 1, NUM_LOOKUPS)
+
+
+@triton.jit
+def sum_lookups(
+    scores, grad_output, order, grad_scores, values, coming, c, is_column,
+    start, end, D, NUM_LOOKUPS,
+    K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order, and what begins a run at `end`.
+
+    Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice
+    left there. While one lookup is summed, the next one's grad_output and the number of the one after are on their way.
+    """
+    lookup, score, grads, next_lookup = coming
     total = tl.zeros([COLUMNS], tl.float32)
-    for entry in range(start, end - skipped):
+    for entry in range(start, end):
         next_score, next_grads = _grads_of(scores, grad_output, next_lookup, c, is_column, D, K)
-        later_lookup = _lookup_at(order, entry + 2, gap, skipped, NUM_LOOKUPS)
+        later_lookup = _lookup_at(order, entry + 2, NUM_LOOKUPS)
         wide = grads.to(tl.float32)
         total += wide * score
-        product = tl.sum(wide * values, axis=0)
-        if IS_ADDED:
-            product += tl.load(grad_scores + lookup)
-        tl.store(grad_scores + lookup, product)
+        if HAS_PRODUCTS:
+            product = tl.sum(wide * values, axis=0)
+            if IS_ADDED:
+                product += tl.load(grad_scores + lookup)
+            tl.store(grad_scores + lookup, product)
         lookup, score, grads = next_lookup, next_score, next_grads
         next_lookup = later_lookup
-    return total
+    return total, (lookup, score, grads, next_lookup)
 
 
 @triton.jit
-def _lookup_at(order, entry, gap, skipped, NUM_LOOKUPS):
-    entry += tl.where(entry >= gap, skipped, 0)
+def _lookup_at(order, entry, NUM_LOOKUPS):
+    """Return a lookup that may be read, whatever lies there."""
     return tl.maximum(tl.load(order + tl.minimum(entry, NUM_LOOKUPS - 1)), 0)
 
 

@@ -37,14 +37,16 @@ _KEYS_TOGETHER: Final = 1024
 class Order(NamedTuple):
     """Lookups n · K + k in order, and where each row's run of them starts and ends.
 
-    Without `rows` there is a run for each row of the table, empty or not. With it run i is of `rows[i]`, and those past
-    the last are empty. A lookup with a bad id is in no run; where counting leaves its place empty, there is a -1.
+    Without `rows` there is a run for each row of the table, empty or not. With it run i is of `rows[i]`, those past the
+    last are empty, and `runs` has the run of each place in the order. A lookup with a bad id is in no run; where
+    counting leaves its place empty, there is a -1.
     """
 
     lookups: Tensor
     starts: Tensor
     ends: Tensor
     rows: Tensor | None = None
+    runs: Tensor | None = None
 
 
 def order_by_row(
@@ -110,7 +112,7 @@ def _by_run(by_row: Tensor, lookups: Tensor, num_rows: int) -> Order:
     _list_runs[(triton.cdiv(num_lookups, _KEYS_TOGETHER),)](
         by_row, is_last, places, num_good, rows, bounds[1:], num_lookups, _KEYS_TOGETHER, **LAUNCH_OPTIONS
     )
-    return Order(lookups, bounds[:-1], bounds[1:], rows)
+    return Order(lookups, bounds[:-1], bounds[1:], rows, places.sub_(is_last))
 
 
 def _by_counting(

@@ -1,29 +1,49 @@
-"""row_update on a GPU: one program a row holds it whole, because one rule needs the square of its whole gradient.
+"""row_update on a GPU: row_gradient with the update in place of the store.
 
-Fused, it is row_gradient with the update in place of the store: the same order of the lookups, the same sums, and score
-gradients from the row as it was. A program whose row has no lookups ends before it touches the row; where a table has
-more rows than there are lookups, only the rows that are looked up have programs.
+The order of the lookups and the sums are the same, and score gradients come from the row as it was. A program whose row
+has no lookups ends before it touches the row; where a table has more rows than there are lookups, only the rows that
+are looked up have programs.
+
+Wide rows are taken a slice of columns at a time, as in row_gradient, narrower ones where runs are short: the rows that
+stream by then leave less of the second-level cache to grad_output. Row-wise Adagrad needs
+the square of a row's whole gradient: it goes over the slices adding up squares, updates the last of them when they are
+complete, and then goes over the others once more.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import sum_piece, sum_run
+from mfdist.kernels.row_gradient.triton_impl import (
+    PIECE,
+    add_pieces,
+    cut_pieces,
+    first_lookups,
+    slice_columns,
+    sum_lookups,
+    sum_piece,
+)
 from mfdist.kernels.row_gradient.triton_order import order_by_row
 from mfdist.kernels.row_id_check import error_word
 from mfdist.kernels.row_update.rule import RowRule
 from mfdist.kernels.row_update.triton_rule import NUMBERS, step_constants, update_row
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 
-#: Columns to a warp of a row's program, and the most warps.
+#: Columns to a warp of a row's program where its gradient is given, and the most warps.
 _COLUMNS_EACH = 1024
 _MAX_WARPS = 16
-#: Longer runs are split, for rows of one warp; wider rows have more warps and longer pieces.
-_PIECE = 256
+#: Runs of one program where they are short: what the next one begins with is read while one is summed.
+_SHORT_RUNS = 8
+_SHORT_RUN = 8
+#: What a pass does with the gradient's squares: uses its own, begins a sum, adds to it, completes it, or has used it.
+_OWN, _BEGUN, _ADDED, _COMPLETED, _KNOWN = range(5)
+_BEGINS: tl.constexpr = tl.constexpr(_BEGUN)
+_ADDS: tl.constexpr = tl.constexpr(_ADDED)
+_COMPLETES: tl.constexpr = tl.constexpr(_COMPLETED)
+_KNOWS: tl.constexpr = tl.constexpr(_KNOWN)
 
 
 def fused_row_update(
@@ -47,30 +67,36 @@ def fused_row_update(
     grad_scores = torch.empty_like(scores)
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
-    columns, warps = _shape(dim)
-    piece = _PIECE * warps
-    num_pieces = row_ids.numel() // piece
-    options: dict[str, Any] = {"num_warps": warps, **LAUNCH_OPTIONS}
+    needs_squares = rule.kind == "rowwise_adagrad"
+    columns = slice_columns(row_ids.numel(), num_rows, dim, is_costly=needs_squares)
+    num_pieces = row_ids.numel() // PIECE
+    options: dict[str, Any] = {"num_warps": 1, **LAUNCH_OPTIONS}
     with device_of(table):
         order = order_by_row(
             row_ids, grad_scores, word, num_rows, code_stride,
             is_checked=must_check(row_ids, limit), is_brief=True,
         )  # fmt: skip
+        num_runs = order.ends.numel()
+        runs_each = _SHORT_RUNS if row_ids.numel() < _SHORT_RUN * num_runs else 1
         pieces = scores.new_empty(num_pieces, columns)
-        constants = (row_ids.shape[1], piece, columns)
-        if num_pieces:
-            sum_piece[(num_pieces,)](
-                table, row_ids, scores, grad_output, order.lookups, order.ends, pieces, grad_scores,
-                dim, code_stride, 0, order.ends.numel(), row_ids.numel(), *constants, False, **options,
+        squares = scores.new_empty(num_runs if dim > columns else 0)
+        shared, keys = step_constants(lr, step, rule)
+        bounds = (order.lookups, order.starts, order.ends)
+        has_rows = order.rows is not None
+        rows, runs = (order.rows, order.runs) if has_rows else (row_ids, row_ids)
+        for part in _passes(dim, columns, needs_squares=needs_squares):
+            constants = (row_ids.shape[1], PIECE, columns, part.first_column > 0, part.has_products)
+            if num_pieces:
+                sum_piece[(num_pieces,)](
+                    table, row_ids, scores, grad_output, *bounds, runs, pieces, grad_scores,
+                    dim, code_stride, part.first_column, num_runs, row_ids.numel(), *constants, has_rows, **options,
+                )  # fmt: skip
+            _update_looked_up[(triton.cdiv(num_runs, runs_each),)](
+                table, *_two(state, table), scores, grad_output, *bounds, rows,
+                pieces, grad_scores, squares, shared, keys,
+                dim, part.first_column, num_runs, row_ids.numel(), *offsets,
+                *constants, NUMBERS[rule.kind], has_rows, part.is_updated, part.squares, runs_each, **options,
             )  # fmt: skip
-        num_runs = num_rows if order.rows is None else order.rows.numel()
-        _update_looked_up[(num_runs,)](
-            table, *_two(state, table), scores, grad_output,
-            order.lookups, order.starts, order.ends, order.lookups if order.rows is None else order.rows,
-            pieces, grad_scores, *step_constants(lr, step, rule),
-            dim, row_ids.numel(), *offsets,
-            *constants, NUMBERS[rule.kind], order.rows is not None, **options,
-        )  # fmt: skip
     return grad_scores
 
 
@@ -106,6 +132,24 @@ def row_update(
         )  # fmt: skip
 
 
+class _Pass(NamedTuple):
+    """One pass over a slice of columns: what is done besides summing the row's gradient."""
+
+    first_column: int
+    has_products: bool  # score gradients
+    is_updated: bool
+    squares: int
+
+
+def _passes(dim: int, columns: int, *, needs_squares: bool) -> list[_Pass]:
+    """Return the passes that update all slices."""
+    *others, last = range(0, dim, columns)
+    if not others or not needs_squares:
+        return [_Pass(first, True, True, _OWN) for first in (*others, last)]
+    looks = [_Pass(first, True, False, _ADDED if first else _BEGUN) for first in others]
+    return [*looks, _Pass(last, True, True, _COMPLETED), *(_Pass(first, False, True, _KNOWN) for first in others)]
+
+
 def _shape(dim: int) -> tuple[int, int]:
     """Return the columns of a row's program and its warps."""
     columns = next_power_of_2(dim)
@@ -120,30 +164,64 @@ def _two(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _update_looked_up(
-    table, first, second, scores, grad_output, order, starts, ends, rows, pieces, grad_scores, shared, keys,
-    D, NUM_LOOKUPS, row_offset, column_offset,
-    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
-    RULE: tl.constexpr, HAS_ROWS: tl.constexpr,
+    table, first, second, scores, grad_output, order, starts, ends, rows, pieces, grad_scores, squares, shared, keys,
+    D, first_column, NUM_RUNS, NUM_LOOKUPS, row_offset, column_offset,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    RULE: tl.constexpr, HAS_ROWS: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum one row's run of lookups and update the row by it."""
-    run = tl.program_id(0).to(tl.int64)
+    """Sum RUNS rows' runs of lookups over a slice of columns, and update the slice by them."""
+    c = first_column + tl.arange(0, COLUMNS)
+    is_column = c < D
+    run = tl.program_id(0).to(tl.int64) * RUNS
     start = tl.load(starts + run)
     end = tl.load(ends + run)
-    if end > start:
-        row = run
-        if HAS_ROWS:
-            row = tl.load(rows + run).to(tl.int64)
-        c = tl.arange(0, COLUMNS)
-        is_column = c < D
-        values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        gradient = sum_run(
-            scores, grad_output, order, pieces, grad_scores, values, c, is_column,
-            start, end, D, NUM_LOOKUPS, K, PIECE, COLUMNS, False,
-        )  # fmt: skip
-        update_row(
-            table, first, second, row, c, is_column, values, gradient, tl.sum(gradient * gradient, axis=0) / D,
-            shared, keys, D, row_offset, column_offset, RULE,
-        )  # fmt: skip
+    if (RUNS > 1) | (end > start):
+        row, values = _row_and_values(table, rows, run, c, is_column & (end > start), D, HAS_ROWS)
+        cut = cut_pieces(start, end, PIECE)
+        coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
+        for _ in range(RUNS):
+            next_run = tl.minimum(run + 1, NUM_RUNS - 1)
+            next_start, next_end, next_row, next_values = start, end, row, values
+            if RUNS > 1:
+                next_start = tl.load(starts + next_run)
+                next_end = tl.where(next_run > run, tl.load(ends + next_run), next_start)
+                next_row, next_values = _row_and_values(
+                    table, rows, next_run, c, is_column & (next_end > next_start), D, HAS_ROWS
+                )
+            if end > start:
+                wide = values.to(tl.float32)
+                gradient, coming = sum_lookups(
+                    scores, grad_output, order, grad_scores, wide, coming, c, is_column,
+                    cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+                )  # fmt: skip
+                gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
+                square = tl.sum(gradient * gradient, axis=0) / D
+                if (SQUARES == _ADDS) | (SQUARES == _COMPLETES):
+                    square += tl.load(squares + run)
+                if SQUARES == _KNOWS:
+                    # The state has them already; they only tell once more whether the row is to be left alone.
+                    square = tl.load(squares + run) * 0.0
+                elif (SQUARES == _BEGINS) | (SQUARES == _ADDS) | (SQUARES == _COMPLETES):
+                    tl.store(squares + run, square)
+                if IS_UPDATED:
+                    update_row(
+                        table, first, second, row, c, is_column, wide, gradient, square,
+                        shared, keys, D, row_offset, column_offset, RULE,
+                    )  # fmt: skip
+            if RUNS > 1:
+                cut = cut_pieces(next_start, next_end, PIECE)
+                if (cut != next_start) | (next_start != end):  # the next run does not begin where this one ends
+                    coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
+                run, start, end, row, values = next_run, next_start, next_end, next_row, next_values
+
+
+@triton.jit
+def _row_and_values(table, rows, run, c, mask, D, HAS_ROWS: tl.constexpr):
+    """Return the row of a run and its values."""
+    row = run
+    if HAS_ROWS:
+        row = tl.load(rows + run).to(tl.int64)
+    return row, tl.load(table + row * D + c, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
+from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.row_update import RowRule, reference, triton_impl
 from mfdist.testing.tolerances import TOLERANCES, relative_error
@@ -67,8 +68,13 @@ def updates() -> None:
     check(make_lookup(3, 70, 1, 100), adagrad)
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
+    # Slices of short runs, as many as there are steps in going over them.
+    gradients._COLUMNS_OF_SHORT_RUNS = 16
+    for rule in RULES:
+        check(make_lookup(20, 2, 8, 40), rule)
+    check(make_lookup(20, 2, 8, 24, dtype=torch.bfloat16), adagrad, torch.bfloat16)
     # Long runs, wide rows and few columns a warp, at small sizes.
-    triton_impl._PIECE, triton_impl._COLUMNS_EACH = 8, 16
+    triton_impl.PIECE, triton_impl._COLUMNS_EACH, gradients._COLUMNS_EACH = 8, 16, 16
     check(equal, adagrad)
     check(make_lookup(70, 3, 2, 70, is_compact=False), adagrad)
     ordering._MAX_COUNTED = 1  # as for codes too many to count, and more rows than lookups

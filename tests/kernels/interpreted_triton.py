@@ -52,7 +52,7 @@ def lookups() -> None:
     # As for a table whose slices fit no cache, many tokens and long runs.
     sums._SLICE_BYTES = 0
     gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32
-    gradients._PIECE = 8
+    gradients.PIECE = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
     ordering._PLACED_TOGETHER_HELD = ordering._PLACED_TOGETHER = 8
     check_lookup(make_lookup(70, 2, 8, 40))

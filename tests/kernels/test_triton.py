@@ -43,13 +43,31 @@ ORDER = {
     "NUM_RUNS": "i64",
     "NUM_LOOKUPS": "i32",
     "starts": "*i32",
+    "runs": "*i32",
 }
 COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32", "lookups": "*i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
-SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True}
+SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True, "HAS_PRODUCTS": True}
 STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
-UPDATE = {**GRADIENT, **ORDER, **STATES, "grads": "*bf16", "mean_squares": "*fp32", "R": "i64", "column_offset": "i32"}
-WHOLE = {"K": 128, "PIECE": 512, "COLUMNS": 1024}
+UPDATE = {
+    **GRADIENT,
+    **ORDER,
+    **STATES,
+    "grads": "*bf16",
+    "mean_squares": "*fp32",
+    "squares": "*fp32",
+    "R": "i64",
+    "column_offset": "i32",
+}
+WHOLE = {
+    "K": 128,
+    "PIECE": 512,
+    "COLUMNS": 1024,
+    "IS_ADDED": False,
+    "HAS_PRODUCTS": True,
+    "IS_UPDATED": True,
+    "SQUARES": 0,
+}
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
 )
@@ -84,7 +102,7 @@ KERNELS = {
     ),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
-    "row_gradient.triton_impl.sum_piece": (SUMS, SLICE),
+    "row_gradient.triton_impl.sum_piece": (SUMS, {**SLICE, "HAS_RUNS": True}),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
     "row_gradient.triton_order._list_runs": (
         {"by_row": "*i32", "is_last": "*i1", "places": "*i32", "num_good": "*i32", "num_lookups": "i32", **UPDATE},
@@ -97,6 +115,10 @@ KERNELS = {
     "row_update.triton_impl._update_looked_up by adagrad": (
         {**UPDATE, "first": "*fp32"},
         {**WHOLE, "RULE": 1, "HAS_ROWS": True},
+    ),
+    "row_update.triton_impl._update_looked_up by adagrad in slices": (
+        {**UPDATE, "first": "*fp32"},
+        {**WHOLE, "RULE": 1, "HAS_ROWS": True, "COLUMNS": 512, "IS_ADDED": True, "SQUARES": 3, "RUNS": 8},
     ),
     "row_update.triton_impl._update_looked_up by adam": (UPDATE, {**WHOLE, "RULE": 2, "HAS_ROWS": False}),
     "row_update.triton_impl._update_given": (
