@@ -56,6 +56,7 @@ UPDATE = {
     "grads": "*bf16",
     "mean_squares": "*fp32",
     "squares": "*fp32",
+    "first_column": "i32",
     "R": "i64",
     "column_offset": "i32",
 }
