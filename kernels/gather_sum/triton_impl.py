@@ -33,8 +33,8 @@ _SMALL_TILE = 512
 _MANY_TILES = 2048
 _PACKED_TOKENS = 64
 _PACKED_LOOKUPS = 32
-_STREAMED_COLUMNS = 1024
-_STREAMED_WARPS = 4
+#: Elements of a streaming program, and its warps, by the bytes of each element.
+_STREAMED = {1: (512, 1), 2: (1024, 4), 4: (1024, 4)}
 _UNROLLED = 4
 _FEW_TOKENS = 64
 _FEW_LOOKUPS = 64
@@ -89,11 +89,12 @@ def gather_sum(
                 tokens, columns, offset, dim % columns == 0, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
         else:
-            columns = min(_STREAMED_COLUMNS, next_power_of_2(dim))
-            tokens = _STREAMED_COLUMNS // columns
+            elements, warps = _STREAMED[table.itemsize]
+            columns = min(elements, next_power_of_2(dim))
+            tokens = elements // columns
             _stream_rows[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
                 table, scales, row_ids, scores, out, word, *sizes,
-                tokens, columns, _UNROLLED, offset, is_checked, num_warps=_STREAMED_WARPS, **LAUNCH_OPTIONS,
+                tokens, columns, _UNROLLED, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
 

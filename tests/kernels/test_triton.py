@@ -68,6 +68,7 @@ WHOLE = {
     "HAS_PRODUCTS": True,
     "IS_UPDATED": True,
     "SQUARES": 0,
+    "RUNS": 1,
 }
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
