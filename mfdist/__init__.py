@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from mfdist.layers import MemoryLayer
     from mfdist.models import DenseTransformer, MemoryFormer
     from mfdist.optim import RowAdagrad, RowAdam, RowSGD
+    from mfdist.parallelize import shard, table_parameters
+    from mfdist.sharding.plan import ShardingPlan
     from mfdist.table import Table
     from mfdist.tables.local import LocalTable
+    from mfdist.tables.sharded import ShardedTable
 
     __version__: str
 
@@ -27,9 +30,13 @@ __all__ = [
     "RowAdam",
     "RowSGD",
     "RunConfig",
+    "ShardedTable",
+    "ShardingPlan",
     "Table",
     "__version__",
     "load_config",
+    "shard",
+    "table_parameters",
 ]
 
 _HOME = {
@@ -41,8 +48,12 @@ _HOME = {
     "RowAdam": "mfdist.optim",
     "RowSGD": "mfdist.optim",
     "RunConfig": "mfdist.config",
+    "ShardedTable": "mfdist.tables.sharded",
+    "ShardingPlan": "mfdist.sharding.plan",
     "Table": "mfdist.table",
     "load_config": "mfdist.config",
+    "shard": "mfdist.parallelize",
+    "table_parameters": "mfdist.parallelize",
 }
 
 

@@ -34,6 +34,7 @@ class MemoryLayer(nn.Module):
         std: standard deviation of the default table's initialisation; by default √(2 / (5·in_features)), the released
             code's choice for projections.
         device, dtype: of the parameters made here.
+        table_device: of the default table, where it differs; `meta` makes no rows, for `mfdist.shard` to make them.
 
     Raises:
         ConfigError: sizes that do not fit; the message names the nearest that do.
@@ -54,6 +55,7 @@ class MemoryLayer(nn.Module):
         name: str = "memory",
         std: float | None = None,
         device: torch.device | str | None = None,
+        table_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +65,8 @@ class MemoryLayer(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if table is None:
             spec = TableSpec(name=name, num_rows=self.hash.num_rows, row_dim=out_features, dtype=dtype)
-            table = LocalTable(spec, std=math.sqrt(2 / (5 * in_features)) if std is None else std, device=device)
+            std = math.sqrt(2 / (5 * in_features)) if std is None else std
+            table = LocalTable(spec, std=std, device=device if table_device is None else table_device)
         elif (table.spec.num_rows, table.spec.row_dim) != (self.hash.num_rows, out_features):
             raise ConfigError(
                 f"the table must have in_features/bits·2^bits rows of out_features; got {table.spec.num_rows} × "

@@ -6,6 +6,7 @@ of the two compares the projections.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from mfdist.config import ModelConfig
@@ -37,7 +38,9 @@ class MemoryBlock(Block):
     Source: MemoryFormer (arXiv 2411.12992), equation 13 and the released code.
     """
 
-    def __init__(self, config: ModelConfig, name: str = "block") -> None:
+    def __init__(
+        self, config: ModelConfig, name: str = "block", *, table_device: torch.device | str | None = None
+    ) -> None:
         super().__init__(config)
         d, bits = config.hidden_dim, config.bits
         wide_bits = bits + config.extra_bits
@@ -52,6 +55,7 @@ class MemoryBlock(Block):
                 temperature=config.score_temperature,
                 name=f"{name}.{part}",
                 std=std,
+                table_device=table_device,
             )
 
         self.attention_norm = nn.RMSNorm(d, eps=1e-5)
@@ -74,7 +78,9 @@ class DenseBlock(Block):
     y = x + Linear(Attention(Linear_qkv(LayerNorm(x)))) + Linear(GELU(Linear(LayerNorm(x)))); GPT-NeoX's start values.
     """
 
-    def __init__(self, config: ModelConfig, name: str = "block") -> None:
+    def __init__(
+        self, config: ModelConfig, name: str = "block", *, table_device: torch.device | str | None = None
+    ) -> None:
         super().__init__(config)
         d = config.hidden_dim
         self.attention_norm = nn.LayerNorm(d, eps=1e-5)

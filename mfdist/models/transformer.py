@@ -22,6 +22,7 @@ class Transformer(nn.Module):
     Args:
         config: the shape; `vocab_size` must be set.
         device: where parameters are made; `meta` makes none, to count or to load into.
+        table_device: of the tables, where it differs; `meta` leaves their rows to `mfdist.shard`.
 
     Raises:
         ConfigError: `vocab_size` is 0, or the kind is not this class's.
@@ -31,7 +32,13 @@ class Transformer(nn.Module):
     block: ClassVar[type[MemoryBlock] | type[DenseBlock]]
     final_norm: ClassVar[type[nn.RMSNorm] | type[nn.LayerNorm]]
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        table_device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         if config.kind != self.kind:
             raise ConfigError(f'{type(self).__name__} is of kind "{self.kind}"; got model.kind="{config.kind}"')
@@ -40,7 +47,9 @@ class Transformer(nn.Module):
         self.config = config
         with torch.device(device if device is not None else torch.get_default_device()):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_dim)
-            self.blocks = nn.ModuleList(self.block(config, f"blocks.{index}") for index in range(config.num_layers))
+            self.blocks = nn.ModuleList(
+                self.block(config, f"blocks.{index}", table_device=table_device) for index in range(config.num_layers)
+            )
             self.norm = self.final_norm(config.hidden_dim, eps=1e-5)
             self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
             for weight in (self.embedding.weight, self.head.weight):
@@ -103,7 +112,12 @@ class DenseTransformer(Transformer):
     final_norm = nn.LayerNorm
 
 
-def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> Transformer:
+def build_model(
+    config: ModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    table_device: torch.device | str | None = None,
+) -> Transformer:
     """Return a freshly initialised model of `config.kind`; seed torch's generator first for repeatable weights."""
     kinds: tuple[type[Transformer], ...] = (MemoryFormer, DenseTransformer)
-    return next(kind for kind in kinds if kind.kind == config.kind)(config, device=device)
+    return next(kind for kind in kinds if kind.kind == config.kind)(config, device=device, table_device=table_device)

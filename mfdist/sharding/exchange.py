@@ -13,6 +13,8 @@ raises an error that names the ranks that are not there. After such an error the
 W ranks. All calls are for the thread that runs the model, forward or backward.
 """
 
+import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfdist.errors import ConsistencyError, MfdistError
+from mfdist.errors import ConfigError, ConsistencyError, MfdistError
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
 
@@ -123,6 +125,38 @@ class Exchange:
         opened = Opened(exchange=self, call=call, number=number, sent=sent, received=received, refusal=refusal)
         opened.start()
         return opened
+
+    def agree(self, what: str, text: str) -> None:
+        """Raise unless all ranks give the same text.
+
+        Args:
+            what: the text is, as the error names it.
+            text: compared by its digest; sent only where they differ, to show how.
+
+        Raises:
+            ConfigError: a rank has another one; the message shows the first line that differs.
+        """
+        digest = hashlib.blake2b(text.encode(), digest_size=32).digest()
+        words = [int.from_bytes(digest[start : start + 7], "little") for start in range(0, 28, 7)]
+        call = Call(table="", kind=what, phase="check")
+        everyones = [line[:4] for line in self.open(call, words).wait()]
+        if all(theirs == words for theirs in everyones):
+            return
+        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        opened = self.open(call, [payload.numel()])
+        sizes = [line[0] for line in opened.wait()]
+        sent = [payload.numel()] * self.world_size
+        texts = (
+            self.send(opened, payload.repeat(self.world_size), sent, sizes, max(sizes)).wait().split_with_sizes(sizes)
+        )
+        rank = next(rank for rank, theirs in enumerate(everyones) if theirs != words)
+        theirs, own = (bytes(part.tolist()).decode().splitlines() for part in (texts[rank], payload))
+        pairs = itertools.zip_longest(own, theirs, fillvalue="nothing")
+        here, there = next(((one, other) for one, other in pairs if one != other), ("", ""))
+        raise ConfigError(
+            f"all ranks must have the same {what}; got {here.strip()!r} on rank {self.ranks[self.rank]} and "
+            f"{there.strip()!r} on rank {self.ranks[rank]}; start all ranks with one configuration"
+        )
 
     def send(
         self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int

@@ -27,26 +27,18 @@ class MeshExchanges:
     """
 
     def __init__(self, mesh: "DeviceMesh", *, deadline_s: float = 300.0, chunk_bytes: int | None = None) -> None:
+        check_ranks(mesh)
         shape = tuple(mesh.mesh.shape)
-        ranks: list[int] = mesh.mesh.flatten().tolist()
-        world_size = dist.get_world_size()
-        if ranks != list(range(world_size)):
-            raise ConfigError(
-                f"a mesh of tables must hold all {world_size} ranks of the process group in order; got {_some(ranks)}; "
-                f'make it by init_device_mesh("{mesh.device_type}", ({world_size},))'
-            )
-        if len(shape) > 2:
-            raise ConfigError(f"tables are spread over one or two mesh axes; got a mesh of shape {shape}")
         self.shape = shape
         self.rank = dist.get_rank()
-        self.world_size = world_size
+        self.world_size = world_size = dist.get_world_size()
         is_gpu = mesh.device_type == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
         def exchange(among: Sequence[int]) -> Exchange:
             return Exchange(among, self.device, deadline_s=deadline_s, chunk_bytes=chunk_bytes)
 
-        self.everyone = exchange(ranks)
+        self.everyone = exchange(range(world_size))
         self.across_hosts: Exchange | None = None
         self.within_host: Exchange | None = None
         if len(shape) == 2:
@@ -59,6 +51,20 @@ class MeshExchanges:
         """Return every exchange, to read their counters."""
         made = (self.everyone, self.across_hosts, self.within_host)
         return tuple(exchange for exchange in made if exchange is not None)
+
+
+def check_ranks(mesh: "DeviceMesh") -> None:
+    """Raise ConfigError unless a mesh has one or two axes and holds every rank of the process group, in order."""
+    shape = tuple(mesh.mesh.shape)
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    world_size = dist.get_world_size()
+    if ranks != list(range(world_size)):
+        raise ConfigError(
+            f"a mesh of tables must hold all {world_size} ranks of the process group in order; got {_some(ranks)}; "
+            f'make it by init_device_mesh("{mesh.device_type}", ({world_size},))'
+        )
+    if len(shape) > 2:
+        raise ConfigError(f"tables are spread over one or two mesh axes; got a mesh of shape {shape}")
 
 
 def _some(ranks: Sequence[int]) -> str:
