@@ -112,7 +112,7 @@ def _by_run(by_row: Tensor, lookups: Tensor, num_rows: int) -> Order:
     _list_runs[(triton.cdiv(num_lookups, _KEYS_TOGETHER),)](
         by_row, is_last, places, num_good, rows, bounds[1:], num_lookups, _KEYS_TOGETHER, **LAUNCH_OPTIONS
     )
-    return Order(lookups, bounds[:-1], bounds[1:], rows, places.sub_(is_last))
+    return Order(lookups, bounds[:-1], bounds[1:], rows, places.sub_(is_last.to(places.dtype)))
 
 
 def _by_counting(

@@ -176,7 +176,7 @@ def _update_looked_up(
     start = tl.load(starts + run)
     end = tl.load(ends + run)
     if (RUNS > 1) | (end > start):
-        row, values = _row_and_values(table, rows, run, c, is_column & (end > start), D, HAS_ROWS)
+        row, values = _row_and_values(table, rows, run, c, start, end, D, HAS_ROWS)
         cut = cut_pieces(start, end, PIECE)
         coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
         for _ in range(RUNS):
@@ -185,9 +185,7 @@ def _update_looked_up(
             if RUNS > 1:
                 next_start = tl.load(starts + next_run)
                 next_end = tl.where(next_run > run, tl.load(ends + next_run), next_start)
-                next_row, next_values = _row_and_values(
-                    table, rows, next_run, c, is_column & (next_end > next_start), D, HAS_ROWS
-                )
+                next_row, next_values = _row_and_values(table, rows, next_run, c, next_start, next_end, D, HAS_ROWS)
             if end > start:
                 wide = values.to(tl.float32)
                 gradient, coming = sum_lookups(
@@ -216,12 +214,13 @@ def _update_looked_up(
 
 
 @triton.jit
-def _row_and_values(table, rows, run, c, mask, D, HAS_ROWS: tl.constexpr):
-    """Return the row of a run and its values."""
+def _row_and_values(table, rows, run, c, start, end, D, HAS_ROWS: tl.constexpr):
+    """Return the row of a run and its values, which are not read where the run is empty."""
     row = run
     if HAS_ROWS:
         row = tl.load(rows + run).to(tl.int64)
-    return row, tl.load(table + row * D + c, mask=mask, other=0.0, eviction_policy="evict_first")
+    width = tl.where(end > start, D, 0)
+    return row, tl.load(table + row * D + c, mask=c < width, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
