@@ -112,9 +112,8 @@ def sum_piece(
                 c = first_column + tl.arange(0, COLUMNS)
                 is_column = c < D
                 values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
-                coming = first_lookups(scores, grad_output, order, first, c, is_column, D, NUM_LOOKUPS, K)
-                total, coming = sum_lookups(
-                    scores, grad_output, order, grad_scores, values, coming, c, is_column,
+                total = sum_lookups(
+                    scores, grad_output, order, grad_scores, values, c, is_column,
                     first, first + PIECE, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
                 )  # fmt: skip
                 tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
@@ -134,9 +133,8 @@ def _sum_row(
     end = tl.load(ends + row)
     values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
     cut = cut_pieces(start, end, PIECE)
-    coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
-    total, coming = sum_lookups(
-        scores, grad_output, order, grad_scores, values, coming, c, is_column,
+    total = sum_lookups(
+        scores, grad_output, order, grad_scores, values, c, is_column,
         cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
     )  # fmt: skip
     total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
@@ -160,39 +158,34 @@ def add_pieces(total, pieces, start, cut, PIECE: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def first_lookups(scores, grad_output, order, start, c, is_column, D, NUM_LOOKUPS, K: tl.constexpr):
-    """Return what `sum_lookups` begins with: a lookup, its score and grad_output, and the lookup after it."""
-    lookup = _lookup_at(order, start, NUM_LOOKUPS)
-    score, grads = _grads_of(scores, grad_output, lookup, c, is_column, D, K)
-    return lookup, score, grads, _lookup_at(order, start + 1, NUM_LOOKUPS)
-
-
-@triton.jit
 def sum_lookups(
-    scores, grad_output, order, grad_scores, values, coming, c, is_column,
+    scores, grad_output, order, grad_scores, values, c, is_column,
     start, end, D, NUM_LOOKUPS,
     K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order, and what begins a run at `end`.
+    """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order.
 
     Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice
-    left there. While one lookup is summed, the next one's grad_output and the number of the one after are on their way.
+    left there. While one lookup is summed, what belongs to the next one and the number of the one after are on their
+    way; past the end, which costs no test, these are lookups of another row that nobody uses.
     """
-    lookup, score, grads, next_lookup = coming
+    IS_BEGUN: tl.constexpr = HAS_PRODUCTS and IS_ADDED
+    lookup = _lookup_at(order, start, NUM_LOOKUPS)
+    next_lookup = _lookup_at(order, start + 1, NUM_LOOKUPS)
+    score, grads, product = _parts_of(scores, grad_output, grad_scores, lookup, c, is_column, D, K, IS_BEGUN)
     total = tl.zeros([COLUMNS], tl.float32)
     for entry in range(start, end):
-        next_score, next_grads = _grads_of(scores, grad_output, next_lookup, c, is_column, D, K)
+        next_score, next_grads, next_product = _parts_of(
+            scores, grad_output, grad_scores, next_lookup, c, is_column, D, K, IS_BEGUN
+        )
         later_lookup = _lookup_at(order, entry + 2, NUM_LOOKUPS)
         wide = grads.to(tl.float32)
         total += wide * score
         if HAS_PRODUCTS:
-            product = tl.sum(wide * values, axis=0)
-            if IS_ADDED:
-                product += tl.load(grad_scores + lookup)
-            tl.store(grad_scores + lookup, product)
-        lookup, score, grads = next_lookup, next_score, next_grads
+            tl.store(grad_scores + lookup, product + tl.sum(wide * values, axis=0))
+        lookup, score, grads, product = next_lookup, next_score, next_grads, next_product
         next_lookup = later_lookup
-    return total, (lookup, score, grads, next_lookup)
+    return total
 
 
 @triton.jit
@@ -202,6 +195,9 @@ def _lookup_at(order, entry, NUM_LOOKUPS):
 
 
 @triton.jit
-def _grads_of(scores, grad_output, lookup, c, is_column, D, K: tl.constexpr):
+def _parts_of(scores, grad_output, grad_scores, lookup, c, is_column, D, K: tl.constexpr, IS_BEGUN: tl.constexpr):
+    """Return a lookup's score, its grad_output, and its score gradient so far."""
     score = tl.load(scores + lookup)
-    return score, tl.load(grad_output + (lookup // K).to(tl.int64) * D + c, mask=is_column, other=0.0)
+    grads = tl.load(grad_output + (lookup // K).to(tl.int64) * D + c, mask=is_column, other=0.0)
+    product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
+    return score, grads, product

@@ -21,7 +21,6 @@ from mfdist.kernels.row_gradient.triton_impl import (
     PIECE,
     add_pieces,
     cut_pieces,
-    first_lookups,
     slice_columns,
     sum_lookups,
     sum_piece,
@@ -29,20 +28,16 @@ from mfdist.kernels.row_gradient.triton_impl import (
 from mfdist.kernels.row_gradient.triton_order import order_by_row
 from mfdist.kernels.row_id_check import error_word
 from mfdist.kernels.row_update.rule import RowRule
-from mfdist.kernels.row_update.triton_rule import NUMBERS, step_constants, update_row
+from mfdist.kernels.row_update.triton_rule import NUMBERS, ROWWISE_ADAGRAD, load_constants, step_constants, update_row
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
 
 #: Columns to a warp of a row's program where its gradient is given, and the most warps.
 _COLUMNS_EACH = 1024
 _MAX_WARPS = 16
-#: Runs of one program where they are short: what the next one begins with is read while one is summed.
-_SHORT_RUNS = 8
-_SHORT_RUN = 8
 #: What a pass does with the gradient's squares: uses its own, begins a sum, adds to it, completes it, or has used it.
 _OWN, _BEGUN, _ADDED, _COMPLETED, _KNOWN = range(5)
+_OWNS: tl.constexpr = tl.constexpr(_OWN)
 _BEGINS: tl.constexpr = tl.constexpr(_BEGUN)
-_ADDS: tl.constexpr = tl.constexpr(_ADDED)
-_COMPLETES: tl.constexpr = tl.constexpr(_COMPLETED)
 _KNOWS: tl.constexpr = tl.constexpr(_KNOWN)
 
 
@@ -77,7 +72,6 @@ def fused_row_update(
             is_checked=must_check(row_ids, limit), is_brief=True,
         )  # fmt: skip
         num_runs = order.ends.numel()
-        runs_each = _SHORT_RUNS if row_ids.numel() < _SHORT_RUN * num_runs else 1
         pieces = scores.new_empty(num_pieces, columns)
         squares = scores.new_empty(num_runs if dim > columns else 0)
         shared, keys = step_constants(lr, step, rule)
@@ -91,11 +85,11 @@ def fused_row_update(
                     table, row_ids, scores, grad_output, *bounds, runs, pieces, grad_scores,
                     dim, code_stride, part.first_column, num_runs, row_ids.numel(), *constants, has_rows, **options,
                 )  # fmt: skip
-            _update_looked_up[(triton.cdiv(num_runs, runs_each),)](
+            _update_looked_up[(num_runs,)](
                 table, *_two(state, table), scores, grad_output, *bounds, rows,
                 pieces, grad_scores, squares, shared, keys,
-                dim, part.first_column, num_runs, row_ids.numel(), *offsets,
-                *constants, NUMBERS[rule.kind], has_rows, part.is_updated, part.squares, runs_each, **options,
+                dim, part.first_column, row_ids.numel(), *offsets,
+                *constants, NUMBERS[rule.kind], has_rows, part.is_updated, part.squares, **options,
             )  # fmt: skip
     return grad_scores
 
@@ -165,62 +159,43 @@ def _two(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _update_looked_up(
     table, first, second, scores, grad_output, order, starts, ends, rows, pieces, grad_scores, squares, shared, keys,
-    D, first_column, NUM_RUNS, NUM_LOOKUPS, row_offset, column_offset,
+    D, first_column, NUM_LOOKUPS, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
-    RULE: tl.constexpr, HAS_ROWS: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr, RUNS: tl.constexpr,
+    RULE: tl.constexpr, HAS_ROWS: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """Sum RUNS rows' runs of lookups over a slice of columns, and update the slice by them."""
-    c = first_column + tl.arange(0, COLUMNS)
-    is_column = c < D
-    run = tl.program_id(0).to(tl.int64) * RUNS
+    """Sum one row's run of lookups over a slice of columns, and update the slice by it."""
+    run = tl.program_id(0).to(tl.int64)
     start = tl.load(starts + run)
     end = tl.load(ends + run)
-    if (RUNS > 1) | (end > start):
-        row, values = _row_and_values(table, rows, run, c, start, end, D, HAS_ROWS)
+    if end > start:
+        row = run
+        if HAS_ROWS:
+            row = tl.load(rows + run).to(tl.int64)
+        c = first_column + tl.arange(0, COLUMNS)
+        is_column = c < D
+        values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        # What the update needs is read before the sum, whose stores would keep the reads waiting.
+        constants = load_constants(shared, keys, RULE)
+        accumulated = tl.load(first + row) if RULE == ROWWISE_ADAGRAD else 0.0
+        known = tl.load(squares + run) if SQUARES > _BEGINS else 0.0
         cut = cut_pieces(start, end, PIECE)
-        coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
-        for _ in range(RUNS):
-            next_run = tl.minimum(run + 1, NUM_RUNS - 1)
-            next_start, next_end, next_row, next_values = start, end, row, values
-            if RUNS > 1:
-                next_start = tl.load(starts + next_run)
-                next_end = tl.where(next_run > run, tl.load(ends + next_run), next_start)
-                next_row, next_values = _row_and_values(table, rows, next_run, c, next_start, next_end, D, HAS_ROWS)
-            if end > start:
-                wide = values.to(tl.float32)
-                gradient, coming = sum_lookups(
-                    scores, grad_output, order, grad_scores, wide, coming, c, is_column,
-                    cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
-                )  # fmt: skip
-                gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
-                square = tl.sum(gradient * gradient, axis=0) / D
-                if (SQUARES == _ADDS) | (SQUARES == _COMPLETES):
-                    square += tl.load(squares + run)
-                if SQUARES == _KNOWS:
-                    # The state has them already; they only tell once more whether the row is to be left alone.
-                    square = tl.load(squares + run) * 0.0
-                elif (SQUARES == _BEGINS) | (SQUARES == _ADDS) | (SQUARES == _COMPLETES):
-                    tl.store(squares + run, square)
-                if IS_UPDATED:
-                    update_row(
-                        table, first, second, row, c, is_column, wide, gradient, square,
-                        shared, keys, D, row_offset, column_offset, RULE,
-                    )  # fmt: skip
-            if RUNS > 1:
-                cut = cut_pieces(next_start, next_end, PIECE)
-                if (cut != next_start) | (next_start != end):  # the next run does not begin where this one ends
-                    coming = first_lookups(scores, grad_output, order, cut, c, is_column, D, NUM_LOOKUPS, K)
-                run, start, end, row, values = next_run, next_start, next_end, next_row, next_values
-
-
-@triton.jit
-def _row_and_values(table, rows, run, c, start, end, D, HAS_ROWS: tl.constexpr):
-    """Return the row of a run and its values, which are not read where the run is empty."""
-    row = run
-    if HAS_ROWS:
-        row = tl.load(rows + run).to(tl.int64)
-    width = tl.where(end > start, D, 0)
-    return row, tl.load(table + row * D + c, mask=c < width, other=0.0, eviction_policy="evict_first")
+        gradient = sum_lookups(
+            scores, grad_output, order, grad_scores, values, c, is_column,
+            cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        )  # fmt: skip
+        gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
+        if SQUARES == _KNOWS:
+            # The state has them already; they only tell once more whether the row is to be left alone.
+            square = known * 0.0
+        else:
+            square = known + tl.sum(gradient * gradient, axis=0) / D
+            if SQUARES != _OWNS:
+                tl.store(squares + run, square)
+        if IS_UPDATED:
+            update_row(
+                table, first, second, row, c, is_column, values, gradient, square,
+                accumulated, constants, D, row_offset, column_offset, RULE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -244,7 +219,8 @@ def _update_given(
         at = (row if IS_DENSE else place) * D
         gradient = tl.load(grads + at + c, mask=is_column, other=0.0).to(tl.float32)
         mean_square = tl.load(mean_squares + place) if HAS_SQUARES else tl.sum(gradient * gradient, axis=0) / D
+        accumulated = tl.load(first + row) if RULE == ROWWISE_ADAGRAD else 0.0
         update_row(
             table, first, second, row, c, is_column, values, gradient, mean_square,
-            shared, keys, D, row_offset, column_offset, RULE,
+            accumulated, load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE,
         )  # fmt: skip

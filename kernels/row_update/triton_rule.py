@@ -56,9 +56,22 @@ def _prepare(
 
 
 @triton.jit
+def load_constants(shared, keys, RULE: tl.constexpr):
+    """Return what `step_constants` wrote, as far as the rule needs it."""
+    rate, keep, eps = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
+    key, corrected_rate, correction, beta1, complement1 = tl.load(keys), 0.0, 0.0, 0.0, 0.0
+    beta2, complement2, key1, key2 = 0.0, 0.0, key, key
+    if RULE == ADAM:
+        corrected_rate, correction, beta1 = tl.load(shared + 3), tl.load(shared + 4), tl.load(shared + 5)
+        complement1, beta2, complement2 = tl.load(shared + 6), tl.load(shared + 7), tl.load(shared + 8)
+        key1, key2 = tl.load(keys + 1), tl.load(keys + 2)
+    return rate, keep, eps, corrected_rate, correction, beta1, complement1, beta2, complement2, key, key1, key2
+
+
+@triton.jit
 def update_row(
     table, first, second, row, c, is_column, values, gradient, mean_square,
-    shared, keys, D, row_offset, column_offset,
+    accumulated, constants, D, row_offset, column_offset,
     RULE: tl.constexpr,
 ):  # fmt: skip
     """Update one row of the table and its state.
@@ -73,40 +86,40 @@ def update_row(
         values: [COLUMNS] fp32, the row as it is.
         gradient: [COLUMNS] fp32, 0 past the last column.
         mean_square: mean of the gradient's squares over the whole row; not finite leaves the row as it is.
-        shared: from `step_constants`, as are `keys`.
+        accumulated: what row-wise Adagrad has accumulated for the row; the other rules do not look at it.
+        constants: from `load_constants`.
         D: the row's width here.
         row_offset: row of the whole table that is row 0 here.
         column_offset: column of the whole table that is column 0 here.
         RULE: which rule.
     """
+    rate, keep, eps, corrected_rate, correction, beta1, complement1, beta2, complement2, key, key1, key2 = constants
     if mean_square < float("inf"):
-        kept = values * tl.load(shared + 1)
+        kept = values * keep
         at = row * D + c
         if RULE == ADAM:
             momentum = tl.load(first + at, mask=is_column, other=0.0).to(tl.float32)
-            momentum = tl.load(shared + 5) * momentum + tl.load(shared + 6) * gradient
+            momentum = beta1 * momentum + complement1 * gradient
             variance = tl.load(second + at, mask=is_column, other=0.0).to(tl.float32)
-            variance = tl.load(shared + 7) * variance + tl.load(shared + 8) * gradient * gradient
-            root = tl.sqrt(variance * tl.load(shared + 4)) + tl.load(shared + 2)
-            updated = kept - tl.load(shared + 3) * momentum / root
-            _store_rounded(first, at, momentum, is_column, keys + 1, row + row_offset, c + column_offset)
-            _store_rounded(second, at, variance, is_column, keys + 2, row + row_offset, c + column_offset)
+            variance = beta2 * variance + complement2 * gradient * gradient
+            root = tl.sqrt(variance * correction) + eps
+            updated = kept - corrected_rate * momentum / root
+            _store_rounded(first, at, momentum, is_column, key1, row + row_offset, c + column_offset)
+            _store_rounded(second, at, variance, is_column, key2, row + row_offset, c + column_offset)
         elif RULE == ROWWISE_ADAGRAD:
-            accumulated = tl.load(first + row) + mean_square
+            accumulated += mean_square
             tl.store(first + row, accumulated)
-            updated = kept - tl.load(shared) / (tl.sqrt(accumulated) + tl.load(shared + 2)) * gradient
+            updated = kept - rate / (tl.sqrt(accumulated) + eps) * gradient
         else:
-            updated = kept - tl.load(shared) * gradient
-        _store_rounded(table, at, updated, is_column, keys, row + row_offset, c + column_offset)
+            updated = kept - rate * gradient
+        _store_rounded(table, at, updated, is_column, key, row + row_offset, c + column_offset)
 
 
 @triton.jit
 def _store_rounded(to, at, value, mask, key, row, column):
     """Write fp32 values in the pointer's dtype: bf16 rounded stochastically, others to the nearest."""
     if to.dtype.element_ty == tl.bfloat16:
-        row_key = (_mix64(tl.load(key).to(tl.uint64, bitcast=True) + row.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(
-            tl.uint32
-        )
+        row_key = (_mix64(key.to(tl.uint64, bitcast=True) + row.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(tl.uint32)
         words = value.to(tl.uint32, bitcast=True)
         random = _mix32(row_key + column.to(tl.uint32) * 0x9E3779B9) >> 16
         rounded = ((words + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
