@@ -46,6 +46,9 @@ class ModelConfig(_Section):
     score: Literal["paper", "released"] = Field("paper", description="row weight: the paper's p(z), or ‖z‖₁·p(z)")
     score_temperature: Positive = Field(1.0, description="t in p(z) = 1 / prod(1 + exp(-2|z|/t))")
     rotary_fraction: Fraction = Field(0.25, description="share of each head that is rotated by position")
+    table_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="what rows are kept in; bf16 needs a rule in [optimizer.tables] that rounds stochastically"
+    )
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -76,9 +79,9 @@ class DataConfig(_Section):
 
 
 class ParameterGroupConfig(_Section):
-    """AdamW settings of one group of parameters."""
+    """Settings of one group of parameters."""
 
-    lr: Positive | None = Field(None, description="peak learning rate; tables default to three times the dense one")
+    lr: Positive | None = Field(None, description="peak learning rate; tables have a default, see their own section")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of Adam's two moments")
     eps: Positive = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(0.1, description="decoupled weight decay")
@@ -88,11 +91,56 @@ class ParameterGroupConfig(_Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how lr falls after warm-up")
 
 
+class TableGroupConfig(ParameterGroupConfig):
+    """How rows of tables are trained.
+
+    By AdamW, as dense parameters are; or by a row optimiser, which updates the rows that a step reads, in the backward
+    pass where it is fused. lr defaults to a multiple of the dense one: 3 for AdamW and Adam, 10 for row-wise Adagrad.
+    """
+
+    rule: Literal["adamw", "sgd", "rowwise_adagrad", "adam"] = Field(
+        "adamw", description="adamw updates all rows; the others, row optimisers, only those that a step reads"
+    )
+    fused: bool | None = Field(
+        None, description="update rows in backward, without a gradient of the table; by default wherever rule allows it"
+    )
+    state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="what rule adam keeps its moments in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unclipped_where_fused(cls, given: Any) -> Any:
+        """Take 0 for clip_norm where tables are fused and it is not given."""
+        if not isinstance(given, dict) or "clip_norm" in given:
+            return given
+        rule, fused = given.get("rule", "adamw"), given.get("fused")
+        return {**given, "clip_norm": 0.0} if rule != "adamw" and fused in (None, True) else given
+
+    @property
+    def is_fused(self) -> bool:
+        """Return whether rows are updated in backward."""
+        return self.rule != "adamw" if self.fused is None else self.fused
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if self.is_fused and self.rule == "adamw":
+            raise ValueError('fused=true needs a row optimiser; got rule="adamw"; rule="adam" is the nearest')
+        if self.is_fused and self.clip_norm:
+            raise ValueError(
+                "clip_norm must be 0 where tables are fused, because their gradients never exist together; "
+                f"got clip_norm={self.clip_norm}; leave it out, or set fused=false"
+            )
+        if self.rule == "sgd" and self.lr is None:
+            raise ValueError('rule="sgd" has no usual rate; give optimizer.tables.lr')
+        if self.state_dtype != "fp32" and self.rule != "adam":
+            raise ValueError(f'state_dtype="bf16" is for rule="adam"; got rule="{self.rule}"; leave it out')
+        return self
+
+
 class OptimizerConfig(_Section):
-    """Two groups: the dense parameters and the tables."""
+    """Two groups: the dense parameters, which AdamW trains, and the tables."""
 
     dense: ParameterGroupConfig = ParameterGroupConfig(lr=1e-3)
-    tables: ParameterGroupConfig = ParameterGroupConfig()
+    tables: TableGroupConfig = TableGroupConfig()
 
     @model_validator(mode="after")
     def _dense_lr(self) -> Self:
@@ -110,7 +158,7 @@ class TrainingConfig(_Section):
     seq_len: Count = Field(description="tokens a sequence")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation and of the order of the data")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay fp32")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay as they are")
     compile: bool = Field(False, description="compile the model with torch.compile")
     eval_every: Count = Field(100, description="steps between validations")
     eval_sequences: Count = Field(64, description="validation sequences each time; the last validation takes them all")
@@ -154,6 +202,21 @@ class RunConfig(_Section):
             raise ValueError(
                 "training.seq_len must be at most model.max_seq_len; "
                 f"got {self.training.seq_len} > {self.model.max_seq_len}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tables(self) -> Self:
+        tables = self.optimizer.tables
+        if self.model.table_dtype == "bf16" and tables.rule == "adamw":
+            raise ValueError(
+                'model.table_dtype="bf16" needs a row optimiser, whose stochastic rounding keeps small updates; '
+                'got optimizer.tables.rule="adamw"; take rowwise_adagrad or adam'
+            )
+        if tables.is_fused and self.training.micro_batches > 1:
+            raise ValueError(
+                "training.micro_batches must be 1 where tables are fused, because each backward updates them; "
+                f"got micro_batches={self.training.micro_batches}; set optimizer.tables.fused=false to add gradients up"
             )
         return self
 

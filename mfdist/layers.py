@@ -35,6 +35,7 @@ class MemoryLayer(nn.Module):
             code's choice for projections.
         device, dtype: of the parameters made here.
         table_device: of the default table, where it differs; `meta` makes no rows, for `mfdist.shard` to make them.
+        table_dtype: of the default table's rows, where it is not `dtype`.
 
     Raises:
         ConfigError: sizes that do not fit; the message names the nearest that do.
@@ -57,6 +58,7 @@ class MemoryLayer(nn.Module):
         device: torch.device | str | None = None,
         table_device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        table_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -64,7 +66,7 @@ class MemoryLayer(nn.Module):
         self.hash = SignHash(in_features=in_features, bits=bits, score=score, temperature=temperature)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if table is None:
-            spec = TableSpec(name=name, num_rows=self.hash.num_rows, row_dim=out_features, dtype=dtype)
+            spec = TableSpec(name=name, num_rows=self.hash.num_rows, row_dim=out_features, dtype=table_dtype or dtype)
             std = math.sqrt(2 / (5 * in_features)) if std is None else std
             table = LocalTable(spec, std=std, device=device if table_device is None else table_device)
         elif (table.spec.num_rows, table.spec.row_dim) != (self.hash.num_rows, out_features):

@@ -56,6 +56,7 @@ class MemoryBlock(Block):
                 name=f"{name}.{part}",
                 std=std,
                 table_device=table_device,
+                table_dtype=torch.bfloat16 if config.table_dtype == "bf16" else None,
             )
 
         self.attention_norm = nn.RMSNorm(d, eps=1e-5)

@@ -45,7 +45,7 @@ class Stepped:
     dense_lr: float
     table_lr: float
     dense_grad_norm: float
-    table_grad_norm: float
+    table_grad_norm: float | None  # None where tables are fused, whose gradients are never there together
     tokens_per_s: float
     step_s: float
     peak_memory_bytes: int  # device memory on a GPU, resident memory on a CPU

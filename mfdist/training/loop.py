@@ -157,7 +157,7 @@ class _Session:
         torch.manual_seed(config.training.seed)
         with device:
             model = build_model(config.model)
-        optimizer = RunOptimizer(model, config.optimizer)
+        optimizer = RunOptimizer(model, config.optimizer, seed=config.training.seed)
         if state is not None:
             load_training(model, optimizer, state)
         first_step = 0 if state is None else state.step

@@ -1,16 +1,18 @@
-"""AdamW over two groups, the dense parameters and the tables, each with its own rate, schedule, decay and clipping."""
+"""The run's optimiser: AdamW for dense parameters; AdamW or a row optimiser for tables; a schedule for each."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from mfdist.config import OptimizerConfig, ParameterGroupConfig
+from mfdist.config import OptimizerConfig, ParameterGroupConfig, TableGroupConfig
+from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD, RowState
 from mfdist.table import Table
 
-#: Tables learn at this multiple of the dense rate where none is given. Source: MemoryFormer, section 3.1.
-TABLE_LR_MULTIPLE = 3.0
+#: Tables learn at this multiple of the dense rate where none is given. Source of 3: MemoryFormer, section 3.1.
+TABLE_LR_MULTIPLE = {"adamw": 3.0, "adam": 3.0, "rowwise_adagrad": 10.0}
 
 
 def table_parameter_names(model: nn.Module) -> dict[str, str]:
@@ -24,19 +26,28 @@ def table_parameter_names(model: nn.Module) -> dict[str, str]:
 
 
 class RunOptimizer:
-    """AdamW with a dense and a table group, clipped and scheduled apart.
+    """AdamW with a dense and a table group, clipped and scheduled apart; or a row optimiser in place of the second.
 
-    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: backward, `gradient_norms`,
-    `step`.
+    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: `set_rates`, backward,
+    `gradient_norms`, `step`. Fused tables are updated in backward, at the rate set before; everything else in `step`.
+
+    Args:
+        model: its tables are fused here, where the configuration says so.
+        config: both groups' settings.
+        seed: of stochastic rounding; each table has its own, which follows from its name.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, seed: int = 0) -> None:
         assert config.dense.lr is not None
+        table_lr = config.tables.lr or TABLE_LR_MULTIPLE[config.tables.rule] * config.dense.lr
+        self.is_fused = config.tables.is_fused
+        self._peak_lr = {"dense": config.dense.lr, "tables": table_lr}
+        self._configs: dict[str, ParameterGroupConfig] = {"dense": config.dense, "tables": config.tables}
         tables = table_parameter_names(model)
+        #: name of the rows' parameter → the rows and what trains them, where that is a row optimiser
+        self._rows = _row_trained(model, config.tables, table_lr, seed) if config.tables.rule != "adamw" else {}
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = {id(parameter): name for name, parameter in named}
-        self._configs = {"dense": config.dense, "tables": config.tables}
-        self._peak_lr = {"dense": config.dense.lr, "tables": config.tables.lr or TABLE_LR_MULTIPLE * config.dense.lr}
         self._parameters: dict[str, list[Tensor]] = {
             "dense": [parameter for name, parameter in named if name not in tables],
             "tables": [parameter for name, parameter in named if name in tables],
@@ -45,7 +56,11 @@ class RunOptimizer:
         for name, parameters in self._parameters.items():
             settings = self._configs[name]
             for is_decayed in (True, False):
-                chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == is_decayed]
+                chosen = [
+                    parameter
+                    for parameter in parameters
+                    if (parameter.ndim > 1) == is_decayed and self.names[id(parameter)] not in self._rows
+                ]
                 if chosen:
                     groups.append(
                         {
@@ -65,16 +80,23 @@ class RunOptimizer:
             name: self._peak_lr[name] * lr_factor(settings, step, num_steps) for name, settings in self._configs.items()
         }
 
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the rates of the next update, by group; before backward, which is the update of fused tables."""
+        for group in self.adamw.param_groups:
+            group["lr"] = rates[group["group"]]
+        for _, state in self._rows.values():
+            state.lr = rates["tables"]
+
     def gradient_norms(self) -> dict[str, Tensor]:
-        """Return the 2-norm of each group's gradients, scalars on their device."""
+        """Return the 2-norm of each group's gradients, scalars on their device; 0 for fused tables, which have none."""
         norms = {}
         for name, parameters in self._parameters.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             norms[name] = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         return norms
 
-    def step(self, rates: Mapping[str, float], norms: Mapping[str, float]) -> None:
-        """Apply one update at the given rates, and drop the gradients.
+    def step(self, norms: Mapping[str, float]) -> None:
+        """Apply one update to what is not fused, and drop the gradients.
 
         A group whose norm exceeds its `clip_norm` is scaled down to it first; the others cost no pass over their
         gradients.
@@ -83,29 +105,72 @@ class RunOptimizer:
             limit = self._configs[name].clip_norm
             if limit and norms[name] > limit:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norms[name]))
-        for group in self.adamw.param_groups:
-            group["lr"] = rates[group["group"]]
         self.adamw.step()
+        for name, (rows, state) in self._rows.items():
+            if rows.grad is not None:
+                # A row that no lookup read has a gradient of zeros, and is to stay as it is.
+                touched = rows.grad.any(dim=1).nonzero().flatten()
+                state.update(rows, rows.grad, touched=touched, name=name)
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Forget the gradients without an update."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self._all():
+            parameter.grad = None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return parameter name → {`step`, `exp_avg`, `exp_avg_sq`}, aliasing the live state; empty before a step."""
-        return {self.names[id(parameter)]: dict(state) for parameter, state in self.adamw.state.items()}
+        """Return parameter name → its states by name, aliasing the live ones; AdamW has none before its first step."""
+        adamw = {self.names[id(parameter)]: dict(state) for parameter, state in self.adamw.state.items()}
+        return adamw | {name: dict(state.tensors) for name, (_, state) in self._rows.items()}
 
-    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over the state of parameters by name; those not named start afresh."""
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Take over the states of parameters by name after `step` updates; AdamW's not named start afresh.
+
+        Raises:
+            ConfigError: a table's states are not its row optimiser's.
+        """
+        for name, (_, row_state) in self._rows.items():
+            row_state.load(dict(state.get(name, {})), step)
         for parameter in self._all():
-            if kept := state.get(self.names[id(parameter)]):
-                self.adamw.state[parameter] = {
-                    key: value.to(device=parameter.device, copy=True) for key, value in kept.items()
-                }
+            name = self.names[id(parameter)]
+            if name not in self._rows and (kept := state.get(name)):
+                moments = {key: value.to(device=parameter.device, copy=True) for key, value in kept.items()}
+                self.adamw.state[parameter] = {"step": torch.tensor(float(step)), **moments}
 
     def _all(self) -> Iterable[Tensor]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)
+
+
+def _row_trained(
+    model: nn.Module, config: TableGroupConfig, lr: float, seed: int
+) -> dict[str, tuple[nn.Parameter, RowState]]:
+    """Return every table's rows and what trains them, by the parameter's name; tables are fused if that is asked."""
+    trained = {}
+    for path, table in model.named_modules():
+        if isinstance(table, Table):
+            rows = table.get_parameter("weight")
+            optimizer = _row_optimizer(config, lr, _seed_of(table.spec.name, seed))
+            state = table.fuse(optimizer).row_state if config.is_fused else RowState(optimizer, rows, table.region)
+            assert state is not None
+            trained[f"{path}.weight"] = (rows, state)
+    return trained
+
+
+def _row_optimizer(config: TableGroupConfig, lr: float, seed: int) -> RowOptimizer:
+    decay = config.weight_decay
+    match config.rule:
+        case "sgd":
+            return RowSGD(lr=lr, weight_decay=decay, seed=seed)
+        case "rowwise_adagrad":
+            return RowAdagrad(lr=lr, weight_decay=decay, seed=seed, eps=config.eps)
+        case _:
+            dtype = torch.bfloat16 if config.state_dtype == "bf16" else torch.float32
+            return RowAdam(lr=lr, weight_decay=decay, seed=seed, betas=config.betas, eps=config.eps, state_dtype=dtype)
+
+
+def _seed_of(table: str, seed: int) -> int:
+    """Return a table's own seed, the same on all machines."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{table}".encode()).digest()[:7], "little")
 
 
 def lr_factor(settings: ParameterGroupConfig, step: int, num_steps: int) -> float:

@@ -36,6 +36,9 @@ _MAY_CHANGE = (
     "data.source",  # the same text may lie elsewhere; its tokens are compared
 )
 
+# Among those, what decides which states the tables' optimiser keeps.
+_STAYS = ("optimizer.tables.rule", "optimizer.tables.state_dtype")
+
 # What data.source and data.tokenizer may be besides paths.
 _NAMES = ("python-stdlib", "bytes", "bpe")
 
@@ -141,7 +144,7 @@ class RunDirectory:
 
 def is_changeable(key: str) -> bool:
     """Return whether a dotted key may change in a run that is continued."""
-    return key.startswith(_MAY_CHANGE)
+    return key.startswith(_MAY_CHANGE) and key not in _STAYS
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

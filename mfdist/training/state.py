@@ -1,6 +1,6 @@
 """A training run's state as a checkpoint holds it, and back.
 
-Every table is one array and one more a moment of its optimiser, under the table's name; every other tensor goes under
+Every table is one array and one more a state of its optimiser, under the table's name; every other tensor goes under
 `model/NAME` and `optimizer/NAME/MOMENT`; the rest (configuration, data position, versions) is JSON.
 """
 
@@ -30,7 +30,7 @@ def capture(
     tables: dict[str, TableState] = {}
     dense: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
-        kept = {moment: moments[name][moment] for moment in _MOMENTS} if name in moments else {}
+        kept = {moment: value for moment, value in moments.get(name, {}).items() if moment != "step"}
         if name in table_names:
             tables[table_names[name]] = TableState(weight=parameter.detach(), optimizer=kept)
         else:
@@ -43,7 +43,7 @@ def capture(
         attributes={
             "config": config.to_toml(),
             "data": {"fingerprint": data_fingerprint},  # batches follow from seed and step alone
-            "optimizer": {"name": "AdamW"},
+            "optimizer": {"name": "AdamW", "tables": config.optimizer.tables.rule},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         },
     )
@@ -120,9 +120,8 @@ def load_training(model: Transformer, optimizer: RunOptimizer, state: Checkpoint
                 if f"optimizer/{name}/{moment}" in state.dense
             }
         )
-        if kept:
-            moments[name] = {"step": torch.tensor(float(state.step)), **kept}
-    optimizer.load_state(moments)
+        moments[name] = kept
+    optimizer.load_state(moments, state.step)
     torch.set_rng_state(state.dense["rng/cpu"])
 
 

@@ -22,7 +22,7 @@ class StepResult:
 
     loss: float  # nats a token
     dense_grad_norm: float
-    table_grad_norm: float
+    table_grad_norm: float | None  # None where tables are fused
     rates: dict[str, float]
 
 
@@ -40,7 +40,7 @@ class TrainStep:
     """Runs optimiser steps of one model.
 
     A step whose loss or gradients are not finite raises before the update, so the parameters stay those of the step
-    before.
+    before; but for fused tables, whose rows are left alone one by one where their own gradients are not finite.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class TrainStep:
         Raises:
             NonFiniteError: loss or gradients are NaN or infinite; the message names step and layer.
         """
+        rates = self._optimizer.learning_rates(step, self._config.steps)
+        self._optimizer.set_rates(rates)
         loss = torch.zeros((), device=self._device)
         for part_inputs, part_targets in self._micro_batches(inputs, targets):
             with autocast(self._device, self._config.precision):
@@ -73,9 +75,9 @@ class TrainStep:
         if not all(map(_is_finite, measured)):
             self._optimizer.drop_gradients()
             raise NonFiniteError(self._explain(step, measured, inputs, targets))
-        rates = self._optimizer.learning_rates(step, self._config.steps)
-        self._optimizer.step(rates, {"dense": measured[1], "tables": measured[2]})
-        return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=measured[2], rates=rates)
+        self._optimizer.step({"dense": measured[1], "tables": measured[2]})
+        table_norm = None if self._optimizer.is_fused else measured[2]
+        return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=table_norm, rates=rates)
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for part in zip(
@@ -88,14 +90,16 @@ class TrainStep:
         what = "loss" if not _is_finite(measured[0]) else "gradient norm"
         value = next(value for value in measured if not _is_finite(value))
         layer = None
+        self._optimizer.set_rates({"dense": 0.0, "tables": 0.0})  # repeating the step must not train fused tables
         for part_inputs, part_targets in self._micro_batches(inputs, targets):
             with autocast(self._device, self._config.precision):
                 layer = first_non_finite(self._model, partial(token_loss, self._model, part_inputs, part_targets))
             if layer:
                 break
+        kept = "of the tables, only rows with finite gradients were updated" if self._optimizer.is_fused else ""
         where = f"first in {layer}" if layer else "it did not happen again when the step was repeated"
         return (
-            f"the {what} must stay finite; got {value} at step {step + 1}, {where}; nothing was updated: "
+            f"the {what} must stay finite; got {value} at step {step + 1}, {where}; {kept or 'nothing was updated'}: "
             "go on from the last checkpoint with a lower optimizer.tables.lr or optimizer.dense.lr"
         )
 

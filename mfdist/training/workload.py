@@ -1,5 +1,7 @@
 """A run as a workload: what its step asks of tables, memory and arithmetic, for plans to be made before it starts."""
 
+import torch
+
 from mfdist.config import ModelConfig, RunConfig
 from mfdist.models import Transformer, count
 from mfdist.models.loads import table_loads
@@ -18,7 +20,7 @@ def run_workload(config: RunConfig, model: Transformer, *, batch_tokens: int | N
         model: built from it, on any device, `meta` included.
         batch_tokens: tokens a step over all ranks; by default the configuration's.
     """
-    training, shape = config.training, model.config
+    training, tables, shape = config.training, config.optimizer.tables, model.config
     totals = count(model, training.seq_len)
     multiply_adds = totals.block.attention_flops / training.seq_len * shape.num_layers
     multiply_adds += shape.hidden_dim * shape.vocab_size
@@ -26,8 +28,9 @@ def run_workload(config: RunConfig, model: Transformer, *, batch_tokens: int | N
         batch_tokens=batch_tokens or training.batch_size * training.seq_len,
         loads=table_loads(model),
         micro_batches=training.micro_batches,
-        rule="adam",
-        is_fused=False,
+        rule="adam" if tables.rule == "adamw" else tables.rule,
+        state_dtype=torch.bfloat16 if tables.state_dtype == "bf16" else torch.float32,
+        is_fused=tables.is_fused,
         num_dense_parameters=totals.num_dense_parameters,
         dense_flops_per_token=2 * 3 * multiply_adds,
         activation_bytes_per_token=_activation_bytes(shape),

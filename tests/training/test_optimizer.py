@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfdist.config import ModelConfig, OptimizerConfig, ParameterGroupConfig
+from mfdist.config import ModelConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig
 from mfdist.models import build_model
 from mfdist.training.optimizer import RunOptimizer, lr_factor, table_parameter_names
 
@@ -21,7 +21,8 @@ def with_gradients(made):
 
 def update(optimizer, step):
     norms = {name: norm.item() for name, norm in optimizer.gradient_norms().items()}
-    optimizer.step(optimizer.learning_rates(step, 10), norms)
+    optimizer.set_rates(optimizer.learning_rates(step, 10))
+    optimizer.step(norms)
 
 
 def test_every_parameter_is_in_one_group_and_tables_are_their_own():
@@ -43,9 +44,7 @@ def test_every_parameter_is_in_one_group_and_tables_are_their_own():
 def test_tables_learn_at_three_times_the_dense_rate_unless_told():
     rates = RunOptimizer(model(), OptimizerConfig(dense=ParameterGroupConfig(lr=0.002))).learning_rates(0, 1)
     assert rates["tables"] == pytest.approx(3 * rates["dense"])
-    told = OptimizerConfig(
-        dense=ParameterGroupConfig(lr=0.002), tables=ParameterGroupConfig(lr=0.5, schedule="constant")
-    )
+    told = OptimizerConfig(dense=ParameterGroupConfig(lr=0.002), tables=TableGroupConfig(lr=0.5, schedule="constant"))
     assert RunOptimizer(model(), told).learning_rates(50, 100)["tables"] == 0.5
 
 
@@ -65,7 +64,7 @@ def test_one_step_runs_need_no_warm_up():
 def test_groups_are_clipped_apart_and_norms_are_those_before():
     made = with_gradients(model())
     config = OptimizerConfig(
-        dense=ParameterGroupConfig(lr=0.1, clip_norm=0.5), tables=ParameterGroupConfig(lr=0.1, clip_norm=0.25)
+        dense=ParameterGroupConfig(lr=0.1, clip_norm=0.5), tables=TableGroupConfig(lr=0.1, clip_norm=0.25)
     )
     tables = table_parameter_names(made)
     groups = {
@@ -90,8 +89,9 @@ def test_groups_are_clipped_apart_and_norms_are_those_before():
 def test_gradients_within_the_limit_are_left_alone(clip_norm):
     made = with_gradients(model())
     kept = [value.grad.clone() for value in made.parameters()]
-    settings = ParameterGroupConfig(lr=0.1, clip_norm=clip_norm)
-    optimizer = RunOptimizer(made, OptimizerConfig(dense=settings, tables=settings))
+    settings = {"lr": 0.1, "clip_norm": clip_norm}
+    config = OptimizerConfig(dense=ParameterGroupConfig(**settings), tables=TableGroupConfig(**settings))
+    optimizer = RunOptimizer(made, config)
     optimizer.drop_gradients = lambda: None
     update(optimizer, 0)
     assert all(torch.equal(old, value.grad) for old, value in zip(kept, made.parameters(), strict=True))
@@ -103,7 +103,7 @@ def test_state_moves_by_name_to_a_new_optimizer():
     update(first, 0)
     again.load_state_dict(made.state_dict())
     second = RunOptimizer(again, OptimizerConfig())
-    second.load_state(first.state())
+    second.load_state(first.state(), 1)
     for each, optimizer in ((made, first), (again, second)):
         with_gradients(each)
         update(optimizer, 1)
