@@ -69,11 +69,11 @@ def _sum(
         if num_pieces:
             sum_piece[(num_pieces,)](
                 table, row_ids, scores, grad_output, *bounds, row_ids, pieces, grad_scores,
-                dim, code_stride, first, num_rows, row_ids.numel(), *constants, False, num_warps=1, **LAUNCH_OPTIONS,
+                dim, code_stride, first, num_rows, *constants, False, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
         _sum_row[(num_rows,)](
             table, scores, grad_output, *bounds, pieces, grad_table, grad_scores,
-            dim, first, row_ids.numel(), *constants, num_warps=1, **LAUNCH_OPTIONS,
+            dim, first, *constants, num_warps=1, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def slice_columns(num_lookups: int, num_rows: int, dim: int, *, is_costly: bool 
 @triton.jit
 def sum_piece(
     table, row_ids, scores, grad_output, order, starts, ends, runs, pieces, grad_scores,
-    D, S, first_column, NUM_RUNS, NUM_LOOKUPS,
+    D, S, first_column, NUM_RUNS,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
     HAS_RUNS: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def sum_piece(
                 values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
                 total = sum_lookups(
                     scores, grad_output, order, grad_scores, values, c, is_column,
-                    first, first + PIECE, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+                    first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
                 )  # fmt: skip
                 tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
 
@@ -122,7 +122,7 @@ def sum_piece(
 @triton.jit
 def _sum_row(
     table, scores, grad_output, order, starts, ends, pieces, grad_table, grad_scores,
-    D, first_column, NUM_LOOKUPS,
+    D, first_column,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over one row's run of lookups; a row without any gets zeros."""
@@ -135,7 +135,7 @@ def _sum_row(
     cut = cut_pieces(start, end, PIECE)
     total = sum_lookups(
         scores, grad_output, order, grad_scores, values, c, is_column,
-        cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
     )  # fmt: skip
     total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
     tl.store(
@@ -160,25 +160,25 @@ def add_pieces(total, pieces, start, cut, PIECE: tl.constexpr, COLUMNS: tl.const
 @triton.jit
 def sum_lookups(
     scores, grad_output, order, grad_scores, values, c, is_column,
-    start, end, D, NUM_LOOKUPS,
+    start, end, D,
     K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order.
 
     Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice
     left there. While one lookup is summed, what belongs to the next one and the number of the one after are on their
-    way; past the end, which costs no test, these are lookups of another row that nobody uses.
+    way; past the end the last one is read once more, which the first-level cache answers.
     """
     IS_BEGUN: tl.constexpr = HAS_PRODUCTS and IS_ADDED
-    lookup = _lookup_at(order, start, NUM_LOOKUPS)
-    next_lookup = _lookup_at(order, start + 1, NUM_LOOKUPS)
+    lookup = _lookup_at(order, start, end)
+    next_lookup = _lookup_at(order, start + 1, end)
     score, grads, product = _parts_of(scores, grad_output, grad_scores, lookup, c, is_column, D, K, IS_BEGUN)
     total = tl.zeros([COLUMNS], tl.float32)
     for entry in range(start, end):
         next_score, next_grads, next_product = _parts_of(
             scores, grad_output, grad_scores, next_lookup, c, is_column, D, K, IS_BEGUN
         )
-        later_lookup = _lookup_at(order, entry + 2, NUM_LOOKUPS)
+        later_lookup = _lookup_at(order, entry + 2, end)
         wide = grads.to(tl.float32)
         total += wide * score
         if HAS_PRODUCTS:
@@ -189,9 +189,9 @@ def sum_lookups(
 
 
 @triton.jit
-def _lookup_at(order, entry, NUM_LOOKUPS):
-    """Return a lookup that may be read, whatever lies there."""
-    return tl.maximum(tl.load(order + tl.minimum(entry, NUM_LOOKUPS - 1)), 0)
+def _lookup_at(order, entry, end):
+    """Return the lookup at a place before `end`, or the last one; of an empty run, any that may be read."""
+    return tl.maximum(tl.load(order + tl.maximum(tl.minimum(entry, end - 1), 0)), 0)
 
 
 @triton.jit

@@ -83,12 +83,12 @@ def fused_row_update(
             if num_pieces:
                 sum_piece[(num_pieces,)](
                     table, row_ids, scores, grad_output, *bounds, runs, pieces, grad_scores,
-                    dim, code_stride, part.first_column, num_runs, row_ids.numel(), *constants, has_rows, **options,
+                    dim, code_stride, part.first_column, num_runs, *constants, has_rows, **options,
                 )  # fmt: skip
             _update_looked_up[(num_runs,)](
                 table, *_two(state, table), scores, grad_output, *bounds, rows,
                 pieces, grad_scores, squares, shared, keys,
-                dim, part.first_column, row_ids.numel(), *offsets,
+                dim, part.first_column, *offsets,
                 *constants, NUMBERS[rule.kind], has_rows, part.is_updated, part.squares, **options,
             )  # fmt: skip
     return grad_scores
@@ -159,7 +159,7 @@ def _two(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _update_looked_up(
     table, first, second, scores, grad_output, order, starts, ends, rows, pieces, grad_scores, squares, shared, keys,
-    D, first_column, NUM_LOOKUPS, row_offset, column_offset,
+    D, first_column, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
     RULE: tl.constexpr, HAS_ROWS: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
@@ -174,14 +174,13 @@ def _update_looked_up(
         c = first_column + tl.arange(0, COLUMNS)
         is_column = c < D
         values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        # What the update needs is read before the sum, whose stores would keep the reads waiting.
-        constants = load_constants(shared, keys, RULE)
+        # Read before the sum, whose stores would keep them waiting.
         accumulated = tl.load(first + row) if RULE == ROWWISE_ADAGRAD else 0.0
         known = tl.load(squares + run) if SQUARES > _BEGINS else 0.0
         cut = cut_pieces(start, end, PIECE)
         gradient = sum_lookups(
             scores, grad_output, order, grad_scores, values, c, is_column,
-            cut, end, D, NUM_LOOKUPS, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+            cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
         )  # fmt: skip
         gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
         if SQUARES == _KNOWS:
@@ -194,7 +193,7 @@ def _update_looked_up(
         if IS_UPDATED:
             update_row(
                 table, first, second, row, c, is_column, values, gradient, square,
-                accumulated, constants, D, row_offset, column_offset, RULE,
+                accumulated, load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE,
             )  # fmt: skip
 
 

@@ -41,7 +41,6 @@ ORDER = {
     "pieces": "*fp32",
     "CHUNKS": "i32",
     "NUM_RUNS": "i64",
-    "NUM_LOOKUPS": "i32",
     "starts": "*i32",
     "runs": "*i32",
 }
