@@ -60,7 +60,7 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    columns = slice_columns(row_ids.numel(), num_rows, dim)
+    columns = slice_columns(dim, is_short=has_short_runs(row_ids.numel(), num_rows))
     num_pieces = row_ids.numel() // PIECE
     pieces = scores.new_empty(num_pieces, columns)
     bounds = (order.lookups, order.starts, order.ends)
@@ -77,9 +77,13 @@ def _sum(
         )  # fmt: skip
 
 
-def slice_columns(num_lookups: int, num_rows: int, dim: int, *, is_costly: bool = False) -> int:
-    """Return the columns that one warp's program takes at a time; `is_costly`: several slices mean more work."""
-    is_short = num_lookups < _SHORT_RUN * num_rows and not is_costly
+def has_short_runs(num_lookups: int, num_rows: int) -> bool:
+    """Return whether rows are looked up so seldom that reading them counts beside reading grad_output."""
+    return num_lookups < _SHORT_RUN * num_rows
+
+
+def slice_columns(dim: int, *, is_short: bool) -> int:
+    """Return the columns that one warp's program takes at a time."""
     return min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
 
 

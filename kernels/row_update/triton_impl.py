@@ -5,8 +5,8 @@ has no lookups ends before it touches the row; where a table has more rows than 
 are looked up have programs.
 
 Wide rows are taken a slice of columns at a time, as in row_gradient, narrower ones where runs are short: the rows that
-stream by then leave less of the second-level cache to grad_output. Row-wise Adagrad needs
-the square of a row's whole gradient: it goes over the slices adding up squares, updates the last of them when they are
+stream by then leave less of the second-level cache to grad_output. Row-wise Adagrad, which needs the square of a row's
+whole gradient, has slices of wide rows only: it goes over them adding up squares, updates the last one when they are
 complete, and then goes over the others once more.
 """
 
@@ -21,6 +21,7 @@ from mfdist.kernels.row_gradient.triton_impl import (
     PIECE,
     add_pieces,
     cut_pieces,
+    has_short_runs,
     slice_columns,
     sum_lookups,
     sum_piece,
@@ -63,7 +64,8 @@ def fused_row_update(
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
     needs_squares = rule.kind == "rowwise_adagrad"
-    columns = slice_columns(row_ids.numel(), num_rows, dim, is_costly=needs_squares)
+    is_short = has_short_runs(row_ids.numel(), num_rows)
+    columns = slice_columns(dim, is_short=is_short and not needs_squares)
     num_pieces = row_ids.numel() // PIECE
     options: dict[str, Any] = {"num_warps": 1, **LAUNCH_OPTIONS}
     with device_of(table):
@@ -89,7 +91,7 @@ def fused_row_update(
                 table, *_two(state, table), scores, grad_output, *bounds, rows,
                 pieces, grad_scores, squares, shared, keys,
                 dim, part.first_column, *offsets,
-                *constants, NUMBERS[rule.kind], has_rows, part.is_updated, part.squares, **options,
+                *constants, NUMBERS[rule.kind], has_rows, part.is_updated, part.squares, is_short, **options,
             )  # fmt: skip
     return grad_scores
 
@@ -162,6 +164,7 @@ def _update_looked_up(
     D, first_column, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
     RULE: tl.constexpr, HAS_ROWS: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
+    IS_SHORT: tl.constexpr,
 ):  # fmt: skip
     """Sum one row's run of lookups over a slice of columns, and update the slice by it."""
     run = tl.program_id(0).to(tl.int64)
@@ -174,8 +177,9 @@ def _update_looked_up(
         c = first_column + tl.arange(0, COLUMNS)
         is_column = c < D
         values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        # Read before the sum, whose stores would keep them waiting.
-        accumulated = tl.load(first + row) if RULE == ROWWISE_ADAGRAD else 0.0
+        accumulated = 0.0
+        if (RULE == ROWWISE_ADAGRAD) & IS_SHORT:  # before the sum, whose stores would keep it waiting
+            accumulated = tl.load(first + row)
         known = tl.load(squares + run) if SQUARES > _BEGINS else 0.0
         cut = cut_pieces(start, end, PIECE)
         gradient = sum_lookups(
@@ -190,6 +194,8 @@ def _update_looked_up(
             square = known + tl.sum(gradient * gradient, axis=0) / D
             if SQUARES != _OWNS:
                 tl.store(squares + run, square)
+        if (RULE == ROWWISE_ADAGRAD) & (IS_SHORT == 0):  # after it, as registers are scarce
+            accumulated = tl.load(first + row)
         if IS_UPDATED:
             update_row(
                 table, first, second, row, c, is_column, values, gradient, square,

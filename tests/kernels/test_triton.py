@@ -67,6 +67,7 @@ WHOLE = {
     "HAS_PRODUCTS": True,
     "IS_UPDATED": True,
     "SQUARES": 0,
+    "IS_SHORT": False,
 }
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
@@ -118,7 +119,7 @@ KERNELS = {
     ),
     "row_update.triton_impl._update_looked_up by adagrad in slices": (
         {**UPDATE, "first": "*fp32"},
-        {**WHOLE, "RULE": 1, "HAS_ROWS": True, "COLUMNS": 512, "IS_ADDED": True, "SQUARES": 3},
+        {**WHOLE, "RULE": 1, "HAS_ROWS": True, "COLUMNS": 512, "IS_ADDED": True, "SQUARES": 3, "IS_SHORT": True},
     ),
     "row_update.triton_impl._update_looked_up by adam": (UPDATE, {**WHOLE, "RULE": 2, "HAS_ROWS": False}),
     "row_update.triton_impl._update_given": (
