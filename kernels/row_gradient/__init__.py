@@ -1,5 +1,6 @@
-"""The lookup's gradients: of the rows and of the scores."""
+"""The lookup's gradients: of the rows, all of them or those that were read, and of the scores."""
 
 from mfdist.kernels.row_gradient.op import row_gradient
+from mfdist.kernels.row_gradient.sparse import sparse_row_gradient
 
-__all__ = ["row_gradient"]
+__all__ = ["row_gradient", "sparse_row_gradient"]
