@@ -40,9 +40,15 @@ class _Lookups(NamedTuple):
 
 
 def ragged_gradient(
-    table: Tensor, row_ids: Tensor, tokens: Tensor, scores: Tensor, grad_output: Tensor, name: str
+    table: Tensor,
+    row_ids: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    dtype: torch.dtype,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ([U] int64, [U, D] in table.dtype, [M] fp32); see `mfdist.kernels.ragged_gradient`."""
+    """Return ([U] int64, [U, D] in `dtype`, [M] fp32); see `mfdist.kernels.ragged_gradient`."""
     num_rows, dim = table.shape
     checked_ids(row_ids.unsqueeze(1), num_rows, name, is_code=False)
     lookups = _Lookups(
@@ -59,7 +65,7 @@ def ragged_gradient(
         by_row, sorted_order = torch.sort(row_ids.long(), stable=True)
         unique, counts = torch.unique_consecutive(by_row, return_counts=True)
         order, rows, ends = sorted_order.numpy(), unique.numpy(), counts.cumsum(0).numpy()
-    grad_rows = table.new_empty(rows.size, dim)
+    grad_rows = table.new_empty(rows.size, dim, dtype=dtype)
     grad_scores = scores.new_empty(scores.numel())
     threads = num_threads(row_ids.numel() * dim, worth=_PARALLEL_WORK)
     call(_sum, threads, lookups, order, ends, flat_rows(grad_rows), grad_scores.numpy(), 4 * threads)

@@ -12,7 +12,14 @@ from mfdist.kernels.ragged_gradient import reference
 
 
 def ragged_gradient(
-    table: Tensor, row_ids: Tensor, tokens: Tensor, scores: Tensor, grad_output: Tensor, name: str = "table"
+    table: Tensor,
+    row_ids: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    name: str = "table",
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of lookups that are listed one by one, as the owner of a few rows gets them.
 
@@ -23,9 +30,10 @@ def ragged_gradient(
         scores: [M], fp32.
         grad_output: [T, D].
         name: what errors call the table.
+        dtype: of the rows' gradients; by default the table's. fp32 is what they are summed in.
 
     Returns:
-        The rows that are looked up, [U] int64, ascending; their gradients, [U, D] in table.dtype, each summed in fp32
+        The rows that are looked up, [U] int64, ascending; their gradients, [U, D] in `dtype`, each summed in fp32
         in the order of the list, so that a list in the order of the tokens gives row_gradient's bits (on a GPU up to
         rounding); and the scores' gradients, [M] in their dtype. The same bits each time.
 
@@ -45,9 +53,13 @@ def ragged_gradient(
             f'grad_output must be [T, D={table.shape[1]}]; got {list(grad_output.shape)} for table "{name}"'
         )
     if not row_ids.numel():
-        return row_ids.new_empty(0, dtype=torch.int64), table.new_empty(0, table.shape[1]), scores.new_empty(0)
+        empty = table.new_empty(0, table.shape[1], dtype=dtype)
+        return row_ids.new_empty(0, dtype=torch.int64), empty, scores.new_empty(0)
     if table.dtype == torch.float64:
         return reference.ragged_gradient(table, row_ids, tokens, scores, grad_output)
+    dtype = dtype or table.dtype
     made = implementation.on_gpu("ragged_gradient") if table.is_cuda else implementation.on_cpu("ragged_gradient")
-    grads: tuple[Tensor, Tensor, Tensor] = made.ragged_gradient(table, row_ids, tokens, scores, grad_output, name)
+    grads: tuple[Tensor, Tensor, Tensor] = made.ragged_gradient(
+        table, row_ids, tokens, scores, grad_output, dtype, name
+    )
     return grads

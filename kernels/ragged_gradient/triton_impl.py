@@ -17,15 +17,21 @@ _ENTRIES = 4
 
 
 def ragged_gradient(
-    table: Tensor, row_ids: Tensor, tokens: Tensor, scores: Tensor, grad_output: Tensor, name: str
+    table: Tensor,
+    row_ids: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    dtype: torch.dtype,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ([U] int64, [U, D] in table.dtype, [M] fp32); see `mfdist.kernels.ragged_gradient`."""
+    """Return ([U] int64, [U, D] in `dtype`, [M] fp32); see `mfdist.kernels.ragged_gradient`."""
     dim = table.shape[1]
     table, grad_output, scores = table.contiguous(), grad_output.contiguous(), scores.contiguous()
     by_row, order = torch.sort(row_ids, stable=True)
     rows, counts = torch.unique_consecutive(by_row, return_counts=True)
     ends = counts.cumsum(0)
-    grad_rows = table.new_empty(rows.numel(), dim)
+    grad_rows = table.new_empty(rows.numel(), dim, dtype=dtype)
     grad_scores = scores.new_empty(scores.numel())
     if dim:
         columns = min(_COLUMNS, next_power_of_2(dim))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
-from mfdist.kernels import row_update, updating_gather_sum
+from mfdist.kernels import fused_row_update, row_update, updating_gather_sum
 from mfdist.optim.row_optimizer import RowOptimizer
 from mfdist.spec import Region
 
@@ -124,6 +124,8 @@ class RowState:
             name: what errors call the table.
         """
         self._step.add_(1)
+        if not rows.numel():  # a process without rows counts along
+            return
         row_update(
             rows.detach(),
             list(self.tensors.values()),
@@ -137,6 +139,41 @@ class RowState:
             column_offset=self.region.columns[0],
             name=name,
         )
+
+    def update_by_lookup(
+        self, rows: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int, name: str
+    ) -> Tensor:
+        """Update rows [R, D] in place by what a lookup contributed; return the gradient [N, K] of its scores.
+
+        For backward passes that are written by hand; see `mfdist.kernels.fused_row_update`.
+        """
+        self._step.add_(1)
+        if not rows.numel():
+            return torch.zeros_like(scores)
+        return fused_row_update(
+            rows.detach(),
+            list(self.tensors.values()),
+            row_ids,
+            scores,
+            grad_output,
+            self.optimizer.rule,
+            self._lr,
+            self._step,
+            row_offset=self.region.rows[0],
+            column_offset=self.region.columns[0],
+            code_stride=code_stride,
+            name=name,
+        )
+
+    @property
+    def count(self) -> Tensor:
+        """Return the number of updates as the tensor that each update changes in place."""
+        return self._step
+
+    @property
+    def anchor(self) -> Tensor:
+        """Return a tensor whose gradient nobody takes: given to a lookup, it makes backward run for the rows' sake."""
+        return self._anchor
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
         """Follow a module's move to another device; casts of the rows do not reach the states."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from mfdist.errors import ConsistencyError
 
-PHASES: Final = ("lookup", "gradient", "check")
+PHASES: Final = ("lookup", "gradient", "update", "check")
 #: Integers of a tag on the wire.
 TAG_SIZE: Final = 7
 

@@ -30,7 +30,7 @@ class Wire:
     @property
     def num_scale_bytes(self) -> int:
         """Return the bytes that follow each row's values."""
-        return _SCALE_BYTES if self.payload_dtype == torch.uint8 else 0
+        return _SCALE_BYTES if self.payload_dtype != self.rows_dtype and self.dtype in _FP8 else 0
 
     def width(self, row_dim: int) -> int:
         """Return how many elements of `payload_dtype` a row of D values takes."""

@@ -1,12 +1,11 @@
 """A table of which this rank holds a part; the exchange with the other ranks is hidden in its lookup."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfdist.errors import ConfigError
-from mfdist.optim import RowOptimizer
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.routes.planned import check_mesh, route_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, RowGradient
@@ -66,19 +65,8 @@ class ShardedTable(Table):
     def reset_parameters(self) -> None:
         """Draw the held rows anew from N(0, std²); the values are those of an unsharded table after the same seed."""
         self._draw(new_seed())
-
-    def fuse(self, optimizer: RowOptimizer | None) -> Self:
-        """Leave the rows' training to an optimiser outside, the only one that sharded rows have.
-
-        Raises:
-            ConfigError: an optimizer is given.
-        """
-        if optimizer is not None:
-            raise ConfigError(
-                f'a sharded table\'s rows must be trained by an optimiser outside; got fuse for "{self.spec.name}"; '
-                "give its parameters to a torch optimiser"
-            )
-        return self
+        if self.row_state is not None:
+            self.row_state.reset()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
@@ -98,13 +86,15 @@ class ShardedTable(Table):
                 "model.to_empty(device=…) and reset_parameters, or load a checkpoint"
             )
         kind = weight.device.type
-        if torch.is_autocast_enabled(kind):
-            weight = weight.to(torch.get_autocast_dtype(kind))
-        is_training = torch.is_grad_enabled() and (weight.requires_grad or scores.requires_grad)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        state = self.row_state
+        # Rows that backward updates are read as they are; a copy in another dtype would be the part's size.
+        weight, anchor = (weight.to(dtype), None) if state is None else (weight, state.anchor)
+        is_training = torch.is_grad_enabled() and (state is not None or weight.requires_grad or scores.requires_grad)
         out: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
-            weight, scores, row_ids, code_stride, self, is_training
+            weight, scores, anchor, row_ids, code_stride, self, is_training
         )
-        return out
+        return out.to(dtype)
 
     def extra_repr(self) -> str:
         """Return the spec, the kind of sharding and the part held."""
@@ -126,6 +116,7 @@ class _Lookup(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         scores: Tensor,
+        anchor: Tensor | None,
         row_ids: Tensor,
         code_stride: int,
         table: ShardedTable,
@@ -134,21 +125,26 @@ class _Lookup(torch.autograd.Function):
         lookup = LookupArguments(row_ids, scores, code_stride)
         out, kept = table._route.forward(weight, lookup, is_training=is_training)
         if is_training:
-            ctx.save_for_backward(weight, *kept.tensors)
+            # The count of updates is kept for autograd to see, on ranks without rows too, that there was none since.
+            ctx.save_for_backward(weight, table.row_state and table.row_state.count, *kept.tensors)
             ctx.others, ctx.table = kept.others, table
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *tensors = ctx.saved_tensors
+        weight, _, *tensors = ctx.saved_tensors
         table: ShardedTable = ctx.table
-        world_size = table.exchanges.world_size
-        # Scaled before it is summed: fewer values than after, and the order of rounding an unsharded table has.
+        kept, world_size = Kept(tuple(tensors), ctx.others), table.exchanges.world_size
+        # Scaled before it is summed: fewer values than after, and rounded as an unsharded table's is.
         grad = grad_output / world_size if world_size > 1 else grad_output
-        row_gradient, grad_scores = table._route.backward(weight, Kept(tuple(tensors), ctx.others), grad)
+        if table.row_state is not None:
+            rows, grad_scores = None, table._route.update(weight, kept, grad, table.row_state)
+        else:
+            gradient, grad_scores = table._route.backward(weight, kept, grad)
+            rows = _dense(gradient, weight)
         grad_scores = grad_scores * world_size if world_size > 1 else grad_scores
-        return _dense(row_gradient, weight), grad_scores, None, None, None, None
+        return rows, grad_scores, None, None, None, None, None
 
 
 def _dense(gradient: RowGradient, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.tables.sharded import ShardedTable
+from mfdist.testing.fused_conformance import FusedConformance
 from mfdist.testing.table_conformance import TableConformance
 
 
@@ -46,7 +47,7 @@ def put_together(table: ShardedTable, part: Tensor | None) -> Tensor:
     return whole
 
 
-class ShardedConformance(TableConformance):
+class ShardedConformance(TableConformance, FusedConformance):
     """The suite for one kind of sharding; each rank makes the same lookups, whose mean gradient is a rank's own.
 
     Args:
@@ -70,8 +71,22 @@ class ShardedConformance(TableConformance):
         """Return the whole gradient, put together."""
         return put_together(table, table.weight.grad)
 
+    def rows_of(self, table: Any) -> Tensor:
+        """Return all rows, put together."""
+        return put_together(table, table.weight)
 
-def run_conformance(suite: TableConformance) -> list[str]:
+    def states_of(self, table: Any) -> list[Tensor]:
+        """Return the states of all rows, put together; those of one value a row must be the same on all who have it."""
+        states = []
+        for tensor in table.row_state.tensors.values():
+            wide = tensor if tensor.ndim == 2 else tensor[:, None].expand(table.region.shape)
+            whole = put_together(table, wide)
+            assert tensor.ndim == 2 or bool((whole == whole[:, :1]).all()), "shards of one row differ in its state"
+            states.append(whole if tensor.ndim == 2 else whole[:, 0].clone())
+        return states
+
+
+def run_conformance(suite: Any) -> list[str]:
     """Run every case of a suite outside pytest, as ranks must; return their names.
 
     Raises:
@@ -88,7 +103,7 @@ def run_conformance(suite: TableConformance) -> list[str]:
     return done
 
 
-def cases_of(suite: TableConformance) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def cases_of(suite: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield the name, method and arguments of each case, `parametrize` marks multiplied out."""
     for name, method in inspect.getmembers(suite, inspect.ismethod):
         if not name.startswith("test_"):

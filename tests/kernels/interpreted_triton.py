@@ -94,7 +94,7 @@ def ragged_lookups() -> None:
     for num_lookups, dim, dtype in ((60, 40, torch.float32), (1, 1, torch.float16), (70, 100, torch.bfloat16)):
         listed = make_list(num_lookups, 9, 12, dim, dtype=dtype)
         for _ in range(2):
-            got = ragged.ragged_gradient(*listed, "t")
+            got = ragged.ragged_gradient(*listed, dtype, "t")
             expected = expected_of_list(*listed)
             assert np.array_equal(got[0].numpy(), expected[0])
             check(got[1], expected[1])

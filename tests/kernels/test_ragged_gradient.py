@@ -19,6 +19,8 @@ def test_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert rows.dtype == torch.int64 and np.array_equal(rows.numpy(), expected[0])
     assert_is(grad_rows, expected[1], dtype)
     assert_is(grad_scores, expected[2], torch.float32)
+    if dtype != torch.float64:
+        assert_is(ragged_gradient(*listed, dtype=torch.float32)[1], expected[1], torch.float32)
 
 
 @pytest.mark.parametrize("rows_each", [16, 3000])

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from mfdist.errors import MfdistError
+from mfdist.optim import RowAdagrad, RowAdam, RowSGD
 from mfdist.sharding import exchange, kinds
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.spec import TableSpec
@@ -191,3 +192,31 @@ def late(rank, what):
         return f"{error.kind}: {error}"
     time.sleep(6)
     return ""
+
+
+OPTIMIZERS = {
+    "sgd": RowSGD(lr=0.1),
+    "adagrad": RowAdagrad(lr=0.1, weight_decay=0.1),
+    "adam": RowAdam(lr=0.1, seed=3, state_dtype=torch.bfloat16),
+}
+
+
+def fused(rank, kind, stride, rule, dtype):
+    """Return the rows after two fused steps beside those of one table that sees all tokens."""
+    world_size, num_lookups, row_dim = dist.get_world_size(), 5, 23
+    counts, num_rows = token_counts(world_size), num_lookups * (stride or 40)
+    rows = torch.randn(num_rows, row_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    ids, scores, grads = lookup_of(stride, num_lookups, num_rows, sum(counts), row_dim)
+    spec = TableSpec(name="t", num_rows=num_rows, row_dim=row_dim, dtype=dtype)
+    local = LocalTable(spec)
+    with torch.no_grad():
+        local.weight.copy_(rows)
+    local.fuse(OPTIMIZERS[rule])
+    table = sharded(rows, make_plan(kind, spec, world_size, stride), exchanges_for(kind, world_size))
+    table.fuse(OPTIMIZERS[rule])
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    for _ in range(2):
+        local(ids, scores, code_stride=stride).backward(grads.to(dtype) / world_size)
+        table(ids[mine], scores[mine], code_stride=stride).backward(grads[mine].to(dtype))
+    assert table.row_state.num_updates == 2 and table.weight.grad is None
+    return put_together(table, table.weight), local.weight

@@ -127,3 +127,17 @@ def test_a_rank_that_does_not_come_is_named(pool, what):
     for told in pool.run(ranks.late, 3, what)[::2]:
         assert told.startswith(f"unavailable: all ranks must reach call {int(what == 'gradient')}, the {what} of table")
         assert "within 1 s; rank 1 did not" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam"])
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("uneven_rows", 3), ("uneven_columns", 3), ("table_wise", 3), ("grid", 4)]
+)
+def test_rows_trained_in_backward_are_those_of_an_unsharded_table(pool, kind, world_size, rule, dtype):
+    """Stochastic rounding included, since its random bits come from a value's place in the whole table."""
+    for got, wanted in pool.run(ranks.fused, world_size, kind, 8, rule, dtype):
+        if (rule == "adagrad" and "columns" in kind) or kind == "grid":  # mean squares are summed by columns
+            assert relative_error(got.float(), wanted.detach().float()) <= TOLERANCES["float32"]
+        else:
+            assert torch.equal(got, wanted)

@@ -10,9 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mfdist.kernels.row_update import squared_sums
+from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange, Opened, Pending
 from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+from mfdist.sharding.tags import Call
 from mfdist.sharding.wire import Wire
 
 #: [begin, end) of each rank's tokens that travel together.
@@ -77,14 +80,35 @@ class ColumnWise(Route):
             self._place(pending.wait(), out[begin:end], wire)
         if len(chunks) > 1:
             kept = Kept(_in_rank_order(everyones, chunks), kept.others)
-        return out, Kept(kept.tensors, (replace(call, phase="gradient"), num_tokens, kept.others))
+        return out, Kept(kept.tensors, (call, num_tokens, kept.others))
 
-    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
         """Return the gradients; see `Route.backward`."""
-        call, num_tokens, below = kept.others
+        opened = self._exchange.open(replace(kept.others[0], phase="gradient"))
+        everyones, below = self._dispatch(opened, weight, kept, grad_output)
+        row_gradient, shares = self._below.backward(weight, below, everyones, must_list=must_list)
+        return row_gradient, self._combine(opened, kept, shares)
+
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the rows; see `Route.update`. A rule that takes whole rows' mean squares gets them from all ranks."""
+        opened = self._exchange.open(replace(kept.others[0], phase="update"))
+        everyones, below = self._dispatch(opened, weight, kept, grad_output)
+        if state.optimizer.rule.kind != "rowwise_adagrad":
+            return self._combine(opened, kept, self._below.update(weight, below, everyones, state))
+        gradient, shares = self._below.backward(weight, below, everyones, must_list=True)
+        grad_scores = self._combine(opened, kept, shares)
+        squares = self._sum_of_owners(kept.others[0], squared_sums(gradient.values))
+        mean_squares = squares / sum(self._widths)
+        state.update(weight, gradient.values, touched=gradient.row_ids, mean_squares=mean_squares, name=self._name)
+        return grad_scores
+
+    def _dispatch(self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[Tensor, Kept]:
+        """Send each owner its columns of the gradient; return this rank's columns for all tokens."""
+        _, num_tokens, below = kept.others
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         own, most = num_tokens[exchange.rank], max(num_tokens)
-        opened = exchange.open(call)
         widths = [wire.width(each) for each in self._widths]
         columns = [wire.encode(grad_output[:, begin:end]).view(-1) for begin, end in self._columns]
         grads = exchange.send(
@@ -94,17 +118,34 @@ class ColumnWise(Route):
             [count * widths[exchange.rank] for count in num_tokens],
             most * max(widths),
         ).wait()
-        everyones = wire.decode(grads.view(sum(num_tokens), widths[exchange.rank]))
-        row_gradient, shares = self._below.backward(weight, Kept(kept.tensors, below), everyones)
+        return wire.decode(grads.view(sum(num_tokens), widths[exchange.rank])), Kept(kept.tensors, below)
+
+    def _combine(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
+        """Send each rank this rank's shares of its score gradients; return the sum of those for this rank."""
+        call, num_tokens, _ = kept.others
+        exchange, own = self._exchange, num_tokens[self._exchange.rank]
         returned = exchange.send(
             opened,
             shares,
             [count * call.num_lookups for count in num_tokens],
             [own * call.num_lookups] * exchange.world_size,
-            most * call.num_lookups,
+            max(num_tokens) * call.num_lookups,
         ).wait()
         opened.wait()
-        return row_gradient, sum_in_order(returned.view(exchange.world_size, own, call.num_lookups))
+        return sum_in_order(returned.view(exchange.world_size, own, call.num_lookups))
+
+    def _sum_of_owners(self, call: Call, values: Tensor) -> Tensor:
+        """Return the sum of [U] over the ranks that have columns; all have looked up the same rows."""
+        exchange = self._exchange
+        opened = exchange.open(replace(call, phase="update"), [values.numel()])
+        counts = [line[0] for line in opened.wait()]
+        arriving = [count if values.numel() else 0 for count in counts]
+        payload = values.repeat(sum(count > 0 for count in counts))
+        arrived = exchange.send(
+            opened, payload, [values.numel() if count else 0 for count in counts], arriving, max(counts)
+        )
+        shares = arrived.wait()
+        return sum_in_order(shares.view(-1, values.numel())) if values.numel() else values
 
     def _chunks(self, num_tokens: Sequence[int], lookup: LookupArguments, wire: Wire) -> list[_Chunk]:
         bytes_a_token = lookup.num_lookups * (lookup.row_ids.element_size() + lookup.scores.element_size())

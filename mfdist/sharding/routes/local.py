@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-from mfdist.kernels import gather_sum, row_gradient
+from mfdist.kernels import gather_sum, ragged_gradient, row_gradient
+from mfdist.optim import RowState
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+
+
+def summed_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which gradients of rows are summed."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 class LocalRoute(Route):
@@ -23,13 +29,34 @@ class LocalRoute(Route):
             return weight.new_zeros(lookup.num_tokens, weight.shape[1]), self._keep(lookup)
         return gather_sum(weight, lookup.row_ids, lookup.scores, lookup.code_stride, self._name), self._keep(lookup)
 
-    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
         """Return the gradients; see `Route.backward`."""
         row_ids, scores = kept.tensors
+        if must_list:
+            return self._listed(weight, row_ids, scores, grad_output, kept.others)
         if not weight.numel():
             return RowGradient(torch.zeros_like(weight)), torch.zeros_like(scores)
         rows, grad_scores = row_gradient(weight, row_ids, scores, grad_output, kept.others, self._name)
         return RowGradient(rows), grad_scores
+
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the rows; see `Route.update`."""
+        row_ids, scores = kept.tensors
+        return state.update_by_lookup(weight, row_ids, scores, grad_output, kept.others, self._name)
+
+    def _listed(
+        self, weight: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int
+    ) -> tuple[RowGradient, Tensor]:
+        if not weight.numel():
+            return RowGradient(weight, row_ids.new_empty(0, dtype=torch.int64)), torch.zeros_like(scores)
+        num_tokens, num_lookups = row_ids.shape
+        ids = row_ids.long() + code_stride * torch.arange(num_lookups, device=row_ids.device)
+        tokens = torch.arange(num_tokens, device=row_ids.device).repeat_interleave(num_lookups)
+        listed = (ids.reshape(-1), tokens, scores.reshape(-1), grad_output)
+        rows, values, grad_scores = ragged_gradient(weight, *listed, self._name, dtype=summed_dtype(weight))
+        return RowGradient(values, rows), grad_scores.view(num_tokens, num_lookups)
 
     def _keep(self, lookup: LookupArguments) -> Kept:
         return Kept((lookup.row_ids, lookup.scores), lookup.code_stride)

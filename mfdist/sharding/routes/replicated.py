@@ -5,8 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
-from mfdist.sharding.exchange import Exchange
+from mfdist.sharding.exchange import Exchange, Opened
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
@@ -35,21 +36,48 @@ class Replicated(Route):
         """Return the sums; see `Route.forward`."""
         return self._local.forward(weight, lookup, is_training=is_training)
 
-    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
         """Return the gradients; see `Route.backward`."""
-        exchange, wire = self._exchange, Wire(weight.dtype, self._wire)
-        opened = exchange.open(Call(table=self._name, kind="replicated", phase="gradient"))
-        own_gradient, grad_scores = self._local.backward(weight, kept, grad_output)
-        num_rows, row_dim = weight.shape
-        cuts = even_cuts(num_rows, exchange.world_size)
-        counts = [end - begin for begin, end in pairwise(cuts)]
+        opened = self._open("update" if must_list else "gradient")
+        own, grad_scores = self._local.backward(weight, kept, grad_output, must_list=must_list)
+        if not must_list:
+            total = self._sum(opened, own.values, self._wire)
+            opened.wait()
+            return RowGradient(total), grad_scores
+        assert own.row_ids is not None
+        dense = own.values.new_zeros(weight.shape)
+        dense[own.row_ids] = own.values
+        is_used = torch.zeros(weight.shape[0], 1, dtype=torch.uint8, device=weight.device)
+        is_used[own.row_ids] = 1
+        # Rounding sums to the rows' own dtype would cost what summing them in fp32 has gained.
+        wire = self._wire if self._wire.itemsize < weight.dtype.itemsize else dense.dtype
+        total = self._sum(opened, dense, wire)
+        rows = self._sum(opened, is_used, torch.uint8).squeeze(1).nonzero().squeeze(1)
+        opened.wait()
+        return RowGradient(total[rows], rows), grad_scores
+
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the rows, each copy alike; see `Route.update`."""
+        gradient, grad_scores = self.backward(weight, kept, grad_output, must_list=True)
+        state.update(weight, gradient.values, touched=gradient.row_ids, name=self._name)
+        return grad_scores
+
+    def _open(self, phase: str) -> Opened:
+        return self._exchange.open(Call(table=self._name, kind="replicated", phase=phase))
+
+    def _sum(self, opened: Opened, values: Tensor, wire_dtype: torch.dtype) -> Tensor:
+        """Return [R, D] summed over the ranks in their order; of bytes, whether any is not 0."""
+        exchange, wire = self._exchange, Wire(values.dtype, wire_dtype)
+        num_rows, row_dim = values.shape
+        counts = [end - begin for begin, end in pairwise(even_cuts(num_rows, exchange.world_size))]
         width, own = wire.width(row_dim), counts[exchange.rank]
         sizes, own_sizes = [count * width for count in counts], [own * width] * exchange.world_size
-        arrived = exchange.send(opened, wire.encode(own_gradient.values), sizes, own_sizes, max(sizes)).wait()
-        shares = wire.decode(arrived.view(exchange.world_size * own, width))
-        total = sum_in_order(shares.view(exchange.world_size, own, row_dim))
+        arrived = exchange.send(opened, wire.encode(values), sizes, own_sizes, max(sizes)).wait()
+        shares = wire.decode(arrived.view(exchange.world_size * own, width)).view(exchange.world_size, own, row_dim)
+        total = sum_in_order(shares) if values.is_floating_point() else shares.amax(0)
         summed = exchange.send(
             opened, wire.encode(total).repeat(exchange.world_size, 1), own_sizes, sizes, max(sizes)
         ).wait()
-        opened.wait()
-        return RowGradient(wire.decode(summed.view(num_rows, width))), grad_scores
+        return wire.decode(summed.view(num_rows, width))

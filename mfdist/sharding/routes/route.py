@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mfdist.optim import RowState
 from mfdist.sharding.tags import Call
 
 
@@ -53,9 +54,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """Gradient of the rows this rank holds: of all of them, or of some, the others' being zero."""
+    """Gradient of the rows this rank holds: of all of them, or of those that were looked up, the others' being zero."""
 
-    values: Tensor  # [R, d], or [U, d]
+    values: Tensor  # [R, d] in the table's dtype, or [U, d]
     row_ids: Tensor | None = field(default=None)  # [U] int64, ascending, counted from the first row held
 
 
@@ -77,11 +78,26 @@ class Route(ABC):
         """
 
     @abstractmethod
-    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
         """Return the gradient of the held rows, summed over all ranks, and that of this rank's scores [n, K].
 
         Args:
             weight: as it was in `forward`.
             kept: from `forward`.
             grad_output: [n, D], of this rank's sums.
+            must_list: give the gradients of the rows that were looked up, on any rank, and no others; in fp32, or the
+                table's dtype where that is wider.
+        """
+
+    @abstractmethod
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the held rows in place by their gradient; return that of this rank's scores [n, K].
+
+        Args:
+            weight: as it was in `forward`.
+            kept: from `forward`.
+            grad_output: [n, D].
+            state: what trains the rows of this rank.
         """

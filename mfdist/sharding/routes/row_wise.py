@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mfdist.kernels import gather_sum, ragged_gradient
+from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange, Opened
 from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.local import summed_dtype
 from mfdist.sharding.routes.requests import Requests, Returns
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
@@ -84,15 +86,30 @@ class RowWise(Route):
         for (begin, end), fetch in zip(chunks, arriving, strict=True):
             out[:, begin:end] = gather_sum(fetch(), requests.positions, lookup.scores, 0, self._name)
         kept = (asked, lookup.scores, *returns.tensors)
-        return out, Kept(kept, (replace(call, phase="gradient"), returns.counts, sizes))
+        return out, Kept(kept, (call, returns.counts, sizes))
 
-    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
-        """Return the gradients; see `Route.backward`."""
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
+        """Return the gradients, always of the rows that were looked up; see `Route.backward`."""
+        return self._backward(
+            weight, kept, grad_output, "gradient", summed_dtype(weight) if must_list else weight.dtype
+        )
+
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the rows; see `Route.update`."""
+        gradient, grad_scores = self._backward(weight, kept, grad_output, "update", summed_dtype(weight))
+        state.update(weight, gradient.values, touched=gradient.row_ids, name=self._name)
+        return grad_scores
+
+    def _backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, phase: str, dtype: torch.dtype
+    ) -> tuple[RowGradient, Tensor]:
         call, return_counts, sizes = kept.others
         asked, scores, tokens, runs, lookups, places = kept.tensors
         exchange, weight = self._exchange, self._as_wide(weight)
         wire = Wire(weight.dtype, self._backward_wire)
-        opened = exchange.open(call)
+        opened = exchange.open(replace(call, phase=phase))
         width = wire.width(self._row_dim)
         token_counts, lookup_counts = return_counts
         grads = exchange.send(
@@ -114,7 +131,7 @@ class RowWise(Route):
         row_ids = asked[arriving_places.wait() + starts]
         everyones = wire.decode(grads.wait().view(sum(sizes.tokens), width))
         rows, values, shares = ragged_gradient(
-            weight, row_ids, their_tokens, arriving_scores.wait(), everyones, self._name
+            weight, row_ids, their_tokens, arriving_scores.wait(), everyones, self._name, dtype=dtype
         )
         returned = exchange.send(opened, shares, sizes.lookups, lookup_counts, sizes.most[2]).wait()
         opened.wait()

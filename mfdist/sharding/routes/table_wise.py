@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange, Opened, Pending
 from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.column_wise import sum_in_order
@@ -77,19 +78,35 @@ class TableWise(Route):
         ).wait()
         shares = wire.decode(returned.view(sum(owners) * lookup.num_tokens, width))
         out = sum_in_order(shares.view(sum(owners), lookup.num_tokens, self._row_dim))
-        return out, Kept(kept.tensors, (replace(call, phase="gradient"), num_tokens, slots, kept.others))
+        return out, Kept(kept.tensors, (call, num_tokens, slots, kept.others))
 
-    def backward(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[RowGradient, Tensor]:
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
         """Return the gradients; see `Route.backward`."""
         if kept.others[0] is None:
-            return self._row_wise.backward(weight, Kept(kept.tensors, kept.others[1]), grad_output)
-        call, num_tokens, slots, stride = kept.others
+            below = Kept(kept.tensors, kept.others[1])
+            return self._row_wise.backward(weight, below, grad_output, must_list=must_list)
+        opened = self._exchange.open(replace(kept.others[0], phase="gradient"))
+        everyones, local = self._dispatch_gradient(opened, weight, kept, grad_output)
+        row_gradient, slot_gradients = self._local.backward(weight, local, everyones, must_list=must_list)
+        return row_gradient, self._combine(opened, kept, slot_gradients)
+
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the rows; see `Route.update`."""
+        if kept.others[0] is None:
+            return self._row_wise.update(weight, Kept(kept.tensors, kept.others[1]), grad_output, state)
+        opened = self._exchange.open(replace(kept.others[0], phase="update"))
+        everyones, local = self._dispatch_gradient(opened, weight, kept, grad_output)
+        return self._combine(opened, kept, self._local.update(weight, local, everyones, state))
+
+    def _dispatch_gradient(
+        self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor
+    ) -> tuple[Tensor, Kept]:
+        """Send all owners the gradient; return that of all tokens."""
+        _, num_tokens, _, stride = kept.others
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
-        own = num_tokens[exchange.rank]
-        opened = exchange.open(call)
-        width = wire.width(self._row_dim)
-        widths = [end - begin for begin, end in slots]
-        owners = self._owners
+        own, width, owners = num_tokens[exchange.rank], wire.width(self._row_dim), self._owners
         is_owner = owners[exchange.rank]
         arrived = exchange.send(
             opened,
@@ -98,8 +115,13 @@ class TableWise(Route):
             [count * width * is_owner for count in num_tokens],
             max(num_tokens) * width,
         ).wait()
-        everyones = wire.decode(arrived.view(sum(num_tokens) * is_owner, width))
-        row_gradient, slot_gradients = self._local.backward(weight, Kept(kept.tensors, stride), everyones)
+        return wire.decode(arrived.view(sum(num_tokens) * is_owner, width)), Kept(kept.tensors, stride)
+
+    def _combine(self, opened: Opened, kept: Kept, slot_gradients: Tensor) -> Tensor:
+        """Send each rank the score gradients of this rank's slots; return all of this rank's tokens'."""
+        call, num_tokens, slots, _ = kept.others
+        exchange, own = self._exchange, num_tokens[self._exchange.rank]
+        widths = [end - begin for begin, end in slots]
         returned = exchange.send(
             opened,
             slot_gradients,
@@ -111,7 +133,7 @@ class TableWise(Route):
         grad_scores = returned.new_zeros(own, call.num_lookups)
         for (begin, end), part in zip(slots, returned.split_with_sizes([own * each for each in widths]), strict=True):
             grad_scores[:, begin:end] = part.view(own, end - begin)
-        return row_gradient, grad_scores
+        return grad_scores
 
     def _slots(self, lookup: LookupArguments) -> list[tuple[int, int]] | None:
         """Return the lookups that each rank's rows answer, or None where they cannot be told by their number."""
