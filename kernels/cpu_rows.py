@@ -16,7 +16,7 @@ _HUGE_BYTES = 32 << 20
 
 def flat(tensor: Tensor) -> Any:
     """Return fp32 values as a flat array, copied only if they are not contiguous."""
-    return tensor.detach().contiguous().numpy().reshape(-1)
+    return _detached(tensor).contiguous().numpy().reshape(-1)
 
 
 def flat_rows(table: Tensor) -> Any:
@@ -24,11 +24,15 @@ def flat_rows(table: Tensor) -> Any:
 
     They are float32 for fp32, uint16 for bf16 and int16 for fp16; int8, and uint8 for e4m3, stay as they are.
     """
-    table = table.detach().contiguous()
+    table = _detached(table).contiguous()
     if table.dtype in (torch.float32, torch.int8, torch.uint8):
         return table.numpy().reshape(-1)
     words = table.view(torch.int16).numpy().reshape(-1)
     return words.view(np.uint16) if table.dtype == torch.bfloat16 else words
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor  # half a microsecond, which tells when decoding
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Rows arrive as flat numpy arrays whose dtype says how to read them: float32 and 
 as fp16, uint8 as e4m3 divided by `E4M3_FACTOR`.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 _HALF_BITS = 16
+_LINE_BYTES = 64  # of a cache
 #: What `load` leaves out of an e4m3 value, whose exponent counts from 7 where fp16's counts from 15.
 E4M3_FACTOR = 256.0
 
@@ -74,25 +76,66 @@ def width(typing_context: Any, lanes: Any) -> Any:
 @intrinsic
 def load(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
     """Return the run of `like`'s width that starts at `array[index]`, as fp32."""
+    return like(array, types.intp, like), _generate_load
+
+
+def _generate_load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    array_type, _, lanes = signature.args
+    element = _element(array_type)
+    value = builder.load(_address(context, builder, array_type, args, element, lanes.width))
+    value.align = element.width // 8 if isinstance(element, ir.IntType) else array_type.dtype.bitwidth // 8
+    if array_type.dtype == types.uint16:
+        words = _vector(ir.IntType(32), lanes.width)
+        value = builder.shl(builder.zext(value, words), ir.Constant(words, [_HALF_BITS] * lanes.width))
+        return builder.bitcast(value, _vector(ir.FloatType(), lanes.width))
+    if array_type.dtype == types.uint8:
+        value = _half_of_e4m3(builder, value, lanes.width)
+    if array_type.dtype in (types.int16, types.uint8):
+        return builder.fpext(value, _vector(ir.FloatType(), lanes.width))
+    if array_type.dtype == types.int8:
+        return builder.sitofp(value, _vector(ir.FloatType(), lanes.width))
+    return value
+
+
+@intrinsic
+def load_mixed(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
+    """Return what `load` returns, in the order that takes the fewest operations; `unmixed` brings it back.
+
+    Of bf16, the upper halves of 32-bit words are values as they are, and the lower ones after one shift: so all even
+    values come first, then all odd ones.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type, _, lanes = signature.args
-        element = _element(array_type)
-        value = builder.load(_address(context, builder, array_type, args, element, lanes.width))
-        value.align = element.width // 8 if isinstance(element, ir.IntType) else array_type.dtype.bitwidth // 8
-        if array_type.dtype == types.uint16:
-            words = _vector(ir.IntType(32), lanes.width)
-            value = builder.shl(builder.zext(value, words), ir.Constant(words, [_HALF_BITS] * lanes.width))
-            return builder.bitcast(value, _vector(ir.FloatType(), lanes.width))
-        if array_type.dtype == types.uint8:
-            value = _half_of_e4m3(builder, value, lanes.width)
-        if array_type.dtype in (types.int16, types.uint8):
-            return builder.fpext(value, _vector(ir.FloatType(), lanes.width))
-        if array_type.dtype == types.int8:
-            return builder.sitofp(value, _vector(ir.FloatType(), lanes.width))
-        return value
+        if not _is_mixed(array_type, lanes):
+            return _generate_load(context, builder, signature, args)
+        half = lanes.width // 2
+        words = _vector(ir.IntType(32), half)
+        pairs = builder.load(_address(context, builder, array_type, args, ir.IntType(32), half))
+        pairs.align = array_type.dtype.bitwidth // 8
+        even = builder.shl(pairs, ir.Constant(words, [_HALF_BITS] * half))
+        odd = builder.and_(pairs, ir.Constant(words, [0xFFFF0000] * half))
+        order = ir.Constant(_vector(ir.IntType(32), lanes.width), list(range(lanes.width)))
+        return builder.bitcast(builder.shuffle_vector(even, odd, order), _vector(ir.FloatType(), lanes.width))
 
     return like(array, types.intp, like), generate
+
+
+@intrinsic
+def unmixed(typing_context: Any, run: Any, array: Any) -> Any:
+    """Return a run made of what `load_mixed` returned for `array`, in the order of the columns."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes, array_type = signature.args
+        if not _is_mixed(array_type, lanes):
+            return args[0]
+        return _shuffle(builder, args[0], [i // 2 + i % 2 * (lanes.width // 2) for i in range(lanes.width)])
+
+    return run(run, array), generate
+
+
+def _is_mixed(array_type: Any, lanes: Any) -> bool:
+    return bool(array_type.dtype == types.uint16 and lanes.width % 2 == 0 and sys.byteorder == "little")
 
 
 @intrinsic
@@ -150,6 +193,43 @@ def store_at_random(typing_context: Any, array: Any, index: Any, value: Any, key
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value, types.uint32, types.int64), generate
+
+
+@intrinsic
+def copy(typing_context: Any, to: Any, to_index: Any, array: Any, index: Any, like: Any) -> Any:
+    """Write the run of `like`'s width that starts at `array[index]` at `to[to_index]`, as it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to_type, _, array_type, _, lanes = signature.args
+        element = _element(array_type)
+        alignment = array_type.dtype.bitwidth // 8
+        value = builder.load(_address(context, builder, array_type, args[2:], element, lanes.width))
+        value.align = alignment
+        written = builder.store(value, _address(context, builder, to_type, args, element, lanes.width))
+        written.align = alignment
+        return context.get_dummy_value()
+
+    return types.void(to, types.intp, array, types.intp, like), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
+    """Start to fetch the run of `like`'s width that starts at `array[index]` into the caches."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type, _, lanes = signature.args
+        byte = ir.IntType(8).as_pointer()
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        start = builder.bitcast(_address(context, builder, array_type, args, ir.IntType(8), 1), byte)
+        reading, keeping, data = (ir.Constant(word, flag) for flag in (0, 3, 1))
+        for offset in range(0, lanes.width * array_type.dtype.bitwidth // 8, _LINE_BYTES):
+            line = builder.gep(start, [ir.Constant(ir.IntType(64), offset)])
+            builder.call(function, [line, reading, keeping, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, like), generate
 
 
 @intrinsic

@@ -1,12 +1,14 @@
 """gather_sum on the CPU: tiles of columns in registers, tokens in parallel, the table in the order the caches like.
 
-Three orders of the same sums, chosen by shape. Each output element is added up by one thread in the order k = 0..K-1,
+Two orders of the same sums, chosen by shape. Each output element is added up by one thread in the order k = 0..K-1,
 so the result depends on neither the order nor the number of threads.
 
-- whole: a few tokens at a time read all their rows. For few tokens, small tables, and ids that may lie anywhere.
-- chunked: all tokens read from the tables of a few lookups, then from the next few. For tables past the last cache.
-- packed: as chunked, but the tables' tile of columns is first copied together. Rows a power of two apart fall on the
-  same few cache sets; side by side they fill the whole second-level cache. Worth it where a row is read several times.
+- direct: a token reads its rows where they lie, while those a few lookups ahead are fetched. From a large table all
+  tokens read the rows of a few lookups, then of the next few, so that fewer pages are in use at a time.
+- packed: where rows are read several times. The tables of a few lookups are copied together, one tile of columns, to
+  where they stay in a core's second-level cache while all tokens pass.
+
+Quantised rows have a scale each; scores are multiplied by them first, and then they are rows like all others.
 """
 
 from typing import Any, NamedTuple
@@ -21,32 +23,36 @@ from mfdist.kernels.cpu_rows import flat, flat_rows
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 from mfdist.kernels.lanes import (
     E4M3_FACTOR,
+    MIDDLE,
     NARROW,
     WIDE,
     at,
+    copy,
     load,
+    load_mixed,
+    prefetch,
     scaled_add,
     store,
+    unmixed,
     width,
+    zeros_middle,
     zeros_narrow,
     zeros_single,
     zeros_wide,
 )
 
 #: A table smaller than this stays in the last-level cache by itself.
-_CACHED_BYTES = 16 << 20
-#: Tables of a few lookups that are read together: a share of the last-level cache, or of a core's second-level cache.
-_CHUNK_BYTES = 16 << 20
+_CACHED_BYTES = 15 << 20
+#: Lookups of a large table that all tokens do before the next.
+_LOOKUPS_TOGETHER = 8
+#: Lookups between a row's use and the fetch of a later one.
+_AHEAD = 4
+#: Tables of a few lookups that are copied together: half of a core's second-level cache.
 _PACK_BYTES = 512 << 10
-#: Reads of a row, on average, that repay copying it, and that repay reading the table in chunks.
+#: Reads of a row, on average, that repay copying it.
 _PACK_READS = 4
-_CHUNK_READS = 0.5
 #: Elements of work that repay waking the threads.
 _PARALLEL_WORK = 1 << 18
-#: Tokens that pass one tile of columns before the next: many for a table in the cache, whose tile they find closer by
-#: each time; few for a larger one, whose rows are then read whole.
-_TOKENS_TOGETHER = 256
-_TOKENS_TOGETHER_LARGE = 16
 
 
 class _Lookup(NamedTuple):
@@ -58,7 +64,8 @@ class _Lookup(NamedTuple):
     wide_ids: Any
     table: Any
     scores: Any
-    out: Any  # [N, D] fp32
+    out: Any
+    sums: Any  # [N, D] fp32, which may be `out`; used where not all lookups are done at once
     N: int
     K: int
     D: int
@@ -66,14 +73,12 @@ class _Lookup(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What one call adds: lookups [first, end) of tokens [low, high) in columns [left, right)."""
+    """What one call adds: tokens [low, high) in columns [left, right)."""
 
     low: int
     high: int
     left: int
     right: int
-    first: int
-    end: int
 
 
 def gather_sum(
@@ -90,37 +95,34 @@ def gather_sum(
 
     A table of int8, or of the bits of e4m3 as uint8, needs both: `scales` [R] in fp32, and the dtype.
     """
-    dtype = dtype or table.dtype
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
     ids = checked_ids(row_ids, code_stride or num_rows, name, is_code=code_stride > 0)
     work = num_tokens * num_lookups * dim
+    out = torch.empty(num_tokens, dim, dtype=dtype or table.dtype)
     if not work:
-        return table.new_zeros(num_tokens, dim, dtype=dtype)
-    out = torch.empty(num_tokens, dim)
-    lookup = _Lookup(
-        *ids, flat_rows(table), flat(scores), out.numpy().reshape(-1), num_tokens, num_lookups, dim, code_stride
-    )
+        return out.zero_()
+    is_split = code_stride > 0 and num_tokens > 1 and table.nbytes > _CACHED_BYTES
+    sums = flat_out = flat_rows(out)
+    if is_split and out.dtype != torch.float32:
+        sums = np.empty(num_tokens * dim, np.float32)
+    lookup = _Lookup(*ids, flat_rows(table), flat(scores), flat_out, sums, num_tokens, num_lookups, dim, code_stride)
     if scales is not None:
         factor = np.float32(E4M3_FACTOR if table.dtype == torch.uint8 else 1.0)
         lookup = lookup._replace(scores=_times_scales(lookup, flat(scales), factor))
     threads = num_threads(work, worth=_PARALLEL_WORK)
-    lookup_bytes = code_stride * dim * table.itemsize
-    is_large = table.nbytes > _CACHED_BYTES
-    together = _TOKENS_TOGETHER_LARGE if is_large else _TOKENS_TOGETHER
-    if code_stride and is_large and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
-        chunk = max(1, _PACK_BYTES // (code_stride * WIDE * np.dtype(np.float32).itemsize))
-        num_tiles = dim // WIDE + dim % WIDE // NARROW
-        call(_packed, threads, lookup, min(chunk, num_lookups), -(-threads // num_tiles))
-    elif code_stride and is_large and num_tokens >= _CHUNK_READS * code_stride:
-        call(_in_parts, threads, lookup, max(1, _CHUNK_BYTES // lookup_bytes), threads, 1)
-    elif threads == 1:
-        _whole(lookup, together)
+    if is_split and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
+        chunk = min(num_lookups, max(1, _PACK_BYTES // (code_stride * MIDDLE * table.itemsize)))
+        num_tiles = dim // MIDDLE + dim % MIDDLE // NARROW
+        call(_packed, threads, lookup, chunk, -(-threads // num_tiles))
+        return out
+    chunk = min(num_lookups, _LOOKUPS_TOGETHER) if is_split else num_lookups
+    if threads == 1:
+        _direct(lookup, _Part(0, num_tokens, 0, dim), chunk)
     else:
-        parts = -(-num_tokens // together)
-        parts = parts if parts >= threads else min(num_tokens, threads)
-        call(_in_parts, threads, lookup, num_lookups, parts, -(-threads // parts))
-    return out.to(dtype)
+        token_parts = min(num_tokens, threads)
+        call(_direct_parts, threads, lookup, chunk, token_parts, -(-threads // token_parts))
+    return out
 
 
 @jit()
@@ -133,97 +135,109 @@ def _times_scales(lookup: Any, scales: Any, factor: Any) -> Any:
     return weights
 
 
-@jit()
-def _whole(lookup: Any, together: Any) -> None:
-    for low in range(0, lookup.N, together):
-        high = min(lookup.N, low + together)
-        _add_columns(lookup, _Part(low, high, 0, lookup.D, 0, lookup.K))
-
-
 @jit(parallel=True)
-def _in_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> None:
+def _direct_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> None:
     tokens = -(-lookup.N // token_parts)
     columns = -(-lookup.D // (column_parts * WIDE)) * WIDE
-    for part in numba.prange(token_parts * column_parts):
-        low = min(lookup.N, part // column_parts * tokens)
-        left = min(lookup.D, part % column_parts * columns)
-        for first in range(0, lookup.K, chunk):
-            high, right, end = min(lookup.N, low + tokens), min(lookup.D, left + columns), min(lookup.K, first + chunk)
-            _add_columns(lookup, _Part(low, high, left, right, first, end))
+    for index in numba.prange(token_parts * column_parts):
+        low = min(lookup.N, index // column_parts * tokens)
+        left = min(lookup.D, index % column_parts * columns)
+        part = _Part(low, min(lookup.N, low + tokens), left, min(lookup.D, left + columns))
+        _direct(lookup, part, chunk)
 
 
-@jit_part()
-def _add_columns(lookup: Any, part: Any) -> None:
+@jit()
+def _direct(lookup: Any, part: Any, chunk: Any) -> None:
+    for first in range(0, lookup.K, chunk):
+        end = min(lookup.K, first + chunk)
+        rows = find_rows(lookup, part.low, part.high, first, end, 0)
+        for n in range(part.low, part.high):
+            column = part.left
+            while column + WIDE <= part.right:
+                _add_rows(lookup, rows, part.low, n, first, end, column, zeros_wide())
+                column += WIDE
+            while column + NARROW <= part.right:
+                _add_rows(lookup, rows, part.low, n, first, end, column, zeros_narrow())
+                column += NARROW
+            while column < part.right:
+                _add_rows(lookup, rows, part.low, n, first, end, column, zeros_single())
+                column += 1
+
+
+@jit_part(forceinline=True)
+def _add_rows(lookup: Any, rows: Any, low: Any, n: Any, first: Any, end: Any, column: Any, zeros: Any) -> None:
+    """Add lookups [first, end) of token n in one tile of columns; `rows` are those of tokens from `low` on."""
     table, D = lookup.table, lookup.D
-    row_ids = find_rows(lookup, part.low, part.high, part.first, part.end, 0)
-    column = part.left
-    while column + WIDE <= part.right:
-        _add_tile(lookup.scores, lookup.out, lookup.K, D, part, column, table, D, column, row_ids, zeros_wide())
-        column += WIDE
-    while column + NARROW <= part.right:
-        _add_tile(lookup.scores, lookup.out, lookup.K, D, part, column, table, D, column, row_ids, zeros_narrow())
-        column += NARROW
-    while column < part.right:
-        _add_tile(lookup.scores, lookup.out, lookup.K, D, part, column, table, D, column, row_ids, zeros_single())
-        column += 1
-
-
-@jit_part()
-def _add_tile(
-    scores: Any,
-    out: Any,
-    K: Any,
-    D: Any,
-    part: Any,
-    column: Any,
-    rows: Any,
-    row_width: Any,
-    row_column: Any,
-    row_ids: Any,
-    zeros: Any,
-) -> None:
-    """Add to one tile of columns of `out`, or start it if the part begins with lookup 0.
-
-    `row_ids` count the rows of `rows`, which is the table or a copied piece of it: they lie `row_width` apart, and are
-    read from `row_column` on.
-    """
-    num_lookups = part.end - part.first
-    for n in range(part.low, part.high):
-        total = zeros
-        if part.first > 0:
-            total = load(out, n * D + column, zeros)
-        score = n * K + part.first
-        row = (n - part.low) * num_lookups
-        for i in range(num_lookups):
-            total = scaled_add(
-                load(rows, at(row_ids, row + i) * row_width + row_column, zeros), at(scores, score + i), total
-            )
-        store(out, n * D + column, total)
+    total = zeros
+    if first > 0:
+        total = load(lookup.sums, n * D + column, zeros)
+    start = (n - low) * (end - first)
+    last = rows.size - 1
+    for i in range(end - first):
+        prefetch(table, at(rows, min(start + i + _AHEAD, last)) * D + column, zeros)
+        total = scaled_add(
+            load_mixed(table, at(rows, start + i) * D + column, zeros),
+            at(lookup.scores, n * lookup.K + first + i),
+            total,
+        )
+    if end == lookup.K:
+        store(lookup.out, n * D + column, unmixed(total, table))
+    else:
+        store(lookup.sums, n * D + column, total)
 
 
 @jit(parallel=True)
 def _packed(lookup: Any, chunk: Any, token_parts: Any) -> None:
-    num_wide = lookup.D // WIDE
-    num_tiles = num_wide + lookup.D % WIDE // NARROW
-    tokens = -(-lookup.N // token_parts)
+    N, K = lookup.N, lookup.K
+    # In the order in which they are used: by chunks of lookups, then by tokens; rows count from a chunk's first.
+    rows, scores = np.empty(N * K, np.int32), np.empty(N * K, np.float32)
+    for index in numba.prange(-(-K // chunk)):
+        _order_chunk(lookup, index * chunk, min(K, index * chunk + chunk), rows, scores)
+    num_middle = lookup.D // MIDDLE
+    num_tiles = num_middle + lookup.D % MIDDLE // NARROW
+    tokens = -(-N // token_parts)
     for task in numba.prange(num_tiles * token_parts):
         tile = task // token_parts
-        low = min(lookup.N, task % token_parts * tokens)
-        high = min(lookup.N, low + tokens)
-        if tile < num_wide:
-            _add_packed(lookup, chunk, low, high, tile * WIDE, zeros_wide())
+        low = min(N, task % token_parts * tokens)
+        high = min(N, low + tokens)
+        if tile < num_middle:
+            _pass_tokens(lookup, chunk, rows, scores, low, high, tile * MIDDLE, zeros_middle())
         else:
-            _add_packed(lookup, chunk, low, high, num_wide * WIDE + (tile - num_wide) * NARROW, zeros_narrow())
+            column = num_middle * MIDDLE + (tile - num_middle) * NARROW
+            _pass_tokens(lookup, chunk, rows, scores, low, high, column, zeros_narrow())
 
 
 @jit_part()
-def _add_packed(lookup: Any, chunk: Any, low: Any, high: Any, column: Any, zeros: Any) -> None:
+def _order_chunk(lookup: Any, first: Any, end: Any, rows: Any, scores: Any) -> None:
+    found = find_rows(lookup, 0, lookup.N, first, end, first)
+    count, origin = end - first, first * lookup.N
+    for n in range(lookup.N):
+        for i in range(count):
+            rows[origin + n * count + i] = at(found, n * count + i)
+            scores[origin + n * count + i] = at(lookup.scores, n * lookup.K + first + i)
+
+
+@jit_part()
+def _pass_tokens(lookup: Any, chunk: Any, rows: Any, scores: Any, low: Any, high: Any, column: Any, zeros: Any) -> None:
+    """Sum one tile of columns for tokens [low, high): a chunk of lookups from a copy of its rows, then the next."""
+    K, D, S = lookup.K, lookup.D, lookup.S
     tile = width(zeros)
-    pack = np.empty(chunk * lookup.S * tile, np.float32)
-    for first in range(0, lookup.K, chunk):
-        end = min(lookup.K, first + chunk)
-        for row in range((end - first) * lookup.S):
-            store(pack, row * tile, load(lookup.table, (first * lookup.S + row) * lookup.D + column, zeros))
-        part = _Part(low, high, column, column + tile, first, end)
-        row_ids = find_rows(lookup, low, high, first, end, first)
-        _add_tile(lookup.scores, lookup.out, lookup.K, lookup.D, part, column, pack, tile, 0, row_ids, zeros)
+    pack = np.empty(chunk * S * tile, lookup.table.dtype)
+    sums = np.empty((high - low) * tile, np.float32)
+    for first in range(0, K, chunk):
+        count = min(K - first, chunk)
+        for row in range(count * S):
+            copy(pack, row * tile, lookup.table, (first * S + row) * D + column, zeros)
+        for n in range(low, high):
+            total = zeros
+            if first > 0:
+                total = load(sums, (n - low) * tile, zeros)
+            start = first * lookup.N + n * count
+            for i in range(count):
+                total = scaled_add(
+                    load_mixed(pack, np.int64(at(rows, start + i)) * tile, zeros), at(scores, start + i), total
+                )
+            if first + count == K:
+                store(lookup.out, n * D + column, unmixed(total, pack))
+            else:
+                store(sums, (n - low) * tile, total)

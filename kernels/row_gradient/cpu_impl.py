@@ -22,6 +22,7 @@ from mfdist.kernels.lanes import (
     NARROW,
     at,
     load,
+    prefetch,
     product_add,
     scaled_add,
     store,
@@ -36,6 +37,10 @@ from mfdist.kernels.lanes import (
 _TILES_BYTES = 512 << 10
 #: The largest table of one lookup that is worth passing all tokens over, in rows.
 _MAX_OWN_ROWS = 4096
+#: Reads of a row, on average, that repay copying its table and its gradient a tile at a time.
+_LEAST_READS = 4
+#: Lookups between a row's use and the fetch of a later one.
+_AHEAD = 2
 _PARALLEL_WORK = 1 << 16
 
 
@@ -91,7 +96,7 @@ def row_gradient(
 
 def lookups_together(code_stride: int, num_tokens: int, num_lookups: int, threads: int) -> int:
     """Return how many lookups a thread takes at a time, or 0 where they are to be sorted by row."""
-    if not 0 < code_stride <= min(_MAX_OWN_ROWS, 2 * num_tokens):
+    if not 0 < code_stride <= min(_MAX_OWN_ROWS, num_tokens // _LEAST_READS):
         return 0
     fitting = _TILES_BYTES // (2 * code_stride * MIDDLE * np.dtype(np.float32).itemsize)
     return max(1, min(fitting, -(-num_lookups // threads)))
@@ -222,7 +227,7 @@ def sum_row(lookup: Any, run: Any, target: Any, at: Any) -> None:
         column += 1
 
 
-@jit_part()
+@jit_part(forceinline=True)
 def _sum_tile(lookup: Any, run: Any, target: Any, to: Any, column: Any, zeros: Any) -> None:
     grad = zeros
     for i in range(run.size):
@@ -238,10 +243,13 @@ def multiply_rows(lookup: Any, low: Any, high: Any) -> None:
     rows = find_rows(lookup, low, high, 0, lookup.K, 0)
     for n in range(low, high):
         for k in range(lookup.K):
-            start = rows[(n - low) * lookup.K + k] * D
+            index = (n - low) * lookup.K + k
+            start = rows[index] * D
+            ahead = rows[min(index + _AHEAD, rows.size - 1)] * D
             middle, narrow, single = zeros_middle(), zeros_narrow(), zeros_single()
             column = 0
             while column + MIDDLE <= D:
+                prefetch(lookup.table, ahead + column, middle)
                 row = load(lookup.table, start + column, middle)
                 middle = product_add(load(lookup.grad, n * D + column, middle), row, middle)
                 column += MIDDLE

@@ -57,7 +57,7 @@ def comparisons(name: str, case: BlockCase, device: str) -> Iterator[Comparison]
         f"mfdist-{case.kind}": lambda: _memory(case, device),
         f"torch-{case.kind}": lambda: _dense(case, device),
     }
-    yield Comparison(op="block", case=name, ceiling="read", contenders=contenders)
+    yield Comparison(op="block", case=name, ceiling="read", is_inference=True, contenders=contenders)
 
 
 def _memory(case: BlockCase, device: str) -> Contender:

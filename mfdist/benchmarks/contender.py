@@ -64,6 +64,8 @@ class Comparison:
     op: str
     case: str
     ceiling: Literal["copy", "read"]
+    #: Whether it is timed as inference is run, without what keeps gradients possible.
+    is_inference: bool = False
     contenders: Mapping[str, Callable[[], Contender]]
 
 

@@ -79,7 +79,7 @@ def _comparisons(device: str) -> Iterator[Comparison]:
         yield from hash_contenders.comparisons(hash_name, shape, device)
     for name, case in lookup_case.CASES[device].items():
         yield from lookup_contenders.comparisons(name, case, device)
-        if case.num_tokens >= lookup_contenders.LEAST_TRAINED and device == "cuda":
+        if case.num_tokens >= lookup_contenders.LEAST_TRAINED:
             yield from update_contenders.comparisons(name, case, device)
     for block_name, block in block_contenders.CASES[device].items():
         yield from block_contenders.comparisons(block_name, block, device)
@@ -101,7 +101,8 @@ def _compare(
             if seconds and not result.is_wrong:
                 right.append((len(results), contender))
         results.append(result)
-    medians = medians_us([contender.work for _, contender in right], device, seconds)
+    with torch.inference_mode(comparison.is_inference):
+        medians = medians_us([contender.work for _, contender in right], device, seconds)
     for (index, contender), median_us in zip(right, medians, strict=True):
         rate = 1e6 * contender.num_bytes / median_us
         results[index] = replace(

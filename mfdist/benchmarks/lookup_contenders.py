@@ -36,7 +36,7 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
     if has_baseline:
         forward |= {f"torch-{kind}": offer(_bag, dtype) for kind, dtype in floats.items()}
         forward |= fbgemm_contenders.sums(tensors)
-    yield Comparison(op="gather_sum", case=name, ceiling="read", contenders=forward)
+    yield Comparison(op="gather_sum", case=name, ceiling="read", is_inference=True, contenders=forward)
     if case.num_tokens < LEAST_TRAINED:
         return
     backward = {f"mfdist-{kind}": offer(_gradient, dtype) for kind, dtype in floats.items()}
