@@ -190,10 +190,12 @@ def _serve(connection: Connection, stack_path: str) -> None:
             except EOFError:
                 return
             except BaseException as error:  # noqa: BLE001 - what cannot be imported is a failure to report
-                answer = _failed(error)
-            else:
-                answer = _call(function, rank, args, setup)
+                connection.send_bytes(pickle.dumps(_failed(error)))
+                continue
+            answer = _call(function, rank, args, setup)
             connection.send_bytes(pickle.dumps(answer))
+            if answer.failure is None:
+                _leave(rank, setup[0], setup[3])
 
 
 def _call(
@@ -215,10 +217,24 @@ def _call(
         return _Answer(at_s=time.monotonic(), result=result)
     except BaseException as error:  # noqa: BLE001 - whatever a rank raises is told to the test
         return _failed(error)
-    finally:
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):  # its peers may be gone
-                dist.destroy_process_group()
+
+
+def _leave(rank: int, world_size: int, timeout_s: float) -> None:
+    """End the process group once all ranks are done, lest one closes connections that another still uses.
+
+    A rank that fails never comes here; the pool, told of its failure, ends those that wait.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"mfdist/done/{rank}", "")
+    deadline = time.monotonic() + timeout_s
+    while not store.check([f"mfdist/done/{each}" for each in range(world_size)]) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    with contextlib.suppress(RuntimeError):  # a group that met its deadline is broken
+        dist.destroy_process_group()
 
 
 def _failed(error: BaseException) -> _Answer:
