@@ -37,9 +37,6 @@ _PACKED_LOOKUPS = 32
 _STREAMED = {1: (512, 1), 2: (1024, 4), 4: (1024, 4)}
 _UNROLLED = 4
 _FEW_TOKENS = 64
-_FEW_LOOKUPS = 64
-_FEW_COLUMNS = 32
-_FEW_WARPS = 2
 
 
 def gather_sum(
@@ -70,11 +67,10 @@ def gather_sum(
     offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
     with device_of(table):
         if num_tokens <= _FEW_TOKENS:
-            columns = min(_FEW_COLUMNS, next_power_of_2(dim))
-            lookups = min(_FEW_LOOKUPS, next_power_of_2(num_lookups))
+            lookups, columns, warps = few_tile(num_tokens, num_lookups, dim)
             _sum_few[(num_tokens, triton.cdiv(dim, columns))](
                 table, scales, row_ids, scores, out, word, *sizes,
-                lookups, columns, is_checked, num_warps=_FEW_WARPS, **LAUNCH_OPTIONS,
+                lookups, columns, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
         elif num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES:
             # One round more than there is, for a tile to read ahead of its last.
@@ -97,6 +93,17 @@ def gather_sum(
                 tokens, columns, _UNROLLED, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
+
+
+def few_tile(num_tokens: int, num_lookups: int, dim: int) -> tuple[int, int, int]:
+    """Return lookups and columns that a program for one token reads at a time, and its warps.
+
+    With so little to sum that every multiprocessor has but a few warps, all lookups are read at once.
+    """
+    num_sums = num_tokens * dim
+    most, columns = (512, 32) if num_sums <= 1 << 13 else (256, 32) if num_sums <= 1 << 14 else (64, 64)
+    lookups = min(most, next_power_of_2(num_lookups))
+    return lookups, min(columns, next_power_of_2(dim)), max(2, lookups // 64)
 
 
 def tile(num_tokens: int, dim: int, itemsize: int) -> tuple[int, int]:

@@ -57,7 +57,9 @@ def quantize(table: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedRows:
     for first in range(0, num_rows if dim else 0, rows_together):
         part = slice(first, first + rows_together)
         wide = table[part].float()
-        scale = (wide.abs().amax(1) / LARGEST[dtype]).clamp_min(_SMALLEST_SCALE)
+        largest = wide.abs().amax(1)
+        # A GPU multiplies by the inverse of a number; two tensors it divides, as a CPU does, to the same bits.
+        scale = (largest / torch.full_like(largest, LARGEST[dtype])).clamp_min(_SMALLEST_SCALE)
         scales[part] = scale.where(scale.isfinite(), torch.nan)
         wide = (wide / scales[part, None]).nan_to_num_(0.0)
         values[part] = wide.round_() if dtype == torch.int8 else wide
