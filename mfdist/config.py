@@ -184,6 +184,12 @@ class CheckpointConfig(_Section):
 
     every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
     keep_last: Count = Field(2, description="checkpoints kept; older ones are removed after a newer one is committed")
+    keep_every: int = Field(0, ge=0, description="steps divisible by this are kept besides; 0: none")
+    asynchronous: bool = Field(True, description="train on while a copy of the state is written")
+    max_copy_gib: Positive = Field(
+        4.0, description="GiB of host memory for that copy; with a larger state training waits"
+    )
+    incremental: bool = Field(True, description="share files that did not change with the checkpoint before")
 
 
 class RunConfig(_Section):

@@ -98,7 +98,9 @@ def test_an_unknown_key_names_the_nearest_right_one(override: str, nearest: str)
 
 
 def test_a_key_like_no_other_lists_its_section() -> None:
-    assert message_of(SMALL, "checkpoint.zzz=1").endswith("; keys here are every, keep_last")
+    assert message_of(SMALL, "checkpoint.zzz=1").endswith(
+        "; keys here are every, keep_last, keep_every, asynchronous, max_copy_gib, incremental"
+    )
 
 
 def test_a_misspelt_key_or_section_names_its_line() -> None:

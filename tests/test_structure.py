@@ -32,7 +32,12 @@ DOORS = {
     "fbgemm_gpu": ("mfdist.benchmarks.fbgemm_contenders",),
     "tensorboard": ("mfdist.training.metrics",),
     "torch.utils.tensorboard": ("mfdist.training.metrics",),
-    "torch.distributed": ("mfdist.checkpoint.ranks", "mfdist.sharding.", "mfdist.testing."),
+    "torch.distributed": (
+        "mfdist.benchmarks.checkpoint",
+        "mfdist.checkpoint.ranks",
+        "mfdist.sharding.",
+        "mfdist.testing.",
+    ),
     "pydantic": ("mfdist.config", "mfdist.config_errors"),
     "tomli_w": ("mfdist.config",),
     "typer": ("mfdist.launch.cli.",),

@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 from mfdist.checkpoint.damage import Damage
 from mfdist.checkpoint.manifest import Manifest
 from mfdist.checkpoint.ranks import OneRank, Ranks, together
+from mfdist.checkpoint.retention import Retention
 from mfdist.checkpoint.series import StepSeries
 from mfdist.checkpoint.step_info import StepInfo
-from mfdist.errors import CheckpointError, ConfigError
+from mfdist.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
     from mfdist.checkpoint.state import CheckpointState
     from mfdist.spec import Region
-
-#: What a save that waits for the disk anyway copies into.
-_BUFFER_BYTES = 64 << 20
 
 
 class CheckpointDirectory:
@@ -34,21 +32,23 @@ class CheckpointDirectory:
     Args:
         path: the directory; with several ranks, on a file system that all of them share.
         ranks: who saves together; by default this process alone.
-        is_incremental: whether a file that holds what it held in the last step is shared with it, by a hard link,
-            instead of written again.
     """
 
-    def __init__(self, path: Path, *, ranks: Ranks | None = None, is_incremental: bool = True) -> None:
+    def __init__(self, path: Path, *, ranks: Ranks | None = None) -> None:
         self.path = Path(path)
         self.ranks = ranks or OneRank()
-        self.is_incremental = is_incremental
         self.series = StepSeries(self.path)
 
-    def save(self, state: "CheckpointState") -> StepInfo:
+    def save(self, state: "CheckpointState", *, is_incremental: bool = True) -> StepInfo:
         """Write `state` beside the committed steps and commit it.
 
         A step that exists already is superseded: the new one is committed under a higher revision, then the old one is
         deleted, so that at every moment one of them is there, whole. What dead writers left is deleted first.
+
+        Args:
+            state: what this rank holds; it must not change until this returns.
+            is_incremental: whether a file that holds what it held in the last step becomes a hard link to that one's,
+                instead of being written again.
 
         Raises:
             ConfigError: a tensor or name cannot be stored, or the ranks' shards leave a hole.
@@ -61,12 +61,9 @@ class CheckpointDirectory:
         Cost: every byte that changed is written and fsynced once; nothing is gathered. A rank's files that lie across
             the shards of several ranks are written twice.
         """
-        from mfdist.checkpoint.buffers import BlockBuffers
         from mfdist.checkpoint.saving import Saving
 
-        saving = Saving(state, self.series, self.ranks, BlockBuffers(_BUFFER_BYTES), is_incremental=self.is_incremental)
-        saving.copy()
-        return saving.finish()
+        return Saving(state, self.series, self.ranks, is_incremental=is_incremental).run()
 
     def load(
         self,
@@ -151,29 +148,29 @@ class CheckpointDirectory:
         step, path = self.series.locate(step)
         return verify_step(path, step, on_progress)
 
-    def prune(self, keep_last: int) -> list[int]:
-        """Delete all but the latest `keep_last` steps; return those deleted, ascending.
+    def prune(self, keep_last: int, keep_every: int = 0) -> list[int]:
+        """Delete all but the latest `keep_last` steps and those that `keep_every` divides; return those deleted.
 
         Files that a kept step shares with a deleted one stay, under the kept step's name.
 
         Raises:
-            ConfigError: `keep_last` is below 1.
+            ConfigError: `keep_last` is below 1, or `keep_every` below 0.
             UnavailableError: another writer holds the directory.
             CheckpointError: the directory cannot be written.
 
         Called on: rank 0; it does nothing on others.
         """
-        if keep_last < 1:
-            raise ConfigError(f"keep_last must be at least 1; got {keep_last}; delete the directory to keep none.")
+        retention = Retention(keep_last=keep_last, keep_every=keep_every)
         if self.ranks.rank != 0 or not self.path.is_dir():
             return []
         with self.writer_lock():
             self.series.clean()
-            outdated = sorted(self.series.revisions().items())[:-keep_last]
-            for _, revisions in outdated:
-                for path in revisions.values():
+            committed = self.series.revisions()
+            outdated = retention.outdated(committed)
+            for step in outdated:
+                for path in committed[step].values():
                     self.series.remove(path)
-        return [step for step, _ in outdated]
+        return outdated
 
     @contextlib.contextmanager
     def writer_lock(self) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import socket
+import weakref
 from pathlib import Path
 
 from mfdist.errors import CheckpointError, UnavailableError
@@ -44,6 +46,7 @@ class WriterLock:
                 f"one writer at a time may use {directory}; {holder} is writing to it; "
                 "wait for it or stop it, or choose another directory."
             ) from error
+        _closed_in_children().add(self)
         # The name of the holder is a courtesy; a disk too full for it must not stop `prune` from making room.
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
@@ -58,4 +61,19 @@ class WriterLock:
 
     def release(self) -> None:
         """Let the next writer in."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+@functools.cache
+def _closed_in_children() -> "weakref.WeakSet[WriterLock]":
+    """Return the locks whose copies forked processes close; they would else keep them after this process has died."""
+    locks: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+
+    def close_copies() -> None:
+        for lock in locks:
+            lock.release()  # which leaves the parent's lock as it is
+
+    os.register_at_fork(after_in_child=close_copies)
+    return locks

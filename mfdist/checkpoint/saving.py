@@ -1,10 +1,9 @@
 """Saving one step by all ranks, in phases.
 
 1. prepare: every rank tells what it holds; rank 0 cleans up and opens the hidden folder the step is written in.
-2. copy: every rank copies its files' contents out of the tensors, which may change afterwards.
-3. flush: every rank's own files are on disk, and its pieces of files that lie across ranks.
-4. complete: the owners put such files together.
-5. commit: rank 0 writes the documents and the manifest, syncs the folders, and renames the step into place.
+2. pieces: every rank leaves its pieces of files that lie across ranks where their owners find them.
+3. files: every rank writes the files that are its own, and puts together those across ranks that it owns.
+4. commit: rank 0 writes the documents and the manifest, syncs the folders, and renames the step into place.
 
 A failure of one rank in any phase is raised on all; what was half written is removed, earlier steps are untouched.
 """
@@ -14,12 +13,11 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfdist.checkpoint.buffers import BlockBuffers
 from mfdist.checkpoint.division import divide
 from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
 from mfdist.checkpoint.durability import fsync, write_file
@@ -39,98 +37,80 @@ if TYPE_CHECKING:
 
 
 class Saving:
-    """One save, as one rank sees it.
-
-    Call order: the constructor, `copy`, `finish`; `finish` may run in another thread. Each raises what went wrong on
-    this rank or another, after which the save is over.
+    """One save, as one rank sees it; call `run` once.
 
     Args:
         state: what this rank holds.
         series: where to; on a file system that all ranks share.
         ranks: who saves together.
-        buffers: what `copy` copies into.
         is_incremental: whether files that hold what they held in the last step are linked instead of written.
-
-    Raises:
-        ConfigError: a tensor or name cannot be stored, or the ranks' shards do not fit together or leave a hole.
-        UnavailableError: another writer holds the directory, or a rank is late.
-        CheckpointError: the disk is full, failing or read-only, or the directory was deleted meanwhile.
     """
 
     def __init__(
-        self,
-        state: "CheckpointState",
-        series: StepSeries,
-        ranks: Ranks,
-        buffers: BlockBuffers,
-        *,
-        is_incremental: bool = True,
+        self, state: "CheckpointState", series: StepSeries, ranks: Ranks, *, is_incremental: bool = True
     ) -> None:
-        self._step = state.step
-        self._attributes = state.attributes
+        self._state = state
         self._series = series
         self._ranks = ranks
-        self._stack = ExitStack()  # what ends with the save, however it ends
-        with self._over_if_it_fails():
+        self._is_incremental = is_incremental
+
+    def run(self) -> StepInfo:
+        """Save, and return what it came to.
+
+        Raises:
+            ConfigError: a tensor or name cannot be stored, or the ranks' shards do not fit together or leave a hole.
+            UnavailableError: another writer holds the directory, or a rank is late.
+            CheckpointError: the disk is full, failing or read-only, or the directory was deleted meanwhile.
+        """
+        with ExitStack() as stack:
             mine: dict[str, Holding] = {}
 
             def prepare() -> dict[str, Any]:
-                mine.update(holdings_of(state))
-                return self._opened(mine)
+                mine.update(holdings_of(self._state))
+                return self._opened(mine, stack)
 
             answers = self._together("prepare", prepare)
-            self._root: Path = series.path / str(answers[0]["root"])
+            self._root: Path = self._series.path / str(answers[0]["root"])
             self._arrays, held = _merged(answers, mine)
             plans = [
                 plan
                 for path, holding in self._arrays.items()
-                for plan in divide(path, holding.grid, held[path], ranks.rank)
+                for plan in divide(path, holding.grid, held[path], self._ranks.rank)
             ]
-            base = _base(series.path / answers[0]["base"]) if is_incremental and answers[0]["base"] else None
-            self._writer = RankWriter(self._root, ranks.rank, self._arrays, plans, buffers, base)
-            self._stack.callback(self._writer.close)
-
-    def copy(self) -> None:
-        """Copy the state; when this returns its tensors may change. Waits for the disk only while buffers are full."""
-        with self._over_if_it_fails():
-            try:
-                if not self._root.is_dir():
-                    raise CheckpointError(
-                        f"all ranks must see the checkpoint directory; rank {self._ranks.rank} does not find "
-                        f"{self._root}; use a file system that all hosts share."
-                    )
-                self._writer.copy()
-            except BaseException as error:
-                self._ranks.fail("flush", error)
-                raise
-
-    def finish(self) -> StepInfo:
-        """Wait until the step is committed; return what it came to."""
-        with self._over_if_it_fails():
-            self._together("flush", self._writer.flush)
-            self._together("complete", self._complete)
+            base = _base(self._series.path / answers[0]["base"]) if answers[0]["base"] else None
+            self._writer = RankWriter(self._root, self._ranks.rank, self._arrays, plans, base)
+            stack.callback(self._writer.close)
+            self._together("pieces", self._write_pieces)
+            self._together("files", self._write_files)
             committed = self._together("commit", self._commit)[0]
-        self._stack.close()
         return StepInfo(path=self._series.path / committed.pop("name"), **committed)
 
-    def _opened(self, mine: Mapping[str, Holding]) -> dict[str, Any]:
+    def _opened(self, mine: Mapping[str, Holding], stack: ExitStack) -> dict[str, Any]:
         """Return what this rank tells the others before anything is written."""
         told: dict[str, Any] = {
-            "step": self._step,
+            "step": self._state.step,
             "arrays": {path: holding.to_json() for path, holding in mine.items()},
         }
         if self._ranks.rank == 0:
-            self._stack.enter_context(self._series.writer_lock())
+            stack.enter_context(self._series.writer_lock())
             self._series.clean()
             committed = self._series.revisions()
-            told["base"] = committed and self._series.locate(None)[1].name
-            root = self._series.begin(self._step)
-            self._stack.callback(shutil.rmtree, root, ignore_errors=True)  # finds nothing once it is committed
+            told["base"] = self._series.locate(None)[1].name if committed and self._is_incremental else None
+            root = self._series.begin(self._state.step)
+            stack.callback(shutil.rmtree, root, ignore_errors=True)  # finds nothing once it is committed
             told["root"] = root.name
         return told
 
-    def _complete(self) -> None:
-        self._writer.complete()
+    def _write_pieces(self) -> None:
+        if not self._root.is_dir():
+            raise CheckpointError(
+                f"all ranks must see the checkpoint directory; rank {self._ranks.rank} does not find {self._root}; "
+                "use a file system that all hosts share."
+            )
+        self._writer.write_pieces()
+
+    def _write_files(self) -> None:
+        self._writer.write_files()
         if self._ranks.rank != 0:
             files = {name: entry.to_json() for name, entry in self._writer.files.items()}
             report = {"written": self._writer.num_written_bytes, "files": files}
@@ -150,7 +130,7 @@ class Saving:
         self._writer.write_documents(self._documents())
         files |= self._writer.files
         manifest = Manifest(
-            step=self._step,
+            step=self._state.step,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             arrays=tuple(self._arrays),
             written_bytes=written_bytes + self._writer.num_written_bytes,
@@ -159,15 +139,15 @@ class Saving:
         (self._root / MANIFEST).parent.mkdir()
         write_file(self._root / MANIFEST, manifest.to_bytes())
         self._writer.each(fsync, _seal(self._root, manifest))
-        path = self._series.commit(self._step, self._root)
-        told = dataclasses.asdict(StepInfo.of(self._step, path, manifest))
+        path = self._series.commit(self._state.step, self._root)
+        told = dataclasses.asdict(StepInfo.of(self._state.step, path, manifest))
         del told["path"]  # where it is mounted may differ from host to host
         return {**told, "name": path.name}
 
     def _documents(self) -> dict[str, bytes]:
         """Return every zarr.json of the step but the manifest's."""
-        attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": self._step}
-        documents = {"zarr.json": group_document({**attributes, "attributes": dict(self._attributes)})}
+        attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": self._state.step}
+        documents = {"zarr.json": group_document({**attributes, "attributes": dict(self._state.attributes)})}
         for path, holding in self._arrays.items():
             stored = dtype_name(STORED_DTYPES[dtype_name(holding.dtype)])
             described = {"dtype": dtype_name(holding.dtype)}
@@ -189,19 +169,11 @@ class Saving:
             except OSError as error:
                 reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error)
                 raise CheckpointError(
-                    f"step {self._step} must be written whole to be saved; writing under {self._series.path} failed "
-                    f"({reason}); earlier steps are intact, make room or mend the disk and save again."
+                    f"step {self._state.step} must be written whole to be saved; writing under {self._series.path} "
+                    f"failed ({reason}); earlier steps are intact, make room or mend the disk and save again."
                 ) from error
 
         return together(self._ranks, tag, act_or_explain)
-
-    @contextmanager
-    def _over_if_it_fails(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._stack.close()
-            raise
 
 
 def _merged(

@@ -1,4 +1,4 @@
-"""One rank's part of writing a step's files: copied from the tensors, checksummed, put on disk or shared."""
+"""One rank's part of writing a step's files: taken from the tensors, checksummed, put on disk or shared."""
 
 import contextlib
 import os
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mfdist.checkpoint.buffers import BlockBuffers
 from mfdist.checkpoint.checksum import checksum, crc32c, digest
 from mfdist.checkpoint.division import FilePlan
+from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
 from mfdist.checkpoint.durability import write_file
 from mfdist.checkpoint.holding import Holding
 from mfdist.checkpoint.manifest import FileEntry, Manifest
 from mfdist.checkpoint.zarr_format import index_of
 from mfdist.spec import Region
 
-#: Threads that wait for the disk; they hold no more memory than the buffers they were given.
+#: Threads, each with one file in memory; most of the time they wait for the disk.
 NUM_WRITERS = 8
 #: Where ranks leave their pieces of each other's files; gone before the step is committed.
 PIECES = ".pieces"
@@ -37,19 +38,12 @@ class Base:
 class RankWriter:
     """Writes the files that fall to one rank.
 
-    Call order: `copy`, after which the tensors may change; `flush`; when all ranks have flushed, `complete`; `close` in
-    any case. The first two and the last two may be called from two threads. An error of the disk is raised by the call
-    that waits for it, as OSError; the files are of no use then.
+    Call order: `write_pieces`; when all ranks have done so, `write_files`; `close` in any case. An error of the disk is
+    raised as OSError by the call that waits for it; what was written is of no use then.
     """
 
     def __init__(
-        self,
-        root: Path,
-        rank: int,
-        holdings: Mapping[str, Holding],
-        plans: Sequence[FilePlan],
-        buffers: BlockBuffers,
-        base: Base | None,
+        self, root: Path, rank: int, holdings: Mapping[str, Holding], plans: Sequence[FilePlan], base: Base | None
     ) -> None:
         self.files: dict[str, FileEntry] = {}  # what this rank has put into the step
         self.num_written_bytes = 0
@@ -58,46 +52,42 @@ class RankWriter:
         self._holdings = holdings
         self._grids = {path: holding.grid for path, holding in holdings.items()}
         self._plans = plans
-        self._buffers = buffers
         self._base = base
         self._pool = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="mfdist-checkpoint")
         self._tasks: list[Future[None]] = []
+        self._scratch = threading.local()
         self._failed = threading.Event()
         self._lock = threading.Lock()
 
-    def copy(self) -> None:
-        """Copy everything into buffers, waiting for the disk only when the buffers are full."""
+    def write_pieces(self) -> None:
+        """Put this rank's pieces of files that lie across ranks within reach of their owners; begin with its own files.
+
+        Pieces come first, so that no rank waits long for another's.
+        """
         for directory in {plan.path for plan in self._plans}:
             (self._root / directory).mkdir(parents=True, exist_ok=True)
-        for directory in {plan.path for plan in self._plans if len(plan.pieces) > 1}:
+        across = [plan for plan in self._plans if len(plan.pieces) > 1]
+        for directory in {plan.path for plan in across}:
             (self._root / PIECES / directory).mkdir(parents=True, exist_ok=True)
+        for plan in across:
+            for number, piece in plan.borrowed():
+                if piece.rank == self._rank:
+                    self._submit(self._write_piece, plan, number)
+        pieces, self._tasks = self._tasks, []
         for plan in self._plans:
-            if self._failed.is_set():
-                break
-            holding = self._holdings[plan.path]
-            for number, piece in enumerate(plan.pieces):
-                if piece.rank != self._rank:
-                    continue
-                values = holding.block(piece.part, piece.region)
-                if len(plan.pieces) == 1:
-                    self._submit(self._write_file, plan, self._filled(plan, values))
-                else:
-                    buffer = self._buffers.take(values.numel() * holding.item_bytes)
-                    buffer.view(holding.dtype).view(values.shape).copy_(values)
-                    self._submit(self._write_piece, self._piece_path(plan, number), buffer)
+            if len(plan.pieces) == 1:
+                self._submit(self._write_file, plan)
+        for task in pieces:
+            task.result()
 
-    def flush(self) -> None:
-        """Wait until everything copied is on disk, this rank's pieces of shared files within reach of their owners."""
+    def write_files(self) -> None:
+        """Put together the files across ranks that this one owns, and wait until all its files are on disk."""
+        for plan in self._plans:
+            if len(plan.pieces) > 1 and plan.owner == self._rank:
+                self._submit(self._write_file, plan)
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.result()
-
-    def complete(self) -> None:
-        """Put together the shared files that this rank owns, from everybody's pieces."""
-        for plan in self._plans:
-            if len(plan.pieces) > 1 and plan.owner == self._rank:
-                self._submit(self._join_pieces, plan, self._buffers.take(self._file_bytes(plan)))
-        self.flush()
 
     def write_documents(self, documents: Mapping[str, bytes]) -> None:
         """Write small files, and wait for them."""
@@ -117,47 +107,46 @@ class RankWriter:
             pass
 
     def close(self) -> None:
-        """Let go of threads and buffers."""
+        """End the threads; what they have not begun is not done."""
         self._failed.set()
         self._pool.shutdown(wait=True)
-        self._tasks = []
 
     def _submit(self, act: Callable[..., None], *args: object) -> None:
-        buffer = args[-1]
-        assert isinstance(buffer, Tensor)
-
         def task() -> None:
+            if self._failed.is_set():
+                return  # another failed, and its error is what is raised
             try:
-                if not self._failed.is_set():
-                    act(*args)
+                act(*args)
             except BaseException:
                 self._failed.set()
                 raise
-            finally:
-                self._buffers.give_back(buffer)
 
         self._tasks.append(self._pool.submit(task))
 
-    def _filled(self, plan: FilePlan, values: Tensor) -> Tensor:
-        """Return a buffer with the chunks of a file that this rank holds whole."""
-        buffer = self._buffers.take(self._file_bytes(plan))
-        grid = self._grids[plan.path]
-        target = buffer.view(values.dtype).view(-1, grid.columns_per_file)
-        if target.shape != values.shape:
-            buffer.zero_()  # padding
-        target[: values.shape[0], : values.shape[1]].copy_(values)
-        return buffer
+    def _write_piece(self, plan: FilePlan, number: int) -> None:
+        piece = plan.pieces[number]
+        values = self._holdings[plan.path].block(piece.part, piece.region)
+        target = self._buffer(values.dtype, values.shape)
+        _copy(values, target)
+        self._piece_path(plan, number).write_bytes(_bytes_of(target))  # has to outlive nothing, so not synced
 
-    def _file_bytes(self, plan: FilePlan) -> int:
-        grid = self._grids[plan.path]
+    def _write_file(self, plan: FilePlan) -> None:
+        grid, holding = self._grids[plan.path], self._holdings[plan.path]
         num_rows = grid.num_chunks(plan.region) * grid.rows_per_chunk
-        return num_rows * grid.columns_per_file * self._holdings[plan.path].item_bytes
-
-    def _write_file(self, plan: FilePlan, buffer: Tensor) -> None:
-        content = buffer.numpy().data
-        index = index_of(self._grids[plan.path], plan.region, self._holdings[plan.path].item_bytes)
-        crc = crc32c(index, crc32c(content))
-        entry = FileEntry(len(content) + len(index), f"{crc:08x}", digest(content))
+        target = self._buffer(holding.dtype, (num_rows, grid.columns_per_file))
+        if target.shape != plan.region.shape:
+            target.zero_()  # padding
+        for number, piece in enumerate(plan.pieces):
+            within = target[_inside(plan.region, piece.region)]
+            if piece.rank == self._rank:
+                _copy(holding.block(piece.part, piece.region), within)
+            else:
+                stored = torch.from_file(
+                    str(self._piece_path(plan, number)), size=within.numel(), dtype=holding.dtype, shared=False
+                )
+                _copy(stored.view(within.shape), within)
+        content, index = _bytes_of(target), index_of(grid, plan.region, holding.item_bytes)
+        entry = FileEntry(len(content) + len(index), f"{crc32c(index, crc32c(content)):08x}", digest(content))
         is_shared = self._share(plan.name, entry)
         if not is_shared:
             write_file(self._root / plan.name, content, index)
@@ -175,26 +164,30 @@ class RankWriter:
     def _piece_path(self, plan: FilePlan, number: int) -> Path:
         return self._root / PIECES / plan.path / f"{plan.file}~{number}"
 
-    def _write_piece(self, path: Path, buffer: Tensor) -> None:
-        path.write_bytes(buffer.numpy().data)  # needs to outlive nothing, so not synced
-
-    def _join_pieces(self, plan: FilePlan, buffer: Tensor) -> None:
-        grid, holding = self._grids[plan.path], self._holdings[plan.path]
-        # As numpy's own types of the same size, whose copies let other threads run.
-        dtype = np.dtype({16: "c16"}.get(holding.item_bytes, f"u{holding.item_bytes}"))
-        target = buffer.numpy().view(dtype).reshape(-1, grid.columns_per_file)
-        if target.shape != plan.region.shape:
-            buffer.zero_()
-        for number, piece in enumerate(plan.pieces):
-            values = np.fromfile(self._piece_path(plan, number), dtype=dtype).reshape(piece.region.shape)
-            rows, columns = _inside(plan.region, piece.region)
-            target[rows, columns] = values
-        self._write_file(plan, buffer)
+    def _buffer(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """Return this thread's memory as a tensor; its next call uses it again."""
+        num_bytes = dtype.itemsize * shape[0] * shape[1]
+        memory = getattr(self._scratch, "memory", None)
+        if memory is None or len(memory) < num_bytes:
+            memory = self._scratch.memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return memory[:num_bytes].view(dtype).view(*shape)
 
     def _record(self, name: str, entry: FileEntry, num_written: int) -> None:
         with self._lock:
             self.files[name] = entry
             self.num_written_bytes += num_written
+
+
+def _copy(values: Tensor, target: Tensor) -> None:
+    if values.device.type == "cpu":  # numpy copies in this thread; torch would set up a team of its own for each block
+        stored = STORED_DTYPES[dtype_name(values.dtype)]
+        np.copyto(target.view(stored).numpy(), values.view(stored).numpy())
+    else:
+        target.copy_(values)
+
+
+def _bytes_of(block: Tensor) -> memoryview:
+    return block.view(torch.uint8).numpy().data.cast("B")
 
 
 def _inside(outer: Region, inner: Region) -> tuple[slice, slice]:

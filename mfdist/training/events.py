@@ -65,12 +65,14 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint is committed."""
+    """A checkpoint is committed; in the background, so perhaps some steps after the one it holds."""
 
     step: int
     path: Path
     num_bytes: int
-    save_s: float
+    save_s: float  # from the copy's beginning to the commit
+    written_bytes: int = 0  # the rest are files shared with the checkpoint before
+    stall_s: float = 0.0  # how long training waited
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.state import CheckpointState
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError
 from mfdist.models import Transformer, build_model
@@ -22,13 +23,14 @@ from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
 from mfdist.training.device import choose_device, describe_device, peak_memory_bytes, synchronize
 from mfdist.training.evaluation import evaluate
-from mfdist.training.events import Event, Observer, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned, ignore
+from mfdist.training.events import Event, Observer, Sampled, Started, Stepped, Stopped, TwinTimed, Warned, ignore
 from mfdist.training.generation import GenerationConfig, Generator
 from mfdist.training.interrupts import StopRequest, stop_on_signals
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import lookup_share
 from mfdist.training.run import RunDirectory
+from mfdist.training.saver import RunSaver
 from mfdist.training.state import capture, check_config, check_data, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.twin import time_dense_twin
@@ -187,18 +189,21 @@ class _Session:
         training, checkpoint = self.config.training, self.config.checkpoint
         step = saved = self.first_step
         timings: list[_Timing] = []
-        while step < training.steps and request.reason is None:
-            event, timing = self._step(step)
-            step += 1
-            timings.append(timing)
-            tell(event)
-            if step % training.eval_every == 0 and step < training.steps:
-                tell(self._evaluate(step, training.eval_sequences))
-            if step % checkpoint.every == 0:
-                tell(self._save(step))
-                saved = step
-        if step > saved:
-            tell(self._save(step))
+        with RunSaver(self._checkpoints, checkpoint, tell) as saver:
+            while step < training.steps and request.reason is None:
+                event, timing = self._step(step)
+                step += 1
+                timings.append(timing)
+                tell(event)
+                saver.report()
+                if step % training.eval_every == 0 and step < training.steps:
+                    tell(self._evaluate(step, training.eval_sequences))
+                if step % checkpoint.every == 0:
+                    saver.save(self._captured(step))
+                    saved = step
+            if step > saved:
+                saver.save(self._captured(step))
+            saver.finish()
         is_finished = step == training.steps
         if is_finished:
             tell(self._evaluate(step, None))
@@ -241,15 +246,10 @@ class _Session:
             max_sequences=max_sequences,
         )
 
-    def _save(self, step: int) -> Saved:
-        start = time.perf_counter()
-        info = self._checkpoints.save(
-            capture(
-                self._model, self._optimizer, step=step, config=self.config, data_fingerprint=self._store.fingerprint
-            )
+    def _captured(self, step: int) -> CheckpointState:
+        return capture(
+            self._model, self._optimizer, step=step, config=self.config, data_fingerprint=self._store.fingerprint
         )
-        self._checkpoints.prune(keep_last=self.config.checkpoint.keep_last)
-        return Saved(step=step, path=info.path, num_bytes=info.num_bytes, save_s=time.perf_counter() - start)
 
     def _sample(self, tell: Observer) -> None:
         if prompt := self.config.training.sample_prompt:

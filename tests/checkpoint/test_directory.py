@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import mfdist
 from mfdist.checkpoint.directory import CheckpointDirectory
-from mfdist.checkpoint.state import CheckpointState
+from mfdist.checkpoint.state import CheckpointState, TableState
 from mfdist.errors import CheckpointError, ConfigError, UnavailableError
 
 State = Callable[..., CheckpointState]
@@ -160,3 +161,61 @@ def test_listing_needs_neither_torch_nor_zarr(directory: CheckpointDirectory, sm
     subprocess.run(
         [sys.executable, "-c", code, directory.path], check=True, env={**os.environ, "PYTHONPATH": root}, timeout=60
     )
+
+
+def test_a_forked_child_does_not_keep_the_lock(directory: CheckpointDirectory, small_state: State) -> None:
+    # A process of a data loader, say, that outlives the trainer which was killed.
+    code = (
+        "import os, sys, pathlib; from mfdist.checkpoint.lock import WriterLock\n"
+        "lock = WriterLock(pathlib.Path(sys.argv[1]))\n"
+        "if os.fork(): os.kill(os.getpid(), 9)\n"
+        "os.write(1, b'forked'); sys.stdin.read(); os._exit(0)"
+    )
+    directory.path.mkdir()
+    root = str(Path(next(iter(mfdist.__path__))).parent)
+    command = [sys.executable, "-c", code, directory.path]
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.read(6) == b"forked"
+        assert holder.wait(20) == -9
+        directory.save(small_state(1))
+        assert holder.stdin is not None
+        holder.stdin.close()  # now the child ends
+
+
+def test_an_incremental_save_writes_only_what_changed(directory: CheckpointDirectory, contents: Contents) -> None:
+    weight = torch.randn(16384, 1024)  # sixteen files: four blocks of rows, four of columns
+
+    def state(step: int) -> CheckpointState:
+        return CheckpointState(step=step, tables={"t": TableState(weight=weight)}, dense={}, attributes={})
+
+    directory.save(state(1))
+    weight[4100:4110] += 1
+    changed = directory.save(state(2))
+    assert changed.written_bytes < changed.num_bytes / 4 + 10_000
+    unchanged = directory.save(state(3))
+    assert unchanged.written_bytes < 5000
+    whole = directory.save(state(4), is_incremental=False)
+    assert whole.written_bytes == whole.num_bytes
+    first = directory.path / "step-000000001/tables/t/weight"
+    third = directory.path / "step-000000003/tables/t/weight"
+    assert (first / "c.3.3").samefile(third / "c.3.3")
+    assert directory.prune(2) == [1, 2]  # what they shared stays
+    assert directory.verify(3) == directory.verify(4) == []
+    assert directory.load(3).tables["t"].weight.equal(weight)
+
+
+def test_a_save_after_a_damaged_step_writes_everything(directory: CheckpointDirectory, small_state: State) -> None:
+    first = directory.save(small_state(1))
+    (first.path / "manifest" / "zarr.json").unlink()
+    second = directory.save(small_state(2))
+    assert second.written_bytes == second.num_bytes
+    assert directory.verify(2) == []
+
+
+def test_a_base_that_lost_a_file_is_written_anew(directory: CheckpointDirectory, small_state: State) -> None:
+    first = directory.save(small_state(1))
+    (first.path / "tables/blocks.0.qkv/weight/c.0.0").unlink()
+    directory.save(small_state(2))
+    assert directory.verify(2) == []
