@@ -64,10 +64,10 @@ class RankWriter:
 
         Pieces come first, so that no rank waits long for another's.
         """
-        for directory in {plan.path for plan in self._plans}:
+        for directory in sorted({plan.path for plan in self._plans}):
             (self._root / directory).mkdir(parents=True, exist_ok=True)
         across = [plan for plan in self._plans if len(plan.pieces) > 1]
-        for directory in {plan.path for plan in across}:
+        for directory in sorted({plan.path for plan in across}):
             (self._root / PIECES / directory).mkdir(parents=True, exist_ok=True)
         for plan in across:
             for number, piece in plan.borrowed():
