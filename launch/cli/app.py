@@ -7,6 +7,7 @@ import typer
 
 from mfdist import __version__
 from mfdist.launch.cli import bench, checkpoint, failures
+from mfdist.launch.cli.bench_plan import bench_plan
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
@@ -26,6 +27,7 @@ app.command(epilog=NOTES)(train)
 app.command()(generate)
 app.command()(evaluate)
 app.add_typer(checkpoint.app, name="checkpoint")
+bench.app.command("plan")(bench_plan)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)
 app.command()(doctor)

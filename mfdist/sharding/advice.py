@@ -123,19 +123,31 @@ def _changes(setting: _Setting) -> Iterator[tuple[str, Callable[[_Setting], _Set
     times = 1
     while workload.tokens_per_exchange(topology.world_size * times) > _FEWEST_TOKENS:
         times *= 2
-    if times > 1:
+    if times > 1 and not workload.is_fused:
         yield (
-            f"{times * workload.micro_batches} micro-batches a step",
+            f"{times * workload.micro_batches} micro-batches a step (training.micro_batches)",
             lambda it: (*it[:2], replace(it[2], micro_batches=times * it[2].micro_batches)),
         )
-    if not workload.is_fused:
-        yield "rows updated in backward, without a stored gradient", lambda it: (*it[:2], replace(it[2], is_fused=True))
+    if not workload.is_fused and workload.micro_batches == 1:
+        yield (
+            "rows updated in backward (optimizer.tables.fused)",
+            lambda it: (*it[:2], replace(it[2], is_fused=True)),
+        )
     if workload.rule == "adam" and workload.state_dtype.itemsize > 2:
-        yield "Adam's states in bf16", lambda it: (*it[:2], replace(it[2], state_dtype=torch.bfloat16))
+        yield (
+            "Adam's states in bf16 (optimizer.tables.state_dtype)",
+            lambda it: (*it[:2], replace(it[2], state_dtype=torch.bfloat16)),
+        )
     if workload.rule == "adam":
-        yield "row-wise Adagrad instead of Adam", lambda it: (*it[:2], replace(it[2], rule="rowwise_adagrad"))
+        yield (
+            "row-wise Adagrad instead of Adam (optimizer.tables.rule)",
+            lambda it: (*it[:2], replace(it[2], rule="rowwise_adagrad")),
+        )
     if any(spec.dtype.itemsize > 2 for spec in specs):
-        yield "rows in bf16", lambda it: ([replace(spec, dtype=torch.bfloat16) for spec in it[0]], *it[1:])
+        yield (
+            "rows in bf16 (model.table_dtype)",
+            lambda it: ([replace(spec, dtype=torch.bfloat16) for spec in it[0]], *it[1:]),
+        )
 
 
 def _tried(what: str, setting: _Setting) -> Change:
@@ -148,10 +160,13 @@ def _combined(setting: _Setting) -> list[Change]:
     changes = list(_changes(setting))
     for number in range(2, len(changes) + 1):
         for chosen in combinations(changes, number):
+            words = " and ".join(what for what, _ in chosen)
+            if "micro-batches" in words and "in backward" in words:
+                continue  # each backward would be an update
             changed = setting
             for _, change in chosen:
                 changed = change(changed)
-            if (tried := _tried(" and ".join(what for what, _ in chosen), changed)).fits:
+            if (tried := _tried(words, changed)).fits:
                 return [tried]
     return []
 
@@ -185,7 +200,7 @@ def _host_memory(setting: _Setting) -> list[Change]:
     specs, topology, workload = setting
     if not topology.host_memory_bytes:
         return []
-    alone = decide(specs, topology.resized(1), replace(workload, is_fused=True))
+    alone = decide(specs, topology.resized(1), replace(workload, is_fused=True, micro_batches=1))
     total = sum(float(cost.footprint.weights.sum() + cost.footprint.states.sum()) for cost in alone.cost.tables)
     each = int(total / topology.num_hosts)
     return [

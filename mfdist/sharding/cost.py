@@ -122,7 +122,8 @@ def price_table(plan: TablePlan, topology: Topology, workload: Workload) -> Tabl
     load = workload.load(plan.name)
     num_tokens = workload.tokens_per_exchange(topology.world_size)
     held = Holdings.of(plan, topology.world_size)
-    exchanges = transfers(plan, held, load, num_tokens, topology.ranks_per_host)
+    read = replace(plan, dtype=workload.read_dtype(plan.dtype))
+    exchanges = transfers(read, held, load, num_tokens, topology.ranks_per_host)
     times = workload.micro_batches
     return TableCost(
         plan=plan,
@@ -130,7 +131,7 @@ def price_table(plan: TablePlan, topology: Topology, workload: Workload) -> Tabl
         footprint=footprint(plan, held, load, workload, exchanges, num_tokens, topology.ranks_per_host),
         transfers=tuple(exchanges),
         num_micro_batches=times,
-        lookup_s=times * _lookup_s(plan, held, load, topology, num_tokens),
+        lookup_s=times * _lookup_s(read, held, load, topology, num_tokens),
         exchange_s=times * sum(transfer_s(transfer, topology) for transfer in exchanges),
         update_s=_update_s(plan, held, load, topology, workload),
     )
@@ -187,16 +188,20 @@ def dense_s(topology: Topology, workload: Workload) -> float:
 
 def _lookup_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topology, num_tokens: int) -> float:
     """Return the time of one micro-batch's lookups: rows read once forward; rows and gradients once each backward."""
-    world_size, num_hosts = topology.world_size, topology.num_hosts
-    if plan.kind == "row_wise":
-        return _fetched_s(plan, held, load, topology, num_tokens, world_size)
-    if plan.kind == "grid" and not plan.code_stride and num_hosts > 1:
-        return _fetched_s(plan, held, load, topology, num_tokens * topology.ranks_per_host, num_hosts)
+    world_size = topology.world_size
+    if _is_fetched(plan, topology):
+        group = world_size if plan.kind == "row_wise" else topology.num_hosts
+        return _fetched_s(plan, held, load, topology, num_tokens * world_size // group, group)
     num_summed = np.full(len(held.rows), float(num_tokens * load.num_lookups))
     if plan.kind != "replicated":  # all ranks' tokens, in the part of the table that is here
         num_summed *= world_size * held.rows / plan.num_rows
     row_bytes = _row_bytes(held.columns, plan.dtype.itemsize)
     return 3 * float(np.max(num_summed * row_bytes / _rates(plan, held, topology)))
+
+
+def _is_fetched(plan: TablePlan, topology: Topology) -> bool:
+    """Return whether rows come to the tokens, and not sums."""
+    return plan.kind == "row_wise" or (plan.kind == "grid" and not plan.code_stride and topology.num_hosts > 1)
 
 
 def _fetched_s(
@@ -230,7 +235,7 @@ def _rates(plan: TablePlan, held: Holdings, topology: Topology) -> Floats:
 
 def _update_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topology, workload: Workload) -> float:
     """Return the time of a step's row gradients and updates: every weight, or in backward those of touched rows."""
-    item_bytes, rows, times = plan.dtype.itemsize, held.rows, 1
+    item_bytes, rows, times, passing = plan.dtype.itemsize, held.rows, 1, 0.0
     state = {"sgd": 0, "rowwise_adagrad": 0, "adam": 2 * workload.state_dtype.itemsize}[workload.rule]
     if workload.is_fused:
         times = workload.micro_batches
@@ -239,5 +244,11 @@ def _update_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
         rows = rows * min(1.0, touched / plan.num_rows)
         moved = 2 * item_bytes + 2 * state
     else:
-        moved = 2 * item_bytes + 2 * state + item_bytes * (1 + workload.micro_batches)  # the gradient: written, read
-    return times * float(np.max(rows * held.columns)) * moved / topology.copy_bytes_per_s
+        if not (load.code_stride or _is_fetched(plan, topology)):
+            passing = workload.micro_batches * float(rows.max()) / topology.pass_rows_per_s
+        copied = workload.read_dtype(plan.dtype)  # rows cast for the lookup, and their gradient cast back
+        casts = 0 if copied == plan.dtype else 2 * (item_bytes + copied.itemsize)
+        moved = (
+            workload.micro_batches * casts + 2 * item_bytes + 2 * state + item_bytes * (1 + workload.micro_batches)
+        )  # the gradient: written, read
+    return passing + times * float(np.max(rows * held.columns)) * moved / topology.copy_bytes_per_s

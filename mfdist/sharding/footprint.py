@@ -67,7 +67,7 @@ def footprint(
         weights=weights,
         gradients=0 * cells if workload.is_fused else weights,
         states=state_bytes(held, workload),
-        saved=_saved(plan, held, load, num_tokens, ranks_per_host),
+        saved=_saved(plan, held, load, num_tokens, ranks_per_host) + _copy_bytes(plan, cells, workload),
         transient=largest,
     )
 
@@ -81,6 +81,12 @@ def state_bytes(held: Holdings, workload: Workload) -> Floats:
             return np.where(held.columns > 0, held.rows * _ACCUMULATOR_BYTES, 0)
         case "adam":
             return 2 * held.rows * held.columns * workload.state_dtype.itemsize
+
+
+def _copy_bytes(plan: TablePlan, cells: Floats, workload: Workload) -> Floats:
+    """Return the bytes of the rows as they are read, where that is not how they are kept."""
+    read = workload.read_dtype(plan.dtype)
+    return 0 * cells if read == plan.dtype else cells * read.itemsize
 
 
 def _saved(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int, ranks_per_host: int) -> Floats:

@@ -13,7 +13,11 @@ from mfdist.sharding.topology import Topology
 from mfdist.sharding.workload import Workload
 from mfdist.spec import TableSpec
 
-#: Columns are cut at multiples of this where that leaves enough of them, so that rows of a shard start aligned.
+#: Columns that kernels take at once.
+_TILES = (64, 32)
+#: Pieces a part has at least where they are tiles, so that one more makes little difference.
+_EVEN_ENOUGH = 8
+#: Otherwise columns are cut at multiples of this where there are enough, so that rows of a shard start aligned.
 _ALIGNED_BYTES = 16
 
 
@@ -93,12 +97,15 @@ def _levelled(plan: TablePlan, loads: Floats, topology: Topology) -> TablePlan:
 
 
 def _steps(plan: TablePlan) -> tuple[int, int]:
-    """Return the rows and the columns that stay together."""
+    """Return the rows and the columns that stay together; tiles of columns where parts then hardly differ."""
+    num_parts, row_dim = plan.num_column_parts, plan.row_dim
+    if row_dim % num_parts == 0:
+        return plan.code_stride or 1, 1
+    wide = [step for step in _TILES if row_dim % step == 0 and row_dim // step >= _EVEN_ENOUGH * num_parts]
     aligned = max(1, _ALIGNED_BYTES // plan.dtype.itemsize)
-    num_parts = plan.num_column_parts
-    is_even = plan.row_dim % num_parts == 0
-    is_aligned = not is_even and plan.row_dim % aligned == 0 and plan.row_dim // aligned >= num_parts
-    return plan.code_stride or 1, aligned if is_aligned else 1
+    if not wide and row_dim % aligned == 0 and row_dim // aligned >= num_parts:
+        wide = [aligned]
+    return plan.code_stride or 1, max(wide, default=1)
 
 
 def _piece_bytes(plan: TablePlan) -> int:

@@ -1,7 +1,7 @@
 """Topologies: the ranks a plan is for, their memory, and how fast bytes move. Pure values; JSON in and out.
 
 Rates are what one rank gets in practice, not what a data sheet says. `h100` and `cpu` are starting points;
-`mfdist bench sharding --calibrate FILE` measures a machine's own.
+`mfdist bench plan --save FILE` measures a machine's own.
 """
 
 import json
@@ -49,6 +49,7 @@ class Topology:
         cached_lookup_bytes_per_s: the same, where a slice of the table stays in the cache.
         cache_bytes: table slices up to this size stay in the cache.
         sort_ids_per_s: row ids sorted or deduplicated.
+        pass_rows_per_s: rows that a gradient of all rows passes over, whatever their width.
         flops_per_s: of the dense part, reached and not nominal.
 
     Raises:
@@ -69,6 +70,7 @@ class Topology:
     cached_lookup_bytes_per_s: float
     cache_bytes: int
     sort_ids_per_s: float
+    pass_rows_per_s: float
     flops_per_s: float
 
     def __post_init__(self) -> None:
@@ -149,26 +151,31 @@ def h100(world_size: int, num_hosts: int = 1, *, memory_bytes: int = 80_000_000_
         cached_lookup_bytes_per_s=9e12,
         cache_bytes=25_000_000,
         sort_ids_per_s=10e9,
+        pass_rows_per_s=1e9,
         flops_per_s=3e14,
     )
 
 
 def cpu(world_size: int, num_hosts: int = 1, *, memory_bytes: int = 8 << 30) -> Topology:
-    """Return processes of a core or two that speak gloo over loopback, or 10 Gb/s Ethernet between hosts."""
+    """Return processes of one core that speak gloo over loopback, or 10 Gb/s Ethernet between hosts.
+
+    Rates are those of a 2-core virtual machine with AVX-512, in processor time; those between hosts were not measured.
+    """
     return Topology(
         name="cpu",
         world_size=world_size,
         num_hosts=num_hosts,
         memory_bytes=memory_bytes,
-        inside=Link(bytes_per_s=1.4e9, latency_s=0.4e-3),
-        between=Link(bytes_per_s=1.1e9, latency_s=0.5e-3),
-        collective_s=0.2e-3,
-        control=Link(bytes_per_s=1.1e9, latency_s=0.3e-3),
-        copy_bytes_per_s=8e9,
-        lookup_bytes_per_s=8e9,
-        cached_lookup_bytes_per_s=30e9,
-        cache_bytes=1 << 20,
-        sort_ids_per_s=15e6,
+        inside=Link(bytes_per_s=2.2e9, latency_s=0.1e-3),
+        between=Link(bytes_per_s=1.1e9, latency_s=0.2e-3),
+        collective_s=0.25e-3,
+        control=Link(bytes_per_s=1.1e9, latency_s=0.1e-3),
+        copy_bytes_per_s=20e9,
+        lookup_bytes_per_s=7e9,
+        cached_lookup_bytes_per_s=15e9,
+        cache_bytes=32 << 20,
+        sort_ids_per_s=60e6,
+        pass_rows_per_s=15e6,
         flops_per_s=5e10,
     )
 

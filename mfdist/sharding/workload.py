@@ -62,6 +62,8 @@ class Workload:
         state_dtype: of Adam's states.
         is_fused: rows are updated in backward from the gradients of touched rows; otherwise every weight has a gradient
             and is updated.
+        lookup_dtype: what rows are read as where that is narrower than what they are kept in, as under autocast; then a
+            copy of them lives from the lookup to its backward, except where they are fused.
         deduplicate: send each row id once.
         forward_dtype, backward_dtype: of the traffic; None takes each table's.
         num_dense_parameters: parameters beside the tables, in fp32 with a gradient and Adam, on every rank.
@@ -78,6 +80,7 @@ class Workload:
     rule: Rule = "adam"
     state_dtype: torch.dtype = torch.float32
     is_fused: bool = False
+    lookup_dtype: torch.dtype | None = None
     deduplicate: bool = True
     forward_dtype: torch.dtype | None = None
     backward_dtype: torch.dtype | None = None
@@ -93,6 +96,11 @@ class Workload:
             )
         if self.rule not in RULES:
             raise ConfigError(f'the rule must be one of {", ".join(RULES)}; got "{self.rule}"')
+        if self.is_fused and self.micro_batches > 1:
+            raise ConfigError(
+                "fused rows are updated by each backward, so a step is one micro-batch; "
+                f"got micro_batches={self.micro_batches}"
+            )
 
     def load(self, name: str) -> TableLoad:
         """Return how the table `name` is read.
@@ -103,6 +111,12 @@ class Workload:
         if name not in self.loads:
             raise ConfigError(f'a workload must say how each table is read; it lacks "{name}"')
         return self.loads[name]
+
+    def read_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what rows kept in `dtype` are read and travel as."""
+        if self.lookup_dtype is None or self.is_fused or self.lookup_dtype.itemsize >= dtype.itemsize:
+            return dtype
+        return self.lookup_dtype
 
     def tokens_per_exchange(self, world_size: int) -> int:
         """Return the tokens a rank looks up at once: its share of a micro-batch, rounded up."""

@@ -31,6 +31,7 @@ def run_workload(config: RunConfig, model: Transformer, *, batch_tokens: int | N
         rule="adam" if tables.rule == "adamw" else tables.rule,
         state_dtype=torch.bfloat16 if tables.state_dtype == "bf16" else torch.float32,
         is_fused=tables.is_fused,
+        lookup_dtype=torch.bfloat16 if training.precision == "bf16" else None,
         num_dense_parameters=totals.num_dense_parameters,
         dense_flops_per_token=2 * 3 * multiply_adds,
         activation_bytes_per_token=_activation_bytes(shape),

@@ -29,6 +29,7 @@ PLAIN = Topology(
     cached_lookup_bytes_per_s=1000.0,
     cache_bytes=1024,
     sort_ids_per_s=1e30,
+    pass_rows_per_s=1e30,
     flops_per_s=1000.0,
 )
 SPEC = TableSpec(name="t", num_rows=64, row_dim=32)
@@ -98,6 +99,16 @@ def test_updates_pass_over_all_rows_or_over_those_touched():
     assert fused.update_s == pytest.approx(LOAD.num_unique(64, 8) * 32 * 8 / 1000)
 
 
+def test_a_gradient_of_all_rows_passes_over_those_held():
+    """By row ids alone: slots are passed over with their lookups, and fetched rows are written by themselves."""
+    passing = replace(PLAIN, pass_rows_per_s=10.0)
+    by_ids = replace(WORK, loads={"t": TableLoad(num_lookups=4)})
+    assert price_table(column_wise(SPEC, 4), passing, by_ids).update_s == pytest.approx(64 / 10)
+    for plan, work in ((row_wise(SPEC, 4), by_ids), (column_wise(SPEC, 4), WORK)):
+        assert price_table(plan, passing, work).update_s < 1e-6
+    assert price_table(column_wise(SPEC, 4), passing, replace(by_ids, is_fused=True)).update_s < 1e-6
+
+
 def test_micro_batches_repeat_exchanges_over_fewer_tokens():
     once = price_table(column_wise(SPEC, 4), PLAIN, replace(WORK, batch_tokens=64))
     twice = price_table(column_wise(SPEC, 4), PLAIN, replace(WORK, batch_tokens=64, micro_batches=2))
@@ -132,3 +143,12 @@ def test_narrow_traffic_is_faster():
     wide = price_table(row_wise(SPEC, 4), PLAIN, WORK)
     narrow = price_table(row_wise(SPEC, 4, forward_dtype=torch.bfloat16, backward_dtype=torch.bfloat16), PLAIN, WORK)
     assert narrow.exchange_s < wide.exchange_s
+
+
+def test_rows_read_narrower_travel_and_are_read_as_such():
+    autocast = replace(WORK, lookup_dtype=torch.bfloat16)
+    wide, narrow = (price_table(column_wise(SPEC, 4), replace(PLAIN, cache_bytes=1), work) for work in (WORK, autocast))
+    sums = 2 * 24 * 4
+    assert (wide.sent_bytes("forward") - narrow.sent_bytes("forward")).tolist() == [sums / 2] * 4
+    whole = [price_table(table_wise(SPEC, 4, 16), replace(PLAIN, cache_bytes=1), work) for work in (WORK, autocast)]
+    assert whole[1].lookup_s == pytest.approx(whole[0].lookup_s / 2)

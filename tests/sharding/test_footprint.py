@@ -69,3 +69,12 @@ def test_what_backward_needs_is_kept_where_it_sums():
 def test_buffers_are_those_of_the_largest_exchange():
     _, found = of(table_wise(SPEC, 2, 16), 2)
     assert found.transient.tolist() == [2 * 10 * 16 * 4]  # sums sent and received
+
+
+def test_rows_read_narrower_than_they_are_kept_are_copied():
+    autocast = {"lookup_dtype": torch.bfloat16}
+    codes = 10 * 6 * 5
+    assert of(replicated(SPEC), **autocast)[1].saved.tolist() == [codes + 96 * 16 * 2]
+    assert of(replicated(SPEC), is_fused=True, **autocast)[1].saved.tolist() == [codes]
+    narrow = TableSpec(name="t", num_rows=96, row_dim=16, dtype=torch.bfloat16)
+    assert of(replicated(narrow), **autocast)[1].saved.tolist() == [codes]

@@ -183,7 +183,7 @@ def test_4096_ranks_and_100_terabytes():
             specs.append(TableSpec(name=name, num_rows=slots * stride, row_dim=row_dim, dtype=torch.bfloat16))
             loads[name] = TableLoad(num_lookups=slots, code_stride=stride, id_bytes=4)
     assert sum(spec.num_bytes for spec in specs) > 100e12
-    work = Workload(batch_tokens=4096 * 64, loads=loads, rule="rowwise_adagrad", is_fused=True, micro_batches=8)
+    work = Workload(batch_tokens=4096 * 64, loads=loads, rule="rowwise_adagrad", micro_batches=8)
     decision = decide(specs, h100(4096, 512), work)
     assert decision.fits
     decision.plan.validate(specs, 4096)

@@ -1,6 +1,7 @@
 """A run as a workload, against the configuration and the model."""
 
 import pytest
+import torch
 
 from mfdist.config import load_config
 from mfdist.models import build_model
@@ -21,3 +22,13 @@ def test_a_workload_is_that_of_the_configuration():
     # attention 2·s·d a token and layer (σ(QKᵀ)V), the head d·V; two operations a multiply-add, backward twice forward
     assert work.dense_flops_per_token == pytest.approx(6 * (4 * 2 * 256 * 128 + 128 * 300))
     assert run_workload(config, model, batch_tokens=77).batch_tokens == 77
+
+
+def test_the_tables_rule_decides_what_is_kept():
+    settings = ["model.vocab_size=300", "model.table_dtype=bf16", "training.precision=bf16"]
+    config = load_config("demo", [*settings, "optimizer.tables.rule=adam", "optimizer.tables.state_dtype=bf16"])
+    work = run_workload(config, build_model(config.model, device="meta"))
+    assert (work.rule, work.is_fused, work.state_dtype) == ("adam", True, torch.bfloat16)
+    assert work.lookup_dtype == torch.bfloat16
+    config = load_config("demo", [*settings, "optimizer.tables.rule=rowwise_adagrad"])
+    assert run_workload(config, build_model(config.model, device="meta")).rule == "rowwise_adagrad"

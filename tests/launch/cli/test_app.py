@@ -34,7 +34,16 @@ def test_no_verb_shows_the_help_and_is_misuse(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [["train"], ["generate"], ["evaluate"], ["checkpoint", "list"], ["checkpoint", "verify"], ["plan"], ["doctor"]],
+    [
+        ["train"],
+        ["generate"],
+        ["evaluate"],
+        ["checkpoint", "list"],
+        ["checkpoint", "verify"],
+        ["plan"],
+        ["bench", "plan"],
+        ["doctor"],
+    ],
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_verb_has_help_with_an_example(capsys, verb, flag):

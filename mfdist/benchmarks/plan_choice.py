@@ -1,0 +1,180 @@
+"""The planner's choice against every kind there is, on real ranks of this machine: is what it chooses the fastest?
+
+For each world size the machine is calibrated in the same processes, each case is planned with those figures, and every
+kind is timed: lookup, backward and a plain SGD update, kinds taking turns so that a slow moment falls on all of them.
+On a machine that does other things besides, the ranks' processor time says more than the clock.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from mfdist.benchmarks.calibration import calibrate
+from mfdist.errors import ConfigError
+from mfdist.sharding.cost import price_table
+from mfdist.sharding.layout import candidates
+from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.planner import choose_plan
+from mfdist.sharding.table_plan import TablePlan
+from mfdist.sharding.topology import Topology, cpu
+from mfdist.sharding.workload import TableLoad, Workload
+from mfdist.spec import TableSpec
+from mfdist.tables.sharded import ShardedTable
+from mfdist.testing.run_ranks import RankPool
+
+_CODES = {1: torch.uint8, 4: torch.int32, 8: torch.int64}
+_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One table and what a rank asks of it."""
+
+    name: str
+    spec: TableSpec
+    load: TableLoad
+    tokens_a_rank: int
+
+    def workload(self, world_size: int) -> Workload:
+        """Return the case as a workload."""
+        tokens = self.tokens_a_rank * world_size
+        return Workload(batch_tokens=tokens, loads={self.spec.name: self.load}, rule="sgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen in a case, and what each kind takes.
+
+    Args:
+        case, world_size: which.
+        chosen: the kind.
+        measured_s, predicted_s: kind → time of a step.
+    """
+
+    case: str
+    world_size: int
+    chosen: str
+    measured_s: dict[str, float]
+    predicted_s: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Return how much slower the chosen kind is than the fastest, as a share of the latter."""
+        return self.measured_s[self.chosen] / min(self.measured_s.values()) - 1
+
+
+def _case(name: str, rows: int, row_dim: int, load: TableLoad, tokens: int) -> Case:
+    return Case(
+        name=name,
+        spec=TableSpec(name=name, num_rows=rows, row_dim=row_dim),
+        load=load,
+        tokens_a_rank=tokens,
+    )
+
+
+#: A MemoryFormer's projection, its second feed-forward layer, few rows of a large table, a table smaller than a batch.
+CASES = (
+    _case("qkv", 16 * 256, 384, TableLoad(num_lookups=16, code_stride=256, id_bytes=1), 1024),
+    _case("ffn2", 32 * 1024, 384, TableLoad(num_lookups=32, code_stride=1024, id_bytes=4), 1024),
+    _case("n-grams", 100_000, 128, TableLoad(num_lookups=4), 512),
+    _case("tiny", 128, 32, TableLoad(num_lookups=8), 2048),
+)
+
+
+def chosen_cases(patterns: Sequence[str]) -> list[Case]:
+    """Return the cases whose names match a shell pattern, all where there is none.
+
+    Raises:
+        ConfigError: no case matches.
+    """
+    found = [case for case in CASES if not patterns or any(fnmatch(case.name, pattern) for pattern in patterns)]
+    if not found:
+        names = ", ".join(case.name for case in CASES)
+        raise ConfigError(f"a case must be one of {names}; got {', '.join(patterns)}")
+    return found
+
+
+def compare(
+    world_sizes: Sequence[int],
+    cases: Sequence[Case] = CASES,
+    *,
+    turns: int = 15,
+    is_shared: bool = False,
+) -> Iterator[tuple[Topology, Choice]]:
+    """Yield each case's choice, with the figures it was made by.
+
+    Args:
+        world_sizes, cases: every case is tried at each world size.
+        turns: how often each kind is timed.
+        is_shared: count processor time, calibration included.
+    """
+    with RankPool() as pool:
+        for world_size in world_sizes:
+            found = pool.run(calibrated, world_size, is_shared, timeout_s=_DEADLINE_S)[0]
+            for case in cases:
+                yield found, _compare(pool, case, found, turns, is_shared)
+
+
+def calibrated(rank: int, is_shared: bool) -> Topology:
+    """Return this machine's figures for as many ranks as there are; called on all ranks."""
+    exchanges = MeshExchanges(init_device_mesh("cpu", (dist.get_world_size(),)))
+    return calibrate(exchanges, cpu(1), clock=_clock(is_shared))
+
+
+def timed(rank: int, case: Case, plans: Sequence[TablePlan], turns: int, is_shared: bool) -> list[float]:
+    """Return the quickest step by each plan, on this rank; called on all ranks."""
+    exchanges = MeshExchanges(init_device_mesh("cpu", (dist.get_world_size(),)))
+    tables = [ShardedTable(plan, exchanges) for plan in plans]
+    generator = torch.Generator().manual_seed(rank)
+    shape = (case.tokens_a_rank, case.load.num_lookups)
+    ids = torch.randint(0, case.load.code_stride or case.spec.num_rows, shape, generator=generator)
+    ids = ids.to(_CODES[case.load.id_bytes])
+    scores = torch.rand(shape, generator=generator, requires_grad=True)
+    grad = torch.rand(case.tokens_a_rank, case.spec.row_dim, generator=generator)
+    clock = _clock(is_shared)
+    taken: list[list[float]] = [[] for _ in tables]
+    for _ in range(turns + 1):  # the first compiles
+        for table, times in zip(tables, taken, strict=True):
+            dist.barrier()
+            began = clock()
+            table(ids, scores, code_stride=case.load.code_stride).backward(grad)
+            weight = table.weight
+            assert weight.grad is not None
+            with torch.no_grad():
+                weight.add_(weight.grad, alpha=-0.01)
+            times.append(clock() - began)
+            weight.grad = None
+    return [min(times[1:]) for times in taken]
+
+
+def _compare(pool: RankPool, case: Case, machine: Topology, turns: int, is_shared: bool) -> Choice:
+    workload = case.workload(machine.world_size)
+    predicted = {}
+    plans: list[TablePlan] = []
+    for plan in candidates(case.spec, machine, workload):
+        predicted[_name(plan)] = price_table(plan, machine, workload).step_s
+        plans.append(plan)
+    times = pool.run(timed, machine.world_size, case, plans, turns, is_shared, timeout_s=_DEADLINE_S)
+    chosen = choose_plan([case.spec], machine, workload).tables[0]
+    return Choice(
+        case=case.name,
+        world_size=machine.world_size,
+        chosen=_name(chosen),
+        measured_s={
+            _name(plan): sum(each) / len(each) for plan, each in zip(plans, zip(*times, strict=True), strict=True)
+        },
+        predicted_s=predicted,
+    )
+
+
+def _clock(is_shared: bool) -> Callable[[], float]:
+    return time.process_time if is_shared else time.perf_counter
+
+
+def _name(plan: TablePlan) -> str:
+    return plan.kind if plan.deduplicate else f"{plan.kind}, each time"

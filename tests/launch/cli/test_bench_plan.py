@@ -1,0 +1,41 @@
+"""`mfdist bench plan` on real ranks: what it writes, and what it refuses."""
+
+import json
+
+import pytest
+
+from mfdist.sharding.topology import Topology
+
+
+def test_figures_are_measured_and_every_kind_is_timed(mfdist, tmp_path):
+    found, saved = tmp_path / "found.json", tmp_path / "machine.json"
+    options = ("--world", "2", "--case", "tiny", "--turns", "2", "--shared")
+    code, out, err = mfdist("bench", "plan", *options, "--json", found, "--save", saved)
+    document = json.loads(found.read_text("utf-8"))
+    (result,) = document["results"]
+    assert (code == 0) == (result["loss"] <= 0.15), err
+    assert set(result["measured_s"]) == set(result["predicted_s"])
+    assert {"replicated", "column_wise", "row_wise"} <= set(result["measured_s"])
+    assert result["chosen"] in result["measured_s"]
+    assert all(seconds > 0 for seconds in result["measured_s"].values())
+    assert out.splitlines()[1].startswith(f"  tiny: chose {result['chosen']}")
+    topology = Topology.from_json(saved.read_text("utf-8"))
+    assert (topology.name, topology.world_size, topology.num_hosts) == ("measured", 2, 1)
+    code, out, _ = mfdist("plan", "demo", "--world", "2", "--topology", saved)
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world", "1"], 'such as 2,4; got "1"'),
+        (["--world", "2,x"], 'got "2,x"'),
+        (["--case", "nothing"], "one of qkv, ffn2, n-grams, tiny; got nothing"),
+        (["--save", "nowhere/machine.json"], "--save must name a file"),
+    ],
+)
+def test_misuse_is_one_line(mfdist, arguments, message):
+    code, out, err = mfdist("bench", "plan", *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
