@@ -367,11 +367,9 @@ def _round_at_random(builder: Any, run: Any, key: Any, column: Any, width: int) 
     x = builder.add(builder.mul(columns, constant(0x9E3779B9)), _splat(builder, key, width))
     x = builder.mul(shifted(x, 16), constant(0x7FEB352D))
     x = builder.mul(shifted(x, 15), constant(0x846CA68B))
-    random = builder.lshr(shifted(x, 16), constant(_HALF_BITS))
     bits = builder.bitcast(run, words)
-    rounded = builder.trunc(
-        builder.lshr(builder.add(bits, random), constant(_HALF_BITS)), _vector(ir.IntType(16), width)
-    )
-    exponent = builder.and_(bits, constant(0x7F800000))
-    is_special = builder.icmp_unsigned("==", exponent, constant(0x7F800000))  # infinity and NaN have no next value
-    return builder.select(is_special, _round_to_bf16(builder, run, width), rounded)
+    exponent = constant(0x7F800000)
+    is_special = builder.icmp_unsigned("==", builder.and_(bits, exponent), exponent)
+    # Infinity and NaN have no next value. A NaN that arithmetic or bf16 gives has bits in its upper half, which stay.
+    random = builder.select(is_special, constant(0), builder.lshr(x, constant(_HALF_BITS)))
+    return builder.trunc(builder.lshr(builder.add(bits, random), constant(_HALF_BITS)), _vector(ir.IntType(16), width))

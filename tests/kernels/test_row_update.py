@@ -287,6 +287,29 @@ def test_a_change_in_place_is_known_to_autograd() -> None:
         doubled.sum().backward()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.large
+def test_a_table_past_two_to_the_31_elements() -> None:
+    """Virtual memory alone: 4.6 GB of bf16 and 9.2 of states, of which only a few rows are touched."""
+    num_rows, row_dim = (1 << 21) + 5, 1100
+    table = torch.empty(num_rows, row_dim, dtype=torch.bfloat16)
+    state = [torch.empty_like(table), torch.empty_like(table)]
+    ids = torch.tensor([[0, num_rows - 1], [num_rows - 1, num_rows // 2]])
+    rows = torch.unique(ids)
+    small = make_updated(torch.randn(3, row_dim).bfloat16(), ADAM, torch.bfloat16)
+    for one, other in zip([table, *state], [small.table, *small.state], strict=True):
+        one[rows] = other
+    lookup = Lookup(table, ids, torch.randn(2, 2), torch.randn(2, row_dim).bfloat16(), 0)
+    near = Lookup(small.table, torch.searchsorted(rows, ids), lookup.scores, lookup.grad_output, 0)
+    _, expected = reference_update(small, near, ADAM)
+    update(Updated(table, state), lookup, ADAM, (0, 0))
+    assert_close(Updated(table[rows], [each[rows] for each in state]), expected)
+    expected = Updated(table[rows], [each[rows] for each in state]).copy(torch.float64)
+    grads = torch.randn(3, row_dim)
+    reference.row_update(expected.table, expected.state, grads, None, None, float(LR), int(STEP), ADAM)
+    row_update(table, state, grads, ADAM, LR, STEP, rows=rows)
+    assert_close(Updated(table[rows], [each[rows] for each in state]), expected)
+
+
 @pytest.mark.parametrize("part", ["updates", "rounding", "bad_ids", "not_finite"])
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
