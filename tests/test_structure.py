@@ -34,6 +34,7 @@ DOORS = {
     "torch.utils.tensorboard": ("mfdist.training.metrics",),
     "torch.distributed": (
         "mfdist.benchmarks.checkpoint",
+        "mfdist.benchmarks.plan_choice",
         "mfdist.checkpoint.ranks",
         "mfdist.sharding.",
         "mfdist.testing.",
