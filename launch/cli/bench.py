@@ -37,6 +37,10 @@ def kernels(
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads, all by default; with 1, times are processor time, right on a busy CPU."),
+    ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0.0, help="Time spent on each contender; 1 on a CPU, 0.2 on a GPU by default.")
     ] = None,
@@ -61,6 +65,8 @@ def kernels(
     from mfdist.benchmarks.kernels import Selection, measure
 
     device = _device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     seconds = _DEFAULT_SECONDS[device] if seconds is None else seconds
@@ -71,18 +77,14 @@ def kernels(
     facts = _machine(device)
     typer.echo(f"{facts['name']}, torch {torch.__version__}, {facts['threads']} CPU threads; memory: {_told(memory)}")
     typer.echo(_HEADER)
-    found = []
-    for result in measure(device, memory, selection, seconds=0.0 if check_only else seconds, repeats=repeats):
-        found.append(result)
-        typer.echo(_line(result))
-    if json_file is not None:
-        document = {
-            "machine": facts,
-            "versions": machine.versions(),
-            "ceilings": asdict(memory),
-            "results": [asdict(result) for result in found],
-        }
-        json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
+    found: list[Result] = []
+    try:
+        for result in measure(device, memory, selection, seconds=0.0 if check_only else seconds, repeats=repeats):
+            found.append(result)
+            typer.echo(_line(result))
+    finally:  # what was found before an end that came early is kept
+        if json_file is not None:
+            json_file.write_text(to_json(_document(facts, memory, found), indent=1) + "\n", "utf-8")
     wrong = [f"{result.op} {result.case} {result.impl}" for result in found if result.is_wrong]
     if wrong:
         return failures.fail(f"every result must be right; wrong were {', '.join(wrong)}")
@@ -105,6 +107,15 @@ def _machine(device: str) -> dict[str, Any]:
     cpu, gpus = machine.cpu(), machine.gpus()
     name = gpus[0]["name"] if device == "cuda" else cpu["name"]
     return {"device": device, "name": name, "threads": torch.get_num_threads(), "cpu": cpu, "gpus": gpus}
+
+
+def _document(facts: dict[str, Any], memory: "Ceilings", found: list["Result"]) -> dict[str, Any]:
+    return {
+        "machine": facts,
+        "versions": machine.versions(),
+        "ceilings": asdict(memory),
+        "results": [asdict(result) for result in found],
+    }
 
 
 def _told(memory: "Ceilings") -> str:

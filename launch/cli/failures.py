@@ -17,6 +17,8 @@ import typer
 from mfdist.errors import OUTCOMES, MfdistError
 
 DONE, FAILED, MISUSE = 0, 1, 2
+_INTERRUPTED = 130  # what newer versions of typer return for Ctrl-C, where older ones raise
+_STOPPED = "stopped before the end"
 
 # Typer brings its own copy of click in newer versions and imports click in older ones; this is the same class in both.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -32,13 +34,15 @@ def run(command: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result = command()
+        if result == _INTERRUPTED:
+            return fail(_STOPPED)
         return result if isinstance(result, int) else DONE
     except _UsageError as error:
         return _misuse(error)
     except MfdistError as error:
         return _known(error)
     except (KeyboardInterrupt, Terminated, typer.Abort):
-        return fail("stopped before the end")
+        return fail(_STOPPED)
     except BrokenPipeError:
         return FAILED  # the reader of our output has gone, as in `mfdist generate RUN ... | head`, and needs no message
     except OSError as error:

@@ -1,9 +1,13 @@
 """`mfdist bench kernels`: a table for people, JSON for programs, and refusals."""
 
 import json
+import signal
+import subprocess
 
 import pytest
 import torch
+
+from tests.launch.cli.conftest import COMMAND, DEADLINE_S, environment
 
 FIELDS = {
     "op": str,
@@ -40,6 +44,38 @@ def test_a_run_writes_the_document_that_the_reference_describes(mfdist, tmp_path
     assert lines[0].startswith(document["machine"]["name"])
     assert len(lines) == 2 + len(document["results"])
     assert all("µs" in line and "demo-ffn2" in line for line in lines[2:])
+
+
+def test_one_thread_is_timed_by_the_processor_and_told(mfdist, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        arguments = ("--threads", "1", "--op", "gather_sum", "--json", tmp_path / "found.json")
+        code, out, err = mfdist(*SELECTED, *arguments)
+    finally:
+        torch.set_num_threads(before)
+    assert code == 0, err
+    assert "1 CPU threads" in out
+    assert json.loads((tmp_path / "found.json").read_text("utf-8"))["machine"]["threads"] == 1
+
+
+def test_an_early_end_keeps_what_was_found(workplace, tmp_path):
+    """A real process, interrupted after its first results."""
+    command = [*COMMAND, "bench", "kernels", "--device", "cpu", "--op", "gather_sum", "--case", "demo-*"]
+    command += ["--seconds", "0.2", "--json", str(tmp_path / "found.json")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(workplace / "cache")
+    )
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]  # machine, head, a result
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert "demo-qkv" in lines[2]
+    assert process.returncode == 1 and "stopped before the end" in err
+    results = json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]
+    assert 1 <= len(results) < 12 and results[0]["case"] == "demo-qkv"
 
 
 def test_checking_alone_times_nothing(mfdist):
