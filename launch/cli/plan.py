@@ -56,8 +56,8 @@ def plan(
     Times are predictions from the topology's figures. The exit code is 1 if nothing fits.
     """
     sizes = _sizes(simulated)
-    if sizes and (world or plan_file or out):
-        raise ConfigError("--simulate chooses the world sizes itself; leave out --world, --plan and --out")
+    if sizes and (world or hosts or plan_file or out):
+        raise ConfigError("--simulate chooses the world sizes itself; leave out --world, --hosts, --plan and --out")
     if not sizes and world is None:
         raise ConfigError(f"give the number of ranks: mfdist plan {config} --world 8")
     run = load_config(config, list(settings or ()))

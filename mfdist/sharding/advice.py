@@ -130,7 +130,7 @@ def _changes(setting: _Setting) -> Iterator[tuple[str, Callable[[_Setting], _Set
         )
     if not workload.is_fused and workload.micro_batches == 1:
         yield (
-            "rows updated in backward (optimizer.tables.fused)",
+            f"rows updated in backward (optimizer.tables.rule={workload.rule})",
             lambda it: (*it[:2], replace(it[2], is_fused=True)),
         )
     if workload.rule == "adam" and workload.state_dtype.itemsize > 2:

@@ -123,7 +123,7 @@ def price_table(plan: TablePlan, topology: Topology, workload: Workload) -> Tabl
     num_tokens = workload.tokens_per_exchange(topology.world_size)
     held = Holdings.of(plan, topology.world_size)
     read = replace(plan, dtype=workload.read_dtype(plan.dtype))
-    exchanges = transfers(read, held, load, num_tokens, topology.ranks_per_host)
+    exchanges = transfers(read, held, workload, num_tokens, topology.ranks_per_host)
     times = workload.micro_batches
     return TableCost(
         plan=plan,

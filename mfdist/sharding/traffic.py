@@ -11,7 +11,8 @@ row id, a score, a number forward, a number backward. Where a table is cut evenl
     replicated   forward nothing                               backward 2·R·D·g·(W−1)/W
     grid         column_wise within a host; within its columns, row_wise or table_wise between hosts
 
-and where it is not, in proportion to what each rank holds.
+and where it is not, in proportion to what each rank holds. Row-wise Adagrad in backward adds the squares of the rows
+that all ranks read, 4 bytes each to every rank that has other columns of them.
 """
 
 from collections.abc import Iterator
@@ -23,12 +24,13 @@ import torch
 
 from mfdist.sharding.holdings import Floats, Holdings
 from mfdist.sharding.table_plan import TablePlan
-from mfdist.sharding.workload import TableLoad
+from mfdist.sharding.workload import TableLoad, Workload
 
 Phase = Literal["forward", "backward"]
 Axis = Literal["world", "inside", "between"]
 
 SCORE_BYTES = 4
+_SQUARE_BYTES = 4
 _RUN_BYTES = 4  # how many of a token's lookups an owner has
 _SCALE_BYTES = 4  # of each row that travels in fp8
 
@@ -53,13 +55,15 @@ class Transfer:
     is_control: bool = False
 
 
-def transfers(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int, ranks_per_host: int) -> list[Transfer]:
+def transfers(
+    plan: TablePlan, held: Holdings, workload: Workload, num_tokens: int, ranks_per_host: int
+) -> list[Transfer]:
     """Return what travels in a lookup of `num_tokens` tokens a rank and in its backward.
 
     Args:
         plan: of the table.
         held: what it gives to the ranks.
-        load: how the table is read.
+        workload: how the table is read and trained.
         num_tokens: n.
         ranks_per_host: for a grid, whose axes are a host's ranks and the hosts.
     """
@@ -68,20 +72,20 @@ def transfers(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int,
         return []
     match plan.kind:
         case "row_wise":
-            return _Group(plan, held, load, "world", world_size, num_tokens).of_rows()
+            return _Group(plan, held, workload, "world", world_size, num_tokens).of_rows()
         case "table_wise":
-            return _Group(plan, held, load, "world", world_size, num_tokens).of_slots()
+            return _Group(plan, held, workload, "world", world_size, num_tokens).of_slots()
         case "column_wise":
-            return _Group(plan, held, load, "world", world_size, num_tokens).of_columns()
+            return _Group(plan, held, workload, "world", world_size, num_tokens).of_columns()
         case "replicated":
-            return _of_copies(plan, world_size)
+            return _of_copies(plan, workload, world_size)
         case "grid":
             num_hosts = world_size // ranks_per_host
             found = []
             if ranks_per_host > 1:
-                found += _Group(plan, held, load, "inside", ranks_per_host, num_tokens).of_columns()
+                found += _Group(plan, held, workload, "inside", ranks_per_host, num_tokens).of_columns()
             if num_hosts > 1:
-                across = _Group(plan, held, load, "between", num_hosts, num_tokens * ranks_per_host)
+                across = _Group(plan, held, workload, "between", num_hosts, num_tokens * ranks_per_host)
                 found += across.of_slots() if plan.code_stride else across.of_rows()
             return found
 
@@ -105,8 +109,13 @@ def wire_bytes(rows: torch.dtype, wire: torch.dtype, width: Floats) -> Floats:
     return width * item_bytes + scale
 
 
-def _of_copies(plan: TablePlan, world_size: int) -> list[Transfer]:
-    width = wire_bytes(plan.dtype, plan.backward_dtype, np.full(1, float(plan.row_dim)))
+def _of_copies(plan: TablePlan, workload: Workload, world_size: int) -> list[Transfer]:
+    """Return the sum of the copies' gradients: each rank's share of the rows, then the sums; which rows, if fused."""
+    wire = plan.backward_dtype
+    if workload.is_fused and wire.itemsize >= plan.dtype.itemsize:
+        wire = torch.float32  # rounded once, at the update
+    dtype = wire if workload.is_fused else plan.dtype
+    width = wire_bytes(dtype, wire, np.full(1, float(plan.row_dim))) + workload.is_fused
     share = plan.num_rows * width * (world_size - 1) / world_size
     parts = ("shares of row gradients", "row gradients")
     return [
@@ -124,9 +133,10 @@ class _Group:
     """The formulas above over ranks that share a table, or in a grid a part of it."""
 
     def __init__(
-        self, plan: TablePlan, held: Holdings, load: TableLoad, axis: Axis, group: int, num_tokens: int
+        self, plan: TablePlan, held: Holdings, workload: Workload, axis: Axis, group: int, num_tokens: int
     ) -> None:
-        self.plan, self.held, self.load, self.axis, self.group = plan, held, load, axis, group
+        self.plan, self.held, self.workload, self.axis, self.group = plan, held, workload, axis, group
+        self.load = load = workload.load(plan.name)
         self.num_tokens = num_tokens
         self.num_lookups = float(num_tokens * load.num_lookups)
         self.share = held.rows / plan.num_rows
@@ -164,17 +174,19 @@ class _Group:
         """Return the exchange of codes, and of partial sums of all columns a rank has."""
         asked, served = self.num_lookups * (1 - self.share), self.num_lookups * (self.group - 1) * self.share
         width = np.full(len(self.share), self.held.columns.max())
-        sums = np.full(len(self.share), self.num_tokens * (self.group - 1.0))
+        is_owner = (self.share > 0).astype(np.float64)
+        num_owners = float(is_owner @ self.held.counts) * self.group / self.held.world_size
+        given, got = self.num_tokens * (self.group - 1) * is_owner, self.num_tokens * (num_owners - is_owner)
         return [
             *self._phase(
                 "forward",
                 ("codes", asked, served, self.load.id_bytes),
                 ("scores", asked, served, SCORE_BYTES),
-                ("partial sums", sums, sums, self._wire("forward", width)),
+                ("partial sums", given, got, self._wire("forward", width)),
             ),
             *self._phase(
                 "backward",
-                ("gradients", sums, sums, self._wire("backward", width)),
+                ("gradients", got, given, self._wire("backward", width)),
                 ("score gradients", served, asked, SCORE_BYTES),
             ),
         ]
@@ -194,7 +206,17 @@ class _Group:
                 ("sums", here, elsewhere, 1),
             ),
             *self._phase("backward", ("gradients", asked, served, 1), ("score gradients", codes, codes, SCORE_BYTES)),
+            *self._squares(),
         ]
+
+    def _squares(self) -> Iterator[Transfer]:
+        """Yield what row-wise Adagrad needs of the columns of others: the squares of every row that was read."""
+        if self.workload.is_fused and self.workload.rule == "rowwise_adagrad":
+            touched = self.load.num_unique(self.plan.num_rows, self.num_tokens * self.held.world_size)
+            has_columns = (self.held.columns > 0).astype(np.float64)
+            num_others = float(has_columns @ self.held.counts) * self.group / self.held.world_size - has_columns
+            squares = touched * self.share * has_columns * num_others
+            yield from self._phase("backward", ("squares", squares, squares, _SQUARE_BYTES))
 
     def _columns(self, phase: Phase, every: Floats) -> tuple[Floats, Floats]:
         """Return the bytes of a token's columns that lie elsewhere, and of its columns here for all other ranks."""

@@ -9,11 +9,11 @@ from mfdist.sharding.plan import ShardingPlan
 from mfdist.tables.sharded import ShardedTable
 
 
-def measured(rank, plan_json, name, num_tokens, load, mesh_shape):
+def measured(rank, plan_json, name, num_tokens, load, mesh_shape, optimizer=None):
     """Return this rank's bytes: rows, gradient, kept for backward, and sent forward and backward."""
     plan = ShardingPlan.from_json(plan_json).table(name)
     exchanges = MeshExchanges(init_device_mesh("cpu", mesh_shape))
-    table = ShardedTable(plan, exchanges)
+    table = ShardedTable(plan, exchanges).fuse(optimizer)
     generator = torch.Generator().manual_seed(rank)
     limit = load.code_stride or plan.num_rows
     ids = torch.randint(0, limit, (num_tokens, load.num_lookups), generator=generator)
@@ -29,13 +29,15 @@ def measured(rank, plan_json, name, num_tokens, load, mesh_shape):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = table(ids, scores, code_stride=load.code_stride)
     out.sum().backward()
-    sent = {phase: sum(each.traffic.num_bytes[phase] for each in exchanges.all) for phase in ("lookup", "gradient")}
+    phases = ("lookup", "gradient", "update")
+    sent = {phase: sum(each.traffic.num_bytes[phase] for each in exchanges.all) for phase in phases}
     gradient = table.weight.grad
     dist.barrier()
     return {
         "weights": table.weight.nbytes,
         "gradients": 0 if gradient is None else gradient.nbytes,
+        "states": sum(state.nbytes for state in table.row_state.tensors.values()) if table.row_state else 0,
         "saved": sum(kept.values()),
         "forward": sent["lookup"],
-        "backward": sent["gradient"],
+        "backward": sent["gradient"] + sent["update"],
     }

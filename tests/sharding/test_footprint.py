@@ -19,7 +19,7 @@ LOAD = TableLoad(num_lookups=6, code_stride=16, id_bytes=1)
 def of(plan, world_size=WORLD_SIZE, load=LOAD, num_tokens=10, **changes):
     workload = Workload(**{"batch_tokens": 1, "loads": {"t": load}, **changes})
     held = Holdings.of(plan, world_size)
-    found = footprint(plan, held, load, workload, transfers(plan, held, load, num_tokens, 3), num_tokens, 3)
+    found = footprint(plan, held, load, workload, transfers(plan, held, workload, num_tokens, 3), num_tokens, 3)
     return held, found
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mfdist.optim import RowAdagrad, RowAdam
 from mfdist.sharding.cost import price_table
 from mfdist.sharding.kinds import column_wise, grid, replicated, row_wise, table_wise
 from mfdist.sharding.plan import ShardingPlan
@@ -43,24 +44,57 @@ def plans(spec, load, world_size):
         yield "grid of slots", grid(spec, 2, 2, code_stride=load.code_stride)
 
 
-@pytest.mark.parametrize("world_size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 8))])
-@pytest.mark.parametrize(("spec", "load"), [(CODES, CODES_LOAD), (IDS, IDS_LOAD)], ids=["codes", "ids"])
+SIZES = (4, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 8)))
+BOTH = pytest.mark.parametrize(("spec", "load"), [(CODES, CODES_LOAD), (IDS, IDS_LOAD)], ids=["codes", "ids"])
+NUM_TOKENS = 1500
+
+
+def compare(pool, plan, name, work, optimizer=None):
+    """Hold one plan's predicted bytes against those of a table on ranks."""
+    load, is_grid = work.load("t"), plan.kind == "grid"
+    world_size = work.batch_tokens // NUM_TOKENS
+    mesh = (2, world_size // 2) if is_grid else (world_size,)
+    cost = price_table(plan, cpu(world_size, 2 if is_grid else 1), work)
+    text = ShardingPlan(world_size, (plan,)).to_json()
+    found = pool.run(measured_ranks.measured, world_size, text, "t", NUM_TOKENS, load, mesh, optimizer, timeout_s=200)
+    predicted = {
+        "weights": cost.held.on_ranks(cost.footprint.weights),
+        "gradients": cost.held.on_ranks(cost.footprint.gradients),
+        "states": cost.held.on_ranks(cost.footprint.states),
+        "saved": cost.held.on_ranks(cost.footprint.saved),
+        "forward": cost.sent_bytes("forward"),
+        "backward": cost.sent_bytes("backward"),
+    }
+    for key, each in predicted.items():
+        measured = [rank[key] for rank in found]
+        if optimizer is None and key == "states":
+            continue  # an optimiser outside has them
+        assert each.tolist() == pytest.approx(measured, rel=WITHIN, abs=64), f"{key} of {name}"
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+@BOTH
 def test_bytes_are_those_predicted(pool, spec, load, world_size):
-    num_tokens = 1500
-    work = Workload(batch_tokens=num_tokens * world_size, loads={"t": load})
+    work = Workload(batch_tokens=NUM_TOKENS * world_size, loads={"t": load})
     for name, plan in plans(spec, load, world_size):
-        is_grid = plan.kind == "grid"
-        mesh = (2, world_size // 2) if is_grid else (world_size,)
-        cost = price_table(plan, cpu(world_size, 2 if is_grid else 1), work)
-        text = ShardingPlan(world_size, (plan,)).to_json()
-        found = pool.run(measured_ranks.measured, world_size, text, "t", num_tokens, load, mesh)
-        predicted = {
-            "weights": cost.held.on_ranks(cost.footprint.weights),
-            "gradients": cost.held.on_ranks(cost.footprint.gradients),
-            "saved": cost.held.on_ranks(cost.footprint.saved),
-            "forward": cost.sent_bytes("forward"),
-            "backward": cost.sent_bytes("backward"),
-        }
-        for key, each in predicted.items():
-            measured = [rank[key] for rank in found]
-            assert each.tolist() == pytest.approx(measured, rel=WITHIN, abs=64), f"{key} of {name}"
+        compare(pool, plan, name, work)
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [(RowAdagrad(lr=0.1), "rowwise_adagrad"), (RowAdam(lr=0.1, state_dtype=torch.bfloat16), "adam")],
+    ids=["adagrad", "adam"],
+)
+@BOTH
+def test_bytes_of_fused_tables_are_those_predicted(pool, spec, load, optimizer, rule, world_size):
+    work = Workload(
+        batch_tokens=NUM_TOKENS * world_size,
+        loads={"t": load},
+        rule=rule,
+        is_fused=True,
+        state_dtype=torch.bfloat16,
+    )
+    for name, plan in plans(spec, load, world_size):
+        if name in ("rows", "columns", "copies", "slots", "grid of rows"):
+            compare(pool, plan, name, work, optimizer)

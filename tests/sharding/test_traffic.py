@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mfdist.sharding.holdings import Holdings
 from mfdist.sharding.kinds import column_wise, grid, replicated, row_wise, table_wise
 from mfdist.sharding.traffic import transfers
-from mfdist.sharding.workload import TableLoad
+from mfdist.sharding.workload import TableLoad, Workload
 from mfdist.spec import TableSpec
 from tests.sharding.plans import WORLD_SIZE, table_plans
 
@@ -20,10 +20,14 @@ SPEC = TableSpec(name="t", num_rows=SLOTS * STRIDE, row_dim=WIDTH)
 LOAD = TableLoad(num_lookups=SLOTS, code_stride=STRIDE, id_bytes=1)
 
 
-def sent(plan, load=LOAD, *, num_tokens=TOKENS, world_size=4, ranks_per_host=4):
+def trained(load, **changes):
+    return Workload(batch_tokens=1, loads={"t": load}, **changes)
+
+
+def sent(plan, load=LOAD, *, num_tokens=TOKENS, world_size=4, ranks_per_host=4, **changes):
     """Return the bytes each rank sends forward and backward."""
     held = Holdings.of(plan, world_size)
-    found = transfers(plan, held, load, num_tokens, ranks_per_host)
+    found = transfers(plan, held, trained(load, **changes), num_tokens, ranks_per_host)
     return [
         held.on_ranks(sum((part.sent for part in found if part.phase == phase and not part.is_control), 0 * held.rows))
         for phase in ("forward", "backward")
@@ -100,7 +104,7 @@ def test_a_grid_is_columns_within_a_host_and_slots_or_rows_between():
     def outside(slots):
         plan = grid(SPEC, 2, 2, code_stride=slots)
         held = Holdings.of(plan, 4)
-        found = transfers(plan, held, LOAD, TOKENS, 2)
+        found = transfers(plan, held, trained(LOAD), TOKENS, 2)
         return {(part.axis, part.phase): 0.0 for part in found} | {
             key: sum(float(part.sent[0]) for part in found if (part.axis, part.phase) == key and not part.is_control)
             for key in {(part.axis, part.phase) for part in found}
@@ -123,7 +127,7 @@ def test_what_is_sent_is_received(plan, num_tokens, num_lookups):
     if plan.kind == "grid" and len(plan.owners) < WORLD_SIZE:
         return  # a grid spans the world
     held = Holdings.of(plan, WORLD_SIZE)
-    for part in transfers(plan, held, load, num_tokens, ranks_per_host):
+    for part in transfers(plan, held, trained(load), num_tokens, ranks_per_host):
         assert (part.sent >= 0).all()
         assert part.sent @ held.counts == pytest.approx(part.received @ held.counts, rel=1e-9, abs=1e-6), part.what
 
@@ -141,4 +145,28 @@ def test_narrow_traffic_is_narrower_and_fp8_has_a_scale_a_row():
 
 
 def test_one_rank_sends_nothing():
-    assert not transfers(row_wise(SPEC, 1), Holdings.of(row_wise(SPEC, 1), 1), LOAD, TOKENS, 1)
+    assert not transfers(row_wise(SPEC, 1), Holdings.of(row_wise(SPEC, 1), 1), trained(LOAD), TOKENS, 1)
+
+
+def test_fused_copies_sum_in_fp32_and_say_which_rows():
+    half = TableSpec(name="t", num_rows=SPEC.num_rows, row_dim=WIDTH, dtype=torch.bfloat16)
+    for spec, wire, width in ((SPEC, None, 4), (half, None, 4), (SPEC, torch.bfloat16, 2)):
+        plan = replicated(spec, backward_dtype=wire)
+        expected = 2 * SPEC.num_rows * (WIDTH * width + 1) * 3 / 4
+        assert sent(plan, is_fused=True)[1].tolist() == [expected] * 4
+
+
+def test_row_wise_adagrad_sends_the_squares_of_the_rows_that_were_read():
+    plan = column_wise(SPEC, 4, cuts=(0, 0, 4, 12, 24))
+    plain, adagrad = (sent(plan, is_fused=True, rule=rule)[1] for rule in ("sgd", "rowwise_adagrad"))
+    squares = LOAD.num_unique(SPEC.num_rows, 4 * TOKENS) * 4
+    assert (adagrad - plain).tolist() == pytest.approx([0, *[2 * squares] * 3])
+
+
+def test_ranks_without_slots_send_no_sums_and_get_no_gradients():
+    plan = table_wise(SPEC, 4, STRIDE, cuts=(0, 0, 0, 64, 192))
+    forward, backward = sent(plan)
+    codes = TOKENS * SLOTS * 5
+    assert forward.tolist()[:2] == [codes] * 2
+    assert backward.tolist()[:2] == [2 * TOKENS * WIDTH * 4] * 2
+    assert backward.tolist()[2] == TOKENS * (WIDTH * 4 + 3 * 4 * 4)
