@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 from mfdist.spec import Region
 
-#: Largest chunk, the unit a zarr reader decodes; small enough that a row costs little to look up.
-CHUNK_BYTES = 512 << 10
-#: Chunks in one file, the unit of writing, of checksums and of sharing between steps.
-CHUNKS_PER_FILE = 8
+#: A file is the unit of writing, of checksums and of sharing between steps: small, so that few rows are written for one
+#: that changed, though not so small that the disk minds; larger in large arrays, so that there are not too many.
+MIN_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 8 << 20
+FILES_PER_ARRAY = 1024
+#: Chunks in one file; a chunk is what a zarr reader decodes to look up a row.
+CHUNKS_PER_FILE = 4
 #: Column blocks let column shards write files of their own; a matrix has at most this many, none narrower than that.
 MAX_COLUMN_BLOCKS = 8
 MIN_COLUMNS = 64
@@ -71,17 +74,20 @@ def num_columns(shape: tuple[int, ...]) -> int:
 
 
 def cut(shape: tuple[int, ...], item_bytes: int) -> FileGrid:
-    """Cut an array into chunks of at most CHUNK_BYTES (or one row), about CHUNKS_PER_FILE to a file.
+    """Cut an array into files of MIN_FILE_BYTES to MAX_FILE_BYTES (or one row), of about CHUNKS_PER_FILE chunks.
 
     An array of one file has even chunks, so that little is padded. A larger one has a power of two of rows in a file,
     and a matrix about as many column blocks as row blocks up to MAX_COLUMN_BLOCKS, again a power of two: so that the
     files of the usual shards, halves of halves of either kind, have one writer each.
     """
     rows, columns = max(1, num_rows(shape)), max(1, num_columns(shape))
-    file_bytes = CHUNK_BYTES * CHUNKS_PER_FILE
+    file_bytes = MIN_FILE_BYTES
+    while file_bytes < MAX_FILE_BYTES and file_bytes * FILES_PER_ARRAY < rows * columns * item_bytes:
+        file_bytes *= 2
+    chunk_bytes = file_bytes // CHUNKS_PER_FILE
     num_files = rows * columns * item_bytes / file_bytes
     if num_files <= 1:
-        num_chunks = math.ceil(rows / max(1, CHUNK_BYTES // (columns * item_bytes)))
+        num_chunks = math.ceil(rows / max(1, chunk_bytes // (columns * item_bytes)))
         rows_per_chunk = math.ceil(rows / num_chunks)
         return FileGrid(shape, rows_per_chunk, rows_per_chunk * math.ceil(rows / rows_per_chunk), columns)
     num_blocks = 1
@@ -90,7 +96,7 @@ def cut(shape: tuple[int, ...], item_bytes: int) -> FileGrid:
             break
         num_blocks *= 2
     columns_per_file = math.ceil(columns / num_blocks)
-    rows_per_chunk = 1 << (max(1, CHUNK_BYTES // (columns_per_file * item_bytes)).bit_length() - 1)
+    rows_per_chunk = 1 << (max(1, chunk_bytes // (columns_per_file * item_bytes)).bit_length() - 1)
     num_chunks = math.ceil(rows / rows_per_chunk)
     return FileGrid(shape, rows_per_chunk, rows_per_chunk * min(CHUNKS_PER_FILE, num_chunks), columns_per_file)
 

@@ -185,7 +185,7 @@ def test_a_forked_child_does_not_keep_the_lock(directory: CheckpointDirectory, s
 
 
 def test_an_incremental_save_writes_only_what_changed(directory: CheckpointDirectory, contents: Contents) -> None:
-    weight = torch.randn(16384, 1024)  # sixteen files: four blocks of rows, four of columns
+    weight = torch.randn(16384, 1024)  # 64 files: eight blocks of rows, eight of columns
 
     def state(step: int) -> CheckpointState:
         return CheckpointState(step=step, tables={"t": TableState(weight=weight)}, dense={}, attributes={})

@@ -30,10 +30,10 @@ def test_files_cover_every_value_once(shape: tuple[int, ...], item_bytes: int) -
     assert (covered == 1).all()
     assert len(names) == sum(1 for _ in cut.files())
     row_bytes = cut.columns_per_file * item_bytes
-    assert cut.rows_per_chunk * row_bytes <= max(grid.CHUNK_BYTES, row_bytes)
+    assert cut.rows_per_chunk * row_bytes <= max(grid.MAX_FILE_BYTES // grid.CHUNKS_PER_FILE, row_bytes)
     assert cut.rows_per_file % cut.rows_per_chunk == 0
     # Where rows are almost as large as chunks, a file that holds all may need a few more.
-    assert cut.rows_per_file * row_bytes <= max(grid.CHUNK_BYTES * grid.CHUNKS_PER_FILE, row_bytes) + 8 * row_bytes
+    assert cut.rows_per_file * row_bytes <= max(grid.MAX_FILE_BYTES, row_bytes) + 8 * row_bytes
 
 
 @given(shapes, st.data())
@@ -46,7 +46,7 @@ def test_the_files_of_a_region_are_those_that_meet_it(shape: tuple[int, ...], da
 
 
 def test_a_small_array_is_one_file_of_even_chunks() -> None:
-    just_over = grid.CHUNK_BYTES // 4 + 1
+    just_over = grid.MIN_FILE_BYTES // grid.CHUNKS_PER_FILE // 4 + 1
     cut = grid.cut((just_over,), 4)
     assert cut.rows_per_chunk == (just_over + 1) // 2
     assert cut.rows_per_file == 2 * cut.rows_per_chunk
@@ -69,8 +69,6 @@ def test_cuts_reach_beyond_32_bits_of_elements() -> None:
     [(name, region)] = cut.files_in(Region(rows=(last_row, last_row + 1), columns=(1023, 1024)))
     assert region.rows[1] == 1 << 24
     assert region.columns[1] == 1024
-    assert (1 << 24) // cut.rows_per_file * (1024 // cut.columns_per_file) == (1 << 36) // (
-        grid.CHUNK_BYTES * grid.CHUNKS_PER_FILE
-    )
+    assert (1 << 24) // cut.rows_per_file * (1024 // cut.columns_per_file) == (1 << 36) // (grid.MAX_FILE_BYTES)
     assert name == f"c.{(1 << 24) // cut.rows_per_file - 1}.{1024 // cut.columns_per_file - 1}"
     assert next(itertools.islice(cut.files(), 1, 2))[0] == "c.0.1"

@@ -23,8 +23,7 @@ WORLD_SIZES = (1, 2, 3, 4, 8)
 def _small_files() -> None:
     """Files of 2 KiB, so that every table has many, and cuts meet none of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "CHUNK_BYTES", 512)
-        patch.setattr(grid, "CHUNKS_PER_FILE", 4)
+        patch.setattr(grid, "MIN_FILE_BYTES", 2048)
         patch.setattr(grid, "MIN_COLUMNS", 4)
         yield
 

@@ -19,7 +19,7 @@ from tests.checkpoint.divided import assert_holds, files_of, regions, state_of_r
 
 def save(rank: int, path: Path, kind: str, step: int) -> StepInfo:
     tables = whole_arrays()
-    grid.CHUNK_BYTES, grid.MIN_COLUMNS = 1024, 4
+    grid.MIN_FILE_BYTES, grid.MIN_COLUMNS = 8192, 4
     directory = CheckpointDirectory(path, ranks=StoreRanks.of_process_group(deadline_s=30))
     return directory.save(state_of_rank(tables, regions(kind, dist.get_world_size(), tables)[rank], step))
 

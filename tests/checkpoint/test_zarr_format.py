@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uin
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of 4 KiB, so that small arrays have many; sizes are no part of the format."""
-    monkeypatch.setattr(grid, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(grid, "MIN_FILE_BYTES", 4096)
     monkeypatch.setattr(grid, "MIN_COLUMNS", 4)
 
 
@@ -38,7 +38,7 @@ def open_with_tensorstore(path: Path) -> np.ndarray:
 @given(shape=st.lists(st.integers(0, 70), max_size=3), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_zarr_and_tensorstore_read_what_was_written(shape: list[int], dtype: torch.dtype, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(grid, "CHUNK_BYTES", 512)
+        patch.setattr(grid, "MIN_FILE_BYTES", 4096)
         patch.setattr(grid, "MIN_COLUMNS", 4)
         values = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 100).to(dtype)
         state = CheckpointState(step=1, tables={}, dense={"a": values}, attributes={})
