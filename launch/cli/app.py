@@ -7,6 +7,7 @@ import typer
 
 from mfdist import __version__
 from mfdist.launch.cli import bench, checkpoint, failures
+from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_plan import bench_plan
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.add_typer(checkpoint.app, name="checkpoint")
 bench.app.command("plan")(bench_plan)
+bench.app.command("checkpoint")(bench_checkpoint)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)
 app.command()(doctor)

@@ -50,7 +50,7 @@ def measure(folder: Path, *, num_bytes: int, num_ranks: Sequence[int], rounds: i
         num_ranks: how many processes save together.
         rounds: contenders take turns, in another order each round, because disks are shared and uneven.
     """
-    scratch = folder / f".mfdist-bench-{os.getpid()}"
+    scratch = scratch_folder(folder)
     with RankPool() as pool:
         for world_size in num_ranks:
             scratch.mkdir(parents=True)
@@ -62,6 +62,11 @@ def measure(folder: Path, *, num_bytes: int, num_ranks: Sequence[int], rounds: i
                 key: [max(times) for times in zip(*(rank[key] for rank in timed), strict=True)] for key in timed[0]
             }
             yield from _outcomes(slowest, world_size)
+
+
+def scratch_folder(folder: Path) -> Path:
+    """Return the folder that this process's measurements make and remove."""
+    return folder / f".mfdist-bench-{os.getpid()}"
 
 
 def _outcomes(seconds: dict[tuple[str, str], list[float]], num_ranks: int) -> Iterator[Outcome]:
