@@ -1,7 +1,7 @@
 """The configuration of a run: typed, frozen, validated, read from TOML and written back to it.
 
 A run is described by one TOML file with the tables `[model]`, `[data]`, `[optimizer.dense]`, `[optimizer.tables]`,
-`[training]` and `[checkpoint]`. Presets are such files, shipped in `mfdist/presets/`.
+`[training]`, `[sharding]` and `[checkpoint]`. Presets are such files, shipped in `mfdist/presets/`.
 """
 
 import difflib
@@ -192,6 +192,28 @@ class CheckpointConfig(_Section):
     incremental: bool = Field(True, description="share files that did not change with the checkpoint before")
 
 
+class ShardingConfig(_Section):
+    """How tables are spread where there are several ranks; one rank by itself ignores it."""
+
+    kind: Literal["auto", "row_wise", "column_wise", "table_wise", "grid", "replicated"] = Field(
+        "auto", description="auto: the planner chooses for each table; another kind: all tables alike, cut evenly"
+    )
+    plan: Path | None = Field(None, description="a plan in JSON, instead of a kind")
+    deduplicate: bool = Field(True, description="send each row id once (row_wise, and grids of rows)")
+    forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
+        None, description="what rows and sums travel as; by default what they are computed in"
+    )
+    backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
+    hosts: Count | None = Field(None, description="hosts the ranks run on; by default what the launcher says")
+    deadline_s: Positive = Field(300.0, description="longest wait for the slowest rank in an exchange")
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        if self.plan is not None and self.kind != "auto":
+            raise ValueError(f'give a plan or a kind; got plan={self.plan} and kind="{self.kind}"')
+        return self
+
+
 class RunConfig(_Section):
     """Everything that decides a run's numbers."""
 
@@ -200,6 +222,7 @@ class RunConfig(_Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+    sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,28 +87,37 @@ def train(
 
 def _start(path: Path, config: RunConfig, *, as_json: bool, is_quiet: bool) -> int:
     from mfdist.training.run import RunDirectory
+    from mfdist.training.world import joined
 
-    return _train(RunDirectory.create(path, config), (), as_json=as_json, is_quiet=is_quiet)
+    with joined(config) as world:
+        world.on_first(lambda: RunDirectory.create(path, config))
+        return _train(RunDirectory.open(path), (), is_first=world.is_first, as_json=as_json, is_quiet=is_quiet)
 
 
 def _go_on(path: Path, overrides: list[str], *, as_json: bool, is_quiet: bool) -> int:
     from mfdist.training.run import RunDirectory
+    from mfdist.training.world import joined
 
-    return _train(RunDirectory.open(path), overrides, as_json=as_json, is_quiet=is_quiet)
+    run = RunDirectory.open(path)
+    with joined(run.config_with(overrides)) as world:
+        return _train(run, overrides, is_first=world.is_first, as_json=as_json, is_quiet=is_quiet)
 
 
-def _train(run: "RunDirectory", overrides: Sequence[str], *, as_json: bool, is_quiet: bool) -> int:
+def _train(run: "RunDirectory", overrides: Sequence[str], *, is_first: bool, as_json: bool, is_quiet: bool) -> int:
+    """Train, and show it on the first of the ranks; the others have nothing to say."""
     # torch's profiler, which measures the share of the lookups, would write on stderr, across the display.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from mfdist.training.events import ignore
     from mfdist.training.loop import train as train_run
 
     progress = RunProgress()
+    stream = sys.stderr if as_json else sys.stdout
     try:
-        with showing(sys.stderr if as_json else sys.stdout, progress, is_quiet=is_quiet) as observer:
+        with showing(stream, progress, is_quiet=is_quiet) if is_first else nullcontext(ignore) as observer:
             stopped = train_run(run, overrides=overrides, observer=observer)
     except KeyboardInterrupt:
         resume = f"mfdist train --resume {wording.quoted(run.path)}"
         return failures.fail(f"stopped without saving; go on from the last checkpoint: {resume}")
-    if as_json:
+    if as_json and is_first:
         write_json(progress.summary())
     return failures.DONE if stopped.reason == "finished" else failures.FAILED

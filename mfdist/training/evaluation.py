@@ -13,6 +13,7 @@ from mfdist.training.data.token_store import TokenStore, prepare_tokens
 from mfdist.training.events import Evaluated, Observer, ignore
 from mfdist.training.run import RunDirectory
 from mfdist.training.step import autocast, token_loss
+from mfdist.training.world import World
 
 BATCH_TOKENS = 8192  # of a validation batch; bounds the memory of its logits
 
@@ -36,12 +37,15 @@ def evaluate(
     seq_len: int,
     precision: str = "fp32",
     max_sequences: int | None = None,
+    world: World | None = None,
 ) -> Evaluated:
     """Return the mean loss over the validation text, or over `max_sequences` sequences spread over it.
 
     Bits per byte divide the summed loss by the UTF-8 bytes of the predicted tokens, so that models with different
-    tokenizers compare; predicting the end of a document costs bits and yields no bytes.
+    tokenizers compare; predicting the end of a document costs bits and yields no bytes. Several ranks share every batch
+    out among them.
     """
+    world = world or World(device=torch.device("cpu"))
     device = next(model.parameters()).device
     num_bytes_of = torch.from_numpy(store.tokenizer.token_num_bytes)
     nats = num_tokens = num_bytes = 0.0
@@ -49,10 +53,13 @@ def evaluate(
         for inputs, targets in validation_batches(
             store.validation, seq_len, max(1, BATCH_TOKENS // seq_len), max_sequences=max_sequences
         ):
+            mine = slice(*(len(inputs) * part // world.world_size for part in (world.rank, world.rank + 1)))
+            inputs, targets = inputs[mine], targets[mine]
             counted = targets[targets >= 0]
             nats += token_loss(model, inputs.to(device), targets.to(device), reduction="sum").item()
             num_tokens += counted.numel()
             num_bytes += num_bytes_of[counted].sum().item()
+    nats, num_tokens, num_bytes = world.total(torch.tensor([nats, num_tokens, num_bytes], dtype=torch.float64)).tolist()
     return Evaluated(
         step=step,
         loss=nats / num_tokens,

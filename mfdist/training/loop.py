@@ -18,10 +18,11 @@ from mfdist.checkpoint.state import CheckpointState
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError
 from mfdist.models import Transformer, build_model
+from mfdist.models.loads import table_specs
 from mfdist.training.data.batches import BatchOrder, TokenBatches
 from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
-from mfdist.training.device import choose_device, describe_device, peak_memory_bytes, synchronize
+from mfdist.training.device import describe_device, peak_memory_bytes, synchronize
 from mfdist.training.evaluation import evaluate
 from mfdist.training.events import Event, Observer, Sampled, Started, Stepped, Stopped, TwinTimed, Warned, ignore
 from mfdist.training.generation import GenerationConfig, Generator
@@ -31,9 +32,10 @@ from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import lookup_share
 from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
-from mfdist.training.state import capture, check_config, check_data, load_training
+from mfdist.training.state import capture, check_config, check_data, held_regions, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.twin import time_dense_twin
+from mfdist.training.world import World, joined
 from mfdist.training.writing import writing
 
 PROFILE_EVERY = 50  # steps between measurements of the lookups' share
@@ -60,28 +62,32 @@ def train(run: RunDirectory, *, overrides: Sequence[str] = (), observer: Observe
         CheckpointError: a checkpoint could not be written or read; earlier commits stand.
         UnavailableError: another process trains this run.
 
-    Called on: the one process of the run, its main thread where signals are to be caught.
+    Called on: every rank of the run, in its main thread where signals are to be caught. Ranks are those that torchrun
+        started, or of a process group that is set up. Rank 0 writes the run's files and is observed.
     """
     start = time.monotonic()
     with ExitStack() as stack:
-        checkpoints = run.checkpoints
-        stack.enter_context(checkpoints.writer_lock())
+        config = run.config_with(overrides)
+        world = stack.enter_context(joined(config))
+        observer = observer if world.is_first else ignore
+        checkpoints = CheckpointDirectory(run.checkpoints.path, ranks=world.checkpoint_ranks())
+        world.on_first(lambda: stack.enter_context(checkpoints.writer_lock()))
         observers: list[Observer] = [observer]
 
         def tell(event: Event) -> None:
             for each in observers:
                 each(event)
 
-        config = run.config_with(overrides)
         stack.enter_context(_determinism(config.training.is_deterministic))
-        session = _Session.prepare(run, checkpoints, config, tell)
+        session = _Session.prepare(run, checkpoints, config, world, tell)
         # From here on there is something to save. Told from inside the handler: to the caller alone, since a file may
         # be half way through a line.
         request = stack.enter_context(stop_on_signals(lambda message: observer(Warned(message=message))))
-        metrics = MetricsFile(run.metrics_path, session.first_step)
-        stack.callback(metrics.close)
-        observers.append(metrics)
-        if session.config.training.tensorboard:
+        if world.is_first:
+            metrics = MetricsFile(run.metrics_path, session.first_step)
+            stack.callback(metrics.close)
+            observers.append(metrics)
+        if world.is_first and session.config.training.tensorboard:
             board = TensorBoard(run.path / "tensorboard")
             stack.callback(board.close)
             observers.append(board)
@@ -111,37 +117,42 @@ class _Session:
         run: RunDirectory,
         checkpoints: CheckpointDirectory,
         config: RunConfig,
+        world: World,
         store: TokenStore,
         model: Transformer,
         optimizer: RunOptimizer,
+        train_step: TrainStep,
         first_step: int,
         twin_tokens_per_s: float | None,
     ) -> None:
         self.run_directory = run
         self.config = config
         self.first_step = first_step
+        self._world = world
         self._store = store
         self._model = model
         self._optimizer = optimizer
         self._device = next(model.parameters()).device
         self._checkpoints = checkpoints
-        self._batches = _batches(config, store)
-        self._train_step = TrainStep(model, optimizer, config.training, self._device)
+        self._batches = _batches(config, store, world)
+        self._train_step = train_step
         self._twin_tokens_per_s = twin_tokens_per_s
 
     @classmethod
     def prepare(
-        cls, run: RunDirectory, checkpoints: CheckpointDirectory, config: RunConfig, tell: Observer
+        cls, run: RunDirectory, checkpoints: CheckpointDirectory, config: RunConfig, world: World, tell: Observer
     ) -> "_Session":
         """Read the text, build the model, and load the last commit where there is one.
 
         The run's files are written only once everything fits together, so that a refusal leaves them as they were.
         """
-        device = choose_device(config.training.device)
+        device = world.device
         store = prepare_tokens(config.data, observer=tell)
         config = _with_vocabulary(config, store)
-        batches = _batches(config, store)
-        state = checkpoints.load() if checkpoints.steps() else None
+        batches = _batches(config, store, world)
+        # Which step is decided by one rank: another's file system may show it later.
+        step = world.first_says(lambda: checkpoints.steps()[-1].step if checkpoints.steps() else None)
+        state = None if step is None else checkpoints.load(step, tables=())
         if state is not None:
             check_data(state, store.fingerprint)
             check_config(state, config)
@@ -149,39 +160,40 @@ class _Session:
                 raise ConfigError(
                     f"training.steps must be at least the {state.step} steps that are done; got {config.training.steps}"
                 )
-        run.write_config(config)
-        with writing(run.tokenizer_path):
-            store.tokenizer.save(run.tokenizer_path)
+        world.on_first(lambda: _write(run, config, store))
         twin = None
-        if config.training.twin_steps and config.model.kind == "memory":
+        if config.training.twin_steps and config.model.kind == "memory" and world.is_alone:
             timed = read_metrics(run.metrics_path, "twintimed") if state is not None else []
             twin = timed[-1]["tokens_per_s"] if timed else time_dense_twin(config, batches, device, tell)
         torch.manual_seed(config.training.seed)
         with device:
-            model = build_model(config.model)
-        optimizer = RunOptimizer(model, config.optimizer, seed=config.training.seed)
+            model = build_model(config.model, table_device=None if world.is_alone else "meta")
+        spread = world.spread(model, config)
+        optimizer = RunOptimizer(model, config.optimizer, seed=config.training.seed, world=world)
         if state is not None:
-            load_training(model, optimizer, state)
+            load_training(model, optimizer, checkpoints.load(state.step, tables=(), shards=held_regions(model)))
+        train_step = TrainStep(model, optimizer, config.training, device, world=world, spread=spread)
         first_step = 0 if state is None else state.step
-        return cls(run, checkpoints, config, store, model, optimizer, first_step, twin)
+        return cls(run, checkpoints, config, world, store, model, optimizer, train_step, first_step, twin)
 
     def started(self) -> Started:
         """Return what is told before the first step."""
         tables = table_parameter_names(self._model)
-        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
-        in_tables = sum(size for name, size in sizes.items() if name in tables)
+        in_tables = sum(spec.num_rows * spec.row_dim for spec in table_specs(self._model))
+        others = sum(value.numel() for name, value in self._model.named_parameters() if name not in tables)
+        ranks = "" if self._world.is_alone else f"{self._world.world_size} ranks, each: "
         return Started(
             run_dir=self.run_directory.path,
             name=self.config.name,
             kind=self.config.model.kind,
-            device=describe_device(self._device),
+            device=f"{ranks}{describe_device(self._device)}",
             first_step=self.first_step,
             last_step=self.config.training.steps,
             num_table_parameters=in_tables,
-            num_dense_parameters=sum(sizes.values()) - in_tables,
+            num_dense_parameters=others,
             num_train_tokens=len(self._store.train),
             tokens_per_step=self.config.training.batch_size * self.config.training.seq_len,
-            baselines_bits_per_byte=baselines(self._store),
+            baselines_bits_per_byte=baselines(self._store) if self._world.is_first else {},
         )
 
     def run(self, request: StopRequest, tell: Observer) -> tuple[int, str]:
@@ -190,7 +202,7 @@ class _Session:
         step = saved = self.first_step
         timings: list[_Timing] = []
         with RunSaver(self._checkpoints, checkpoint, tell) as saver:
-            while step < training.steps and request.reason is None:
+            while step < training.steps and not self._world.any(request.reason is not None):
                 event, timing = self._step(step)
                 step += 1
                 timings.append(timing)
@@ -209,7 +221,7 @@ class _Session:
             tell(self._evaluate(step, None))
             self._sample(tell)
         self._compare_speed(timings, tell)
-        return step, "finished" if is_finished else str(request.reason)
+        return step, "finished" if is_finished else str(self._world.first_found(request.reason))
 
     def _step(self, step: int) -> tuple[Stepped, _Timing]:
         training = self.config.training
@@ -244,6 +256,7 @@ class _Session:
             seq_len=self.config.training.seq_len,
             precision=self.config.training.precision,
             max_sequences=max_sequences,
+            world=self._world,
         )
 
     def _captured(self, step: int) -> CheckpointState:
@@ -270,14 +283,28 @@ class _Session:
             )
 
 
-def _batches(config: RunConfig, store: TokenStore) -> TokenBatches:
+def _batches(config: RunConfig, store: TokenStore, world: World) -> TokenBatches:
+    training = config.training
+    if training.batch_size % (world.world_size * training.micro_batches):
+        raise ConfigError(
+            "training.batch_size must be a multiple of ranks × micro_batches; got "
+            f"batch_size={training.batch_size}, {world.world_size} ranks, micro_batches={training.micro_batches}"
+        )
     order = BatchOrder(
         num_tokens=len(store.train),
         seq_len=config.training.seq_len,
         batch_size=config.training.batch_size,
         seed=config.training.seed,
+        rank=world.rank,
+        world_size=world.world_size,
     )
     return TokenBatches(store.train, order)
+
+
+def _write(run: RunDirectory, config: RunConfig, store: TokenStore) -> None:
+    run.write_config(config)
+    with writing(run.tokenizer_path):
+        store.tokenizer.save(run.tokenizer_path)
 
 
 def _with_vocabulary(config: RunConfig, store: TokenStore) -> RunConfig:

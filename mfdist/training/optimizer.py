@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from mfdist.config import OptimizerConfig, ParameterGroupConfig, TableGroupConfig
 from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD, RowState
 from mfdist.table import Table
+from mfdist.tables.sharded import ShardedTable
+from mfdist.training.world import World
 
 #: Tables learn at this multiple of the dense rate where none is given. Source of 3: MemoryFormer, section 3.1.
 TABLE_LR_MULTIPLE = {"adamw": 3.0, "adam": 3.0, "rowwise_adagrad": 10.0}
@@ -35,10 +37,13 @@ class RunOptimizer:
         model: its tables are fused here, where the configuration says so.
         config: both groups' settings.
         seed: of stochastic rounding; each table has its own, which follows from its name.
+        world: the ranks that hold parts of the tables; by default this process holds them all.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, *, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, seed: int = 0, world: World | None = None) -> None:
         assert config.dense.lr is not None
+        self._world = world
+        self._counted_elsewhere = _counted_elsewhere(model, world)
         table_lr = config.tables.lr or TABLE_LR_MULTIPLE[config.tables.rule] * config.dense.lr
         self.is_fused = config.tables.is_fused
         self._peak_lr = {"dense": config.dense.lr, "tables": table_lr}
@@ -91,8 +96,15 @@ class RunOptimizer:
         """Return the 2-norm of each group's gradients, scalars on their device; 0 for fused tables, which have none."""
         norms = {}
         for name, parameters in self._parameters.items():
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norms[name] = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            gradients = [
+                parameter.grad
+                for parameter in parameters
+                if parameter.grad is not None and id(parameter) not in self._counted_elsewhere
+            ]
+            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            if name == "tables" and self._world is not None and not self._world.is_alone:
+                norm = self._world.total(norm.square()).sqrt()
+            norms[name] = norm
         return norms
 
     def step(self, norms: Mapping[str, float]) -> None:
@@ -139,6 +151,17 @@ class RunOptimizer:
 
     def _all(self) -> Iterable[Tensor]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)
+
+
+def _counted_elsewhere(model: nn.Module, world: World | None) -> set[int]:
+    """Return the rows whose gradients the first rank counts, having the same copy of them."""
+    if world is None or world.is_first:
+        return set()
+    return {
+        id(table.weight)
+        for table in model.modules()
+        if isinstance(table, ShardedTable) and table.plan.kind == "replicated"
+    }
 
 
 def _row_trained(

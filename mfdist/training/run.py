@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "name",
     "optimizer.",
     "checkpoint.",
+    "sharding.",
     "training.steps",
     "training.device",
     "training.precision",
@@ -154,4 +155,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         value = getattr(config.data, key)
         if value not in _NAMES and not value.startswith("hf:"):
             changed[key] = str(Path(value).expanduser().absolute())
-    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+    made = config.model_copy(update={"data": config.data.model_copy(update=changed)})
+    if config.sharding.plan is None:
+        return made
+    plan = config.sharding.plan.expanduser().absolute()
+    return made.model_copy(update={"sharding": config.sharding.model_copy(update={"plan": plan})})

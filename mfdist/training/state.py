@@ -5,16 +5,18 @@ Every table is one array and one more a state of its optimiser, under the table'
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfdist.checkpoint.state import CheckpointState, TableState
+from mfdist.checkpoint.state import CheckpointState, TableShard, TableState
 from mfdist.config import RunConfig, parse_config
 from mfdist.errors import CheckpointError, ConsistencyError
 from mfdist.models import Transformer
+from mfdist.spec import Region
+from mfdist.table import Table
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.run import is_changeable
 
@@ -24,21 +26,39 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def capture(
     model: Transformer, optimizer: RunOptimizer, *, step: int, config: RunConfig, data_fingerprint: str
 ) -> CheckpointState:
-    """Return the state after `step` finished steps; its tensors alias the live ones, so save before training on."""
+    """Return the state after `step` finished steps, of tables the parts that this rank holds.
+
+    Its tensors alias the live ones, so save before training on.
+    """
     table_names = table_parameter_names(model)
+    held = {table.spec.name: table for table in _tables(model)}
     moments = optimizer.state()
     tables: dict[str, TableState] = {}
+    shards: dict[str, list[TableShard]] = {}
     dense: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         kept = {moment: value for moment, value in moments.get(name, {}).items() if moment != "step"}
         if name in table_names:
-            tables[table_names[name]] = TableState(weight=parameter.detach(), optimizer=kept)
+            table = held[table_names[name]]
+            spec, region = table.spec, table.region
+            if region == spec.region:
+                tables[spec.name] = TableState(weight=parameter.detach(), optimizer=kept)
+            elif not region.is_empty:
+                shard = TableShard(
+                    num_rows=spec.num_rows,
+                    row_dim=spec.row_dim,
+                    region=region,
+                    weight=parameter.detach(),
+                    optimizer=kept,
+                )
+                shards[spec.name] = [shard]
         else:
             dense[f"model/{name}"] = parameter.detach()
             dense.update({f"optimizer/{name}/{moment}": value for moment, value in kept.items()})
     return CheckpointState(
         step=step,
         tables=tables,
+        shards=shards,
         dense=dense,
         attributes={
             "config": config.to_toml(),
@@ -76,6 +96,11 @@ def check_config(state: CheckpointState, config: RunConfig) -> None:
             )
 
 
+def held_regions(model: Transformer) -> dict[str, list[Region]]:
+    """Return the region of each table that this rank holds, without those of which it holds nothing."""
+    return {table.spec.name: [table.region] for table in _tables(model) if not table.region.is_empty}
+
+
 def load_model(model: Transformer, state: CheckpointState) -> None:
     """Copy a checkpoint's weights into the model, in place, on whatever device it lies.
 
@@ -84,7 +109,10 @@ def load_model(model: Transformer, state: CheckpointState) -> None:
     """
     table_names = table_parameter_names(model)
     wanted = dict(model.named_parameters())
-    found = {name: _weight(state, name, table_names) for name in wanted}
+    found = {
+        name: _weight(state, name, table_names) if parameter.numel() else parameter.detach()
+        for name, parameter in wanted.items()
+    }
     missing = [name for name, tensor in found.items() if tensor is None]
     left_over = {f"model/{name}" for name in wanted}.symmetric_difference(
         name for name in state.dense if name.startswith("model/")
@@ -109,18 +137,11 @@ def load_training(model: Transformer, optimizer: RunOptimizer, state: Checkpoint
     """Take over weights, optimiser state and random generator, so that training goes on as if never stopped."""
     load_model(model, state)
     names = table_parameter_names(model)
-    moments: dict[str, dict[str, Tensor]] = {}
-    for name, _ in model.named_parameters():
-        kept = (
-            dict(state.tables[names[name]].optimizer)
-            if name in names
-            else {
-                moment: state.dense[f"optimizer/{name}/{moment}"]
-                for moment in _MOMENTS
-                if f"optimizer/{name}/{moment}" in state.dense
-            }
-        )
-        moments[name] = kept
+    live = optimizer.state()
+    moments = {
+        name: _moments(state, name, names.get(name)) if parameter.numel() else live.get(name, {})
+        for name, parameter in model.named_parameters()
+    }
     optimizer.load_state(moments, state.step)
     torch.set_rng_state(state.dense["rng/cpu"])
 
@@ -144,11 +165,28 @@ def _text(state: CheckpointState, *path: str) -> str:
     return value
 
 
+def _moments(state: CheckpointState, name: str, table: str | None) -> dict[str, Tensor]:
+    if table is not None:
+        held = _held(state, table)
+        return {} if held is None else dict(held.optimizer)
+    paths = {moment: f"optimizer/{name}/{moment}" for moment in _MOMENTS}
+    return {moment: state.dense[path] for moment, path in paths.items() if path in state.dense}
+
+
 def _weight(state: CheckpointState, name: str, table_names: Mapping[str, str]) -> Tensor | None:
     if name in table_names:
-        table = state.tables.get(table_names[name])
+        table = _held(state, table_names[name])
         return None if table is None else table.weight
     return state.dense.get(f"model/{name}")
+
+
+def _held(state: CheckpointState, name: str) -> TableState | TableShard | None:
+    shards = state.shards.get(name)
+    return shards[0] if shards else state.tables.get(name)
+
+
+def _tables(model: Transformer) -> Iterator[Table]:
+    return (module for module in model.modules() if isinstance(module, Table))
 
 
 def _some(names: list[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mfdist.errors import NonFiniteError
 from mfdist.models import Transformer
 from mfdist.training.diagnosis import first_non_finite
 from mfdist.training.optimizer import RunOptimizer
+from mfdist.training.world import SpreadModel, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +46,30 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: Transformer, optimizer: RunOptimizer, config: TrainingConfig, device: torch.device
+        self,
+        model: Transformer,
+        optimizer: RunOptimizer,
+        config: TrainingConfig,
+        device: torch.device,
+        *,
+        world: World | None = None,
+        spread: SpreadModel | None = None,
     ) -> None:
         self._model = model
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
+        self._world = world or World(device=device)
+        self._spread = spread or self._world.alone(model)
+        called: Any = self._spread.forward
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(called) if config.compile else called
         self._optimizer = optimizer
         self._config = config
         self._device = device
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor) -> StepResult:
-        """Train on one batch.
+        """Train on one batch, of which each rank has an equal part.
 
         Args:
             step: finished steps so far, which decides the learning rates.
-            inputs, targets: [B, T], int64; B a multiple of `micro_batches`.
+            inputs, targets: [B, T], int64, this rank's; B a multiple of `micro_batches`.
 
         Raises:
             NonFiniteError: loss or gradients are NaN or infinite; the message names step and layer.
@@ -65,11 +77,14 @@ class TrainStep:
         rates = self._optimizer.learning_rates(step, self._config.steps)
         self._optimizer.set_rates(rates)
         loss = torch.zeros((), device=self._device)
-        for part_inputs, part_targets in self._micro_batches(inputs, targets):
-            with autocast(self._device, self._config.precision):
-                part = token_loss(self._forward, part_inputs, part_targets) / self._config.micro_batches
-            part.backward()  # type: ignore[no-untyped-call]
+        num_parts = self._config.micro_batches
+        for index, (part_inputs, part_targets) in enumerate(self._micro_batches(inputs, targets)):
+            with nullcontext() if index + 1 == num_parts else self._spread.without_averaging():
+                with autocast(self._device, self._config.precision):
+                    part = token_loss(self._forward, part_inputs, part_targets) / num_parts
+                part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
+        loss = self._world.total(loss) / self._world.world_size
         norms = self._optimizer.gradient_norms()
         measured = torch.stack([loss, norms["dense"].to(loss.device), norms["tables"].to(loss.device)]).tolist()
         if not all(map(_is_finite, measured)):
@@ -93,7 +108,8 @@ class TrainStep:
         self._optimizer.set_rates({"dense": 0.0, "tables": 0.0})  # repeating the step must not train fused tables
         for part_inputs, part_targets in self._micro_batches(inputs, targets):
             with autocast(self._device, self._config.precision):
-                layer = first_non_finite(self._model, partial(token_loss, self._model, part_inputs, part_targets))
+                loss_of = partial(token_loss, self._model, part_inputs, part_targets)
+                layer = first_non_finite(self._model, loss_of, self._world.first_found)
             if layer:
                 break
         kept = "of the tables, only rows with finite gradients were updated" if self._optimizer.is_fused else ""
