@@ -21,6 +21,7 @@ FOLDERS = ("kernels", "launch")  # real folders at the top, imported through sym
 DOORS = {
     "zarr": (),  # checkpoints are written and read without its code; tests compare
     "tensorstore": (),
+    "safetensors": ("mfdist.checkpoint.safetensors_format",),
     "crc32c": ("mfdist.checkpoint.checksum",),
     "xxhash": ("mfdist.checkpoint.checksum",),
     "numba": ("mfdist.kernels.",),
@@ -35,6 +36,7 @@ DOORS = {
     "torch.distributed": (
         "mfdist.benchmarks.checkpoint",
         "mfdist.benchmarks.plan_choice",
+        "mfdist.checkpoint.dcp_format",
         "mfdist.checkpoint.ranks",
         "mfdist.parallelize",
         "mfdist.sharding.",

@@ -9,6 +9,7 @@ from mfdist import __version__
 from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_plan import bench_plan
+from mfdist.launch.cli.checkpoint_convert import export_checkpoint, import_checkpoint
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
@@ -27,6 +28,8 @@ app = typer.Typer(
 app.command(epilog=NOTES)(train)
 app.command()(generate)
 app.command()(evaluate)
+checkpoint.app.command("export")(export_checkpoint)
+checkpoint.app.command("import")(import_checkpoint)
 app.add_typer(checkpoint.app, name="checkpoint")
 bench.app.command("plan")(bench_plan)
 bench.app.command("checkpoint")(bench_checkpoint)

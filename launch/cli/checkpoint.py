@@ -1,39 +1,41 @@
-"""`mfdist checkpoint`: list and verify the committed steps of a run."""
+"""`mfdist checkpoint`: list, inspect, verify, compare and prune the committed steps of a run."""
 
 import contextlib
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mfdist.errors import CheckpointError, ConfigError
+from mfdist.errors import CheckpointError
 from mfdist.launch import quantities
 from mfdist.launch.cli import failures
+from mfdist.launch.cli.checkpoint_path import AsJson, StepPath, find_step, find_steps
 from mfdist.launch.cli.display import showing
 from mfdist.launch.cli.json_output import write_json
 from mfdist.launch.cli.progress import RunProgress
 from mfdist.training.events import Preparing, ignore
 
 if TYPE_CHECKING:
+    from mfdist.checkpoint.comparison import Difference
     from mfdist.checkpoint.directory import CheckpointDirectory
+    from mfdist.checkpoint.step_files import StepFiles
     from mfdist.checkpoint.step_info import StepInfo
 
-app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=False)
-
-_Path = Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its steps.", show_default=False)]
-_AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document on stdout.")]
+app = typer.Typer(help="List, verify, compare, prune and convert the checkpoints of a run.", no_args_is_help=False)
 
 
 @app.command("list")
-def list_steps(path: _Path, as_json: _AsJson = False) -> None:
+def list_steps(path: StepPath, as_json: AsJson = False) -> None:
     """List the committed steps of a run, oldest first.
 
     Example: mfdist checkpoint list runs/demo
     """
-    _, steps = _open(path)
+    _, steps = find_steps(path)
     if as_json:
-        write_json({"path": str(path), "checkpoints": [_described(info) for info in steps]})
+        write_json({"path": str(path), "checkpoints": [described(info) for info in steps]})
         return
     for info in steps:
         size = "DAMAGED" if info.damage else quantities.num_bytes(info.num_bytes)
@@ -43,7 +45,35 @@ def list_steps(path: _Path, as_json: _AsJson = False) -> None:
 
 
 @app.command()
-def verify(path: _Path, as_json: _AsJson = False) -> int:
+def inspect(path: StepPath, as_json: AsJson = False) -> None:
+    """Show what a step holds, by default the last: every array's shape, dtype and size, and the run's attributes.
+
+    Example: mfdist checkpoint inspect runs/demo
+    """
+    info = find_step(path)
+    with _open(info) as files:
+        arrays = [_array(files, name) for name in files.manifest.arrays]
+        attributes = files.attributes()
+    if as_json:
+        write_json({**described(info), "arrays": arrays, "attributes": attributes})
+        return
+    typer.echo(
+        f"step {info.step}: {quantities.num_bytes(info.num_bytes)} in {info.num_files} files, of which this save wrote "
+        f"{quantities.num_bytes(info.written_bytes)}; {info.created}"
+    )
+    width = max((len(array["path"]) for array in arrays), default=0)
+    for array in arrays:
+        shape = " × ".join(map(str, array["shape"])) or "one number"
+        size = quantities.num_bytes(array["num_bytes"])
+        typer.echo(
+            f"  {array['path']:<{width}}  {array['dtype']:<9} {shape:<16} {size:>9} in {array['num_files']} files"
+        )
+    for key, value in attributes.items():
+        typer.echo(f"  {key}: {value if isinstance(value, dict) else str(value).splitlines()[0] + ' …'}")
+
+
+@app.command()
+def verify(path: StepPath, as_json: AsJson = False) -> int:
     """Read every byte of a run's steps, or of one of them, and compare it with what was written.
 
     Example: mfdist checkpoint verify runs/demo
@@ -52,7 +82,7 @@ def verify(path: _Path, as_json: _AsJson = False) -> int:
 
     The exit code is 1 if anything is damaged; the other steps can still be used.
     """
-    directory, steps = _open(path)
+    directory, steps = find_steps(path)
     if not steps:
         raise CheckpointError(f"there must be a committed step to verify; {path} has none")
     found: list[dict[str, Any]] = []
@@ -63,7 +93,7 @@ def verify(path: _Path, as_json: _AsJson = False) -> int:
             if info.path.exists():
                 raise
             continue  # a run that goes on has pruned it meanwhile
-        found.append({**_described(info), "ok": not damages, "damages": damages})
+        found.append({**described(info), "ok": not damages, "damages": damages})
         if not as_json:
             _show(info, damages)
     is_whole = all(step["ok"] for step in found)
@@ -72,22 +102,71 @@ def verify(path: _Path, as_json: _AsJson = False) -> int:
     return failures.DONE if is_whole else failures.FAILED
 
 
-def _open(path: Path) -> tuple["CheckpointDirectory", list["StepInfo"]]:
-    """Return the checkpoints at `path` and those of its steps that are meant."""
-    from mfdist.checkpoint.directory import CheckpointDirectory
-    from mfdist.checkpoint.layout import parse_step_name
-    from mfdist.training.run import RunDirectory
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="PATH", help="A run (its last step), or a step.")],
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell which arrays and attributes of two steps differ, and how much of them; mostly without reading values.
 
-    place = path.absolute()
-    if (place / "config.toml").is_file():
-        directory = RunDirectory.open(path).checkpoints
-        return directory, directory.steps()
-    if parse_step_name(place.name) is not None:
-        directory = CheckpointDirectory(path.parent)
-        steps = [info for info in directory.steps() if info.path.name == place.name]
-        if steps:
-            return directory, steps
-    raise ConfigError(f"PATH must be a run or one of its steps, such as RUN/checkpoints/step-000000400; got {path}")
+    Example: mfdist checkpoint diff runs/demo/checkpoints/step-000000200 runs/demo/checkpoints/step-000000400
+    """
+    from mfdist.checkpoint.comparison import compare_attributes, compare_steps
+
+    infos = find_step(first), find_step(second)
+    with _open(infos[0]) as one, _open(infos[1]) as other:
+        arrays = compare_steps(one, other)
+        attributes = compare_attributes(one.attributes(), other.attributes())
+    if as_json:
+        write_json(
+            {
+                "first": described(infos[0]),
+                "second": described(infos[1]),
+                "is_same": not arrays and not attributes,
+                "arrays": [asdict(difference) for difference in arrays],
+                "attributes": {key: list(values) for key, values in attributes.items()},
+            }
+        )
+        return
+    for difference in arrays:
+        typer.echo(_line(difference))
+    for key, values in attributes.items():
+        typer.echo(f"attribute {key}: {_short(values[0])} and {_short(values[1])}")
+    if not arrays and not attributes:
+        typer.echo("the two hold the same")
+
+
+@app.command()
+def prune(
+    path: StepPath,
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the latest steps stay.", show_default=False)],
+    keep_every: Annotated[int, typer.Option(min=0, help="Steps that this divides stay too; 0: no others.")] = 0,
+    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete old steps of a run. What a kept step shares with a deleted one stays.
+
+    Example: mfdist checkpoint prune runs/demo --keep-last 3 --keep-every 1000
+    """
+    from mfdist.checkpoint.retention import Retention
+
+    directory, steps = find_steps(path, is_run=True)
+    numbers = [info.step for info in steps]
+    outdated = Retention(keep_last=keep_last, keep_every=keep_every).outdated(numbers)
+    if not is_dry_run:
+        outdated = directory.prune(keep_last, keep_every)
+    kept = [number for number in numbers if number not in outdated]
+    if as_json:
+        write_json({"path": str(path), "is_dry_run": is_dry_run, "deleted": outdated, "kept": kept})
+        return
+    verb = "would delete" if is_dry_run else "deleted"
+    typer.echo(f"{verb} {len(outdated)} of {len(numbers)} steps; {', '.join(map(str, kept)) or 'none'} stay")
+
+
+def described(info: "StepInfo") -> dict[str, Any]:
+    """Return a step as the JSON documents have it."""
+    return {**asdict(info), "path": str(info.path)}
 
 
 def _verify(directory: "CheckpointDirectory", info: "StepInfo") -> list[str]:
@@ -100,15 +179,33 @@ def _verify(directory: "CheckpointDirectory", info: "StepInfo") -> list[str]:
         return [str(damage) for damage in directory.verify(info.step, tell)]
 
 
-def _described(info: "StepInfo") -> dict[str, Any]:
+@contextlib.contextmanager
+def _open(info: "StepInfo") -> Iterator["StepFiles"]:
+    from mfdist.checkpoint.step_files import StepFiles
+
+    with StepFiles(info.path) as files:
+        yield files
+
+
+def _array(files: "StepFiles", path: str) -> dict[str, Any]:
+    from mfdist.checkpoint.dtypes import dtype_name
+    from mfdist.checkpoint.layout import parse_path
+
+    array = files.array(path)
+    table, name = parse_path(path)
+    sizes = [
+        files.manifest.files[place.file].num_bytes for place in array.places() if place.file in files.manifest.files
+    ]
     return {
-        "step": info.step,
-        "path": str(info.path),
-        "num_bytes": info.num_bytes,
-        "num_files": info.num_files,
-        "num_tables": info.num_tables,
-        "created": info.created,
-        "damage": info.damage,
+        "path": path,
+        "table": table,
+        "array": name,
+        "shape": list(array.grid.shape),
+        "dtype": dtype_name(array.dtype),
+        "rows_per_file": array.grid.rows_per_file,
+        "columns_per_file": array.grid.columns_per_file,
+        "num_files": len(sizes),
+        "num_bytes": sum(sizes),
     }
 
 
@@ -116,3 +213,17 @@ def _show(info: "StepInfo", damages: list[str]) -> None:
     typer.echo(f"step {info.step}: {'DAMAGED' if damages else 'whole'} ({quantities.num_bytes(info.num_bytes)})")
     for damage in damages:
         typer.echo(f"  {damage}")
+
+
+def _line(difference: "Difference") -> str:
+    what = f"table {difference.table} {difference.array}" if difference.table else f"tensor {difference.array}"
+    if difference.kind != "values" or difference.rows is None:
+        return f"{what}: {difference.kind}"
+    share = difference.changed_bytes / max(1, difference.num_bytes)
+    begin, end = difference.rows
+    return f"{what}: {share:.1%} of its files, rows {begin} to {end - 1}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else f"{text[:39]}…"

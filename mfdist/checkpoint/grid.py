@@ -36,6 +36,10 @@ class FileGrid:
         """Return the whole array, as rows × columns."""
         return Region(rows=(0, num_rows(self.shape)), columns=(0, num_columns(self.shape)))
 
+    def num_bytes(self, item_bytes: int) -> int:
+        """Return the size of the array's values."""
+        return math.prod(self.shape) * item_bytes
+
     def files(self) -> Iterator[tuple[str, Region]]:
         """Yield (file name inside the array's directory, what it holds), by rows, then by columns."""
         return self.files_in(self.region)
