@@ -41,8 +41,8 @@ from mfdist.kernels.lanes import (
     zeros_wide,
 )
 
-#: A table smaller than this stays in the last-level cache by itself.
-_CACHED_BYTES = 15 << 20
+#: A table smaller than this stays in the last-level cache by itself, of which a core has a share.
+_CACHED_BYTES = 7 << 20
 #: Lookups of a large table that all tokens do before the next.
 _LOOKUPS_TOGETHER = 8
 #: Lookups between a row's use and the fetch of a later one.

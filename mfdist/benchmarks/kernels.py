@@ -79,7 +79,7 @@ def _comparisons(device: str) -> Iterator[Comparison]:
         yield from hash_contenders.comparisons(hash_name, shape, device)
     for name, case in lookup_case.CASES[device].items():
         yield from lookup_contenders.comparisons(name, case, device)
-        if case.num_tokens >= lookup_contenders.LEAST_TRAINED:
+        if case.has_backward:
             yield from update_contenders.comparisons(name, case, device)
     for block_name, block in block_contenders.CASES[device].items():
         yield from block_contenders.comparisons(block_name, block, device)

@@ -29,6 +29,8 @@ class LookupCase:
     is_skewed: bool = False
     #: Types of the rows, by their names in `FLOATS` and `BYTES`.
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+    #: Whether gradients and updates are measured too; a few tokens never are.
+    is_trained: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -39,6 +41,11 @@ class LookupCase:
     def code_stride(self) -> int:
         """Return the rows a lookup owns, or 0 where ids may be any row."""
         return 0 if self.is_shared else self.rows_each
+
+    @property
+    def has_backward(self) -> bool:
+        """Return whether gradients and updates are measured."""
+        return self.is_trained and self.num_tokens >= _FEW_TOKENS
 
     @property
     def num_elements(self) -> int:
@@ -69,7 +76,7 @@ CASES: dict[str, dict[str, LookupCase]] = {
         "tiny-train": LookupCase(4096, 64, 256, 512, dtypes=_ALL),
         "base-train": LookupCase(2048, 128, 256, 1024, dtypes=_ALL),
         "base-ffn2": LookupCase(2048, 128, 1024, 1024, dtypes=_ALL),
-        "big": LookupCase(2048, 128, 8192, 1024),
+        "big": LookupCase(2048, 128, 8192, 1024, is_trained=False),  # checking them would take minutes
         "base-train-zipf": LookupCase(2048, 128, 256, 1024, is_skewed=True),
         "demo-qkv": LookupCase(4096, 16, 256, 384),
         "demo-ffn1": LookupCase(4096, 16, 256, 160),

@@ -14,11 +14,6 @@ from mfdist.benchmarks.timing import Work
 from mfdist.kernels import gather_sum, quantize, quantized_gather_sum, row_gradient
 from mfdist.kernels.gather_sum.reference import global_ids
 
-#: Fewer tokens than these are inference; nothing is trained on them.
-LEAST_TRAINED = 64
-#: On a CPU embedding_bag's backward takes several times the table, which many machines do not have.
-_MOST_BASELINE_BYTES = 2 << 30
-
 
 def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison]:
     """Yield what is compared on a case; its tensors are made once and go when the iterator does."""
@@ -37,11 +32,10 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
         forward |= {f"torch-{kind}": offer(_bag, dtype) for kind, dtype in floats.items()}
         forward |= fbgemm_contenders.sums(tensors)
     yield Comparison(op="gather_sum", case=name, ceiling="read", is_inference=True, contenders=forward)
-    if case.num_tokens < LEAST_TRAINED:
+    if not case.has_backward:
         return
     backward = {f"mfdist-{kind}": offer(_gradient, dtype) for kind, dtype in floats.items()}
-    is_small = device == "cuda" or tensors.case.num_rows * case.row_dim * 4 <= _MOST_BASELINE_BYTES
-    if has_baseline and "fp32" in floats and is_small:  # it has no other backward with weights
+    if has_baseline and "fp32" in floats:  # it has no other backward with weights
         backward["torch-fp32"] = offer(_bag_gradient)
     yield Comparison(op="row_gradient", case=name, ceiling="copy", contenders=backward)
 
