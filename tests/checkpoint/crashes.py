@@ -4,7 +4,7 @@
 
 NUM_RANDOM children are killed at a random time; NUM_CHOSEN kill themselves right before one of the writer's calls to
 the file system, the calls chosen evenly over a series of saves, so that every stage of a save is among them. Children
-are forked, because importing torch and zarr takes longer than all the rest. Prints a line of JSON: how many died while
+are forked, because importing torch takes longer than all the rest. Prints a line of JSON: how many died while
 a step was half written, and the latest step.
 """
 
@@ -19,24 +19,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import zarr
 
-from mfdist.checkpoint import reader, writer
+from mfdist.checkpoint import loading, saving
+from mfdist.checkpoint.background import BackgroundSaver
 from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.retention import Retention
 from mfdist.checkpoint.state import CheckpointState, TableState
 
-CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+CALLS = {"open", "os.link", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
 def state_of(step: int) -> CheckpointState:
-    """What step `step` must hold, whoever asks."""
-    generator = torch.Generator().manual_seed(step)
-    tables = {
-        name: TableState(
-            weight=torch.randn(50, 16, generator=generator), optimizer={"sum": torch.randn(50, generator=generator)}
-        )
-        for name in ("a", "b")
-    }
+    """What step `step` must hold, whoever asks; table b changes every fourth step, so that saves share its files."""
+    tables = {}
+    for name, seed in (("a", step), ("b", -1 - step // 4)):
+        generator = torch.Generator().manual_seed(seed % 2**31)
+        weight, sums = torch.randn(50, 16, generator=generator), torch.randn(50, generator=generator)
+        tables[name] = TableState(weight=weight, optimizer={"sum": sums})
     return CheckpointState(step=step, tables=tables, dense={"bias": torch.full((3,), step)}, attributes={"s": step})
 
 
@@ -49,6 +48,19 @@ def save_series(path: Path, last: int, report: Callable[[int], None]) -> None:
                 directory.save(state_of(step))
                 report(step)
             directory.prune(2)
+
+
+def save_series_in_background(path: Path, last: int, report: Callable[[int], None]) -> None:
+    """Do the same by a background saver; the state is overwritten as soon as it may be."""
+    directory = CheckpointDirectory(path)
+    with directory.writer_lock(), BackgroundSaver(directory, retention=Retention(keep_last=2)) as saver:
+        for step in range(last + 1, last + 1000):
+            state = state_of(step)
+            saver.save(state)
+            for table in state.tables.values():
+                table.weight.fill_(-1)
+            for saved in saver.poll():
+                report(saved.info.step)
 
 
 def check(path: Path, reported: int) -> None:
@@ -94,7 +106,9 @@ def die_before_call(path: Path, number: int) -> None:
     sys.addaudithook(hook)
 
 
-def crash(path: Path, last: int, *, delay_s: float | None = None, before_call: int | None = None) -> int:
+def crash(
+    path: Path, last: int, in_background: bool, *, delay_s: float | None = None, before_call: int | None = None
+) -> int:
     """Save in a child that dies; return the last step it reported as committed."""
     read_end, write_end = os.pipe()
 
@@ -102,7 +116,8 @@ def crash(path: Path, last: int, *, delay_s: float | None = None, before_call: i
         if before_call is not None:
             die_before_call(path, before_call)
         os.write(write_end, struct.pack("<q", last))
-        save_series(path, last, lambda step: os.write(write_end, struct.pack("<q", step)) and None)
+        save = save_series_in_background if in_background else save_series
+        save(path, last, lambda step: os.write(write_end, struct.pack("<q", step)) and None)
 
     pid = forked(body)
     os.close(write_end)
@@ -128,8 +143,8 @@ def main(path: Path, num_random: int, num_chosen: int) -> None:
     rng.shuffle(plans)
     num_torn = 0
     latest = 0
-    for plan in plans:
-        reported = crash(path, latest, **plan)  # type: ignore[arg-type]
+    for number, plan in enumerate(plans):
+        reported = crash(path, latest, number % 2 == 1, **plan)  # type: ignore[arg-type]
         num_torn += any(path.glob(".step-*"))
         _, status = os.waitpid(forked(lambda reported=reported: check(path, reported)), 0)  # type: ignore[misc]
         assert status == 0, f"after {plan} the directory is not whole"
@@ -138,5 +153,5 @@ def main(path: Path, num_random: int, num_chosen: int) -> None:
 
 
 if __name__ == "__main__":
-    assert zarr and reader and writer  # imported before the first fork
+    assert loading and saving  # imported before the first fork
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,11 +1,15 @@
 """A disk that fills up, fails or is read-only, and directories that vanish: one clear line, earlier steps intact."""
 
+import datetime
+import errno
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pytest
 import torch
 
 import mfdist
+from mfdist.checkpoint import saving
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.state import CheckpointState, TableState
 from mfdist.errors import CheckpointError, UnavailableError
@@ -195,3 +200,79 @@ def test_an_interrupted_save_keeps_a_whole_step(
     assert directory.verify() == []
     assert contents(directory.load()) in (contents(small_state(1, seed=0)), contents(small_state(1, seed=1)))
     assert directory.save(small_state(2)).step > info.step
+
+
+def failing(function: Callable[..., object], number: int) -> Callable[..., object]:
+    """Return a system call whose call `number`, and all after it, fail as a broken disk does."""
+    calls = itertools.count()
+
+    def call(*args: object, **named: object) -> object:
+        if next(calls) >= number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return function(*args, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 20])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_failing_disk_is_said(
+    directory: CheckpointDirectory, small_state: State, contents: Contents, call: str, number: int
+) -> None:
+    directory.save(small_state(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), number))
+        message = assert_refused(directory, small_state(2, seed=9))
+    assert "Input/output error" in message
+    assert_intact(directory, contents(small_state(1)), contents)
+    directory.save(small_state(2))
+
+
+def test_a_disk_that_fails_while_it_is_read_is_said(
+    directory: CheckpointDirectory, small_state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.save(small_state(1))
+    monkeypatch.setattr(os, "readv", failing(os.readv, 10))
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)"):
+        directory.load()
+    assert {damage.problem for damage in directory.verify()} == {"cannot be read (Input/output error)"}
+
+
+def test_a_disk_that_fills_up_only_when_it_is_synced_is_said(
+    small_disk: Path, small_state: State, contents: Contents, tmp_path: Path
+) -> None:
+    # A file system that believes to have 64 MiB, on a file that may not grow beyond 8: writing succeeds, fsync fails.
+    image, mounted = small_disk / "image", tmp_path / "mounted"
+    mounted.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    made = subprocess.run(["mkfs.ext2", "-q", "-m", "0", image], capture_output=True, check=False)
+    looped = subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True, check=False)
+    if made.returncode or looped.returncode:
+        pytest.skip("no file system can be made on a loop device here")
+    try:
+        directory = CheckpointDirectory(mounted / "checkpoints")
+        directory.save(small_state(1))
+        assert "failed" in assert_refused(directory, large_state(2))
+        assert_intact(directory, contents(small_state(1)), contents)
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
+def test_a_clock_set_back_changes_no_order(
+    directory: CheckpointDirectory, small_state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.save(small_state(1))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(saving.datetime, "datetime", Past)
+    second = directory.save(small_state(2))
+    assert second.created.startswith("1970")
+    assert [info.step for info in directory.steps()] == [1, 2]
+    assert directory.load().step == 2
+    assert directory.prune(1) == [1]
+
+
+class Past(datetime.datetime):
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "Past":
+        return cls(1970, 1, 1, tzinfo=tz)
