@@ -21,6 +21,7 @@ FOLDERS = ("kernels", "launch")  # real folders at the top, imported through sym
 DOORS = {
     "zarr": (),  # checkpoints are written and read without its code; tests compare
     "tensorstore": (),
+    "obstore": ("mfdist.checkpoint.object_store",),
     "safetensors": ("mfdist.checkpoint.safetensors_format",),
     "crc32c": ("mfdist.checkpoint.checksum",),
     "xxhash": ("mfdist.checkpoint.checksum",),

@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,7 +89,7 @@ def verify(path: StepPath, as_json: AsJson = False) -> int:
         try:
             damages = _verify(directory, info)
         except CheckpointError:
-            if info.path.exists():
+            if any(found.step == info.step for found in directory.steps()):
                 raise
             continue  # a run that goes on has pruned it meanwhile
         found.append({**described(info), "ok": not damages, "damages": damages})
@@ -104,8 +103,8 @@ def verify(path: StepPath, as_json: AsJson = False) -> int:
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="PATH", help="A run (its last step), or a step.")],
-    second: Annotated[Path, typer.Argument(metavar="OTHER", help="Another.")],
+    first: Annotated[str, typer.Argument(metavar="PATH", help="A run (its last step), or a step.")],
+    second: Annotated[str, typer.Argument(metavar="OTHER", help="Another.")],
     as_json: AsJson = False,
 ) -> None:
     """Tell which arrays and attributes of two steps differ, and how much of them; mostly without reading values.

@@ -42,7 +42,7 @@ def export_checkpoint(
 
 def import_checkpoint(
     source: Annotated[Path, typer.Argument(metavar="PATH", help="A .safetensors file or folder, or a dcp folder.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of checkpoints to commit it to.")],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="The folder of checkpoints, or an URL, to commit it to.")],
     step: Annotated[int | None, typer.Option(min=0, help="The step's number; that of the export by default.")] = None,
     table: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Tensors to take as tables, such as '*.qkv.weight'.")

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from mfdist.checkpoint.directory import CheckpointDirectory
     from mfdist.checkpoint.step_info import StepInfo
 
-StepPath = Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its steps.", show_default=False)]
+StepPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="A run, or one of its steps; or an URL of either.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document on stdout.")]
 
 
-def find_steps(path: Path, *, is_run: bool = False) -> tuple["CheckpointDirectory", list["StepInfo"]]:
+def find_steps(path: str, *, is_run: bool = False) -> tuple["CheckpointDirectory", list["StepInfo"]]:
     """Return the checkpoints at `path` and those of its steps that are meant.
 
     Args:
@@ -26,26 +28,35 @@ def find_steps(path: Path, *, is_run: bool = False) -> tuple["CheckpointDirector
         ConfigError: it is none of those.
     """
     from mfdist.checkpoint.directory import CheckpointDirectory
+    from mfdist.checkpoint.folder import is_url
     from mfdist.checkpoint.layout import parse_step_name
     from mfdist.training.run import RunDirectory
 
-    place = path.absolute()
+    parent: str | Path
+    if is_url(path):
+        parent, _, name = path.rstrip("/").rpartition("/")
+        if parse_step_name(name) is None:
+            directory = CheckpointDirectory(path)
+            return directory, directory.steps()
+    else:
+        parent, name = Path(path).parent, Path(path).absolute().name
+    place = Path(path).absolute()
     if (place / "config.toml").is_file():
         directory = RunDirectory.open(path).checkpoints
         return directory, directory.steps()
-    if parse_step_name(place.name) is not None and not is_run:
-        directory = CheckpointDirectory(path.parent)
-        steps = [info for info in directory.steps() if info.path.name == place.name]
+    if parse_step_name(name) is not None and not is_run:
+        directory = CheckpointDirectory(parent)
+        steps = [info for info in directory.steps() if Path(info.path).name == name]
         if steps:
             return directory, steps
     elif place.is_dir() and any(parse_step_name(entry.name) is not None for entry in place.iterdir()):
-        directory = CheckpointDirectory(path)
+        directory = CheckpointDirectory(Path(path))
         return directory, directory.steps()
     meant = "a run" if is_run else "a run or one of its steps, such as RUN/checkpoints/step-000000400"
     raise ConfigError(f"PATH must be {meant}; got {path}")
 
 
-def find_step(path: Path) -> "StepInfo":
+def find_step(path: str) -> "StepInfo":
     """Return the step at `path`, a run's last.
 
     Raises:

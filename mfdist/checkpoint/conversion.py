@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mfdist.checkpoint.dcp_format import read_dcp, write_dcp
 from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.folder import AnyFolder
 from mfdist.checkpoint.layout import parse_path
 from mfdist.checkpoint.reader import read_parts
 from mfdist.checkpoint.safetensors_format import SafetensorsSource, write_safetensors
@@ -31,7 +32,7 @@ _ATTRIBUTES = "mfdist/attributes"
 
 
 def export_step(
-    step: Path, target: Path, form: str, *, has_states: bool = True, max_file_bytes: int = 5_000_000_000
+    step: AnyFolder, target: Path, form: str, *, has_states: bool = True, max_file_bytes: int = 5_000_000_000
 ) -> list[str]:
     """Write a committed step in another format; return the names of the tensors.
 

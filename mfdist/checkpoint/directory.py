@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfdist.checkpoint.damage import Damage
+from mfdist.checkpoint.folder import Folder, is_url
 from mfdist.checkpoint.manifest import Manifest
 from mfdist.checkpoint.ranks import OneRank, Ranks, together
 from mfdist.checkpoint.retention import Retention
-from mfdist.checkpoint.series import StepSeries
+from mfdist.checkpoint.series import LocalSeries, StepSeries, locate
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import CheckpointError
 
@@ -30,14 +31,14 @@ class CheckpointDirectory:
     One thread at a time may save or prune through one object; reading is safe from any thread and process.
 
     Args:
-        path: the directory; with several ranks, on a file system that all of them share.
+        path: the directory, with several ranks on a file system that all of them share; or an URL, s3://BUCKET/PREFIX.
         ranks: who saves together; by default this process alone.
     """
 
-    def __init__(self, path: Path, *, ranks: Ranks | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, ranks: Ranks | None = None) -> None:
+        self.series = _series_at(path)
+        self.path = self.series.path
         self.ranks = ranks or OneRank()
-        self.series = StepSeries(self.path)
 
     def save(self, state: "CheckpointState", *, is_incremental: bool = True) -> StepInfo:
         """Write `state` beside the committed steps and commit it.
@@ -91,7 +92,7 @@ class CheckpointDirectory:
         from mfdist.checkpoint.loading import load_step
         from mfdist.checkpoint.step_files import StepFiles
 
-        with StepFiles(self._locate(step)[1]) as files:
+        with StepFiles(self._locate(step)) as files:
             return load_step(files, device, tables, shards or {})
 
     def load_into(
@@ -116,19 +117,19 @@ class CheckpointDirectory:
         from mfdist.checkpoint.loading import load_step_into
         from mfdist.checkpoint.step_files import StepFiles
 
-        with StepFiles(self._locate(step)[1]) as files:
+        with StepFiles(self._locate(step)) as files:
             return load_step_into(files, target, allow_unused=allow_unused)
 
     def steps(self) -> list[StepInfo]:
         """Return the committed steps, ascending; empty where the directory does not exist."""
         infos = []
         for step, revisions in sorted(self.series.revisions().items()):
-            path = revisions[max(revisions)]
+            folder = revisions[max(revisions)]
             try:
-                infos.append(StepInfo.of(step, path, Manifest.read(path)))
+                infos.append(StepInfo.of(step, folder.path, Manifest.read(folder)))
             except CheckpointError as error:
-                if path.exists():  # otherwise it was pruned between the listing and here
-                    infos.append(StepInfo(step=step, path=path, damage=str(error)))
+                if folder.is_there():  # otherwise it was pruned between the listing and here
+                    infos.append(StepInfo(step=step, path=folder.path, damage=str(error)))
         return infos
 
     def verify(
@@ -145,8 +146,8 @@ class CheckpointDirectory:
         """
         from mfdist.checkpoint.reader import verify_step
 
-        step, path = self.series.locate(step)
-        return verify_step(path, step, on_progress)
+        step, folder = locate(self.series, step)
+        return verify_step(folder, step, on_progress)
 
     def prune(self, keep_last: int, keep_every: int = 0) -> list[int]:
         """Delete all but the latest `keep_last` steps and those that `keep_every` divides; return those deleted.
@@ -161,15 +162,15 @@ class CheckpointDirectory:
         Called on: rank 0; it does nothing on others.
         """
         retention = Retention(keep_last=keep_last, keep_every=keep_every)
-        if self.ranks.rank != 0 or not self.path.is_dir():
+        if self.ranks.rank != 0 or not self.series.is_there():
             return []
         with self.writer_lock():
             self.series.clean()
             committed = self.series.revisions()
             outdated = retention.outdated(committed)
             for step in outdated:
-                for path in committed[step].values():
-                    self.series.remove(path)
+                for folder in committed[step].values():
+                    self.series.remove(folder)
         return outdated
 
     @contextlib.contextmanager
@@ -185,8 +186,16 @@ class CheckpointDirectory:
         with self.series.writer_lock() if self.ranks.rank == 0 else contextlib.nullcontext():
             yield
 
-    def _locate(self, step: int | None) -> tuple[int, Path]:
-        """Return number and path of a step; where none is named and there are several ranks, the one rank 0 sees."""
+    def _locate(self, step: int | None) -> Folder:
+        """Return the folder of a step; where none is named and there are several ranks, of the one that rank 0 sees."""
         if step is None and self.ranks.world_size > 1:
-            step = together(self.ranks, "latest", lambda: self.series.locate(None)[0])[0]
-        return self.series.locate(step)
+            step = together(self.ranks, "latest", lambda: locate(self.series, None)[0])[0]
+        return locate(self.series, step)[1]
+
+
+def _series_at(path: Path | str) -> StepSeries:
+    if isinstance(path, str) and is_url(path):
+        from mfdist.checkpoint.object_store import ObjectSeries
+
+        return ObjectSeries(path)
+    return LocalSeries(Path(path))

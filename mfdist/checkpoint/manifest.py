@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mfdist.checkpoint.checksum import checksum
+from mfdist.checkpoint.folder import AnyFolder, open_folder
 from mfdist.checkpoint.layout import FORMAT, FORMAT_VERSION, parse_step_name
 from mfdist.errors import CheckpointError
 
@@ -45,6 +45,11 @@ class Manifest:
         """Return the size of all files together."""
         return sum(entry.num_bytes for entry in self.files.values())
 
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """Return name → size of all files."""
+        return {name: entry.num_bytes for name, entry in self.files.items()}
+
     def to_bytes(self) -> bytes:
         """Return the manifest as the metadata of a zarr v3 group; equal manifests give equal bytes."""
         body = {
@@ -59,15 +64,16 @@ class Manifest:
         return _document(body)
 
     @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Read and check the manifest of the step at `directory`.
+    def read(cls, place: AnyFolder) -> "Manifest":
+        """Read and check the manifest of the step at `place`.
 
         Raises:
             CheckpointError: it is missing, damaged, or of a newer format.
         """
-        path = directory / MANIFEST
+        folder = open_folder(place)
+        directory, path = folder.path, f"{folder.path}/{MANIFEST}"
         try:
-            raw = path.read_bytes()
+            raw = folder.read(MANIFEST)
         except OSError as error:
             raise CheckpointError(
                 f"a committed step must have a manifest; cannot read {path} ({error.strerror}); use another step."
@@ -91,7 +97,7 @@ class Manifest:
                 f"this mfdist reads checkpoint formats up to {FORMAT_VERSION}; {directory} has format {version}; "
                 "use the mfdist that wrote it or a newer one."
             )
-        named = parse_step_name(directory.name)
+        named = parse_step_name(folder.name)
         if named is not None and named[0] != body["step"]:
             raise CheckpointError(
                 f"a step must lie under its own name; {directory} holds step {body['step']}; rename it back."

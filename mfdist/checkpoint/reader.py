@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mfdist.checkpoint.damage import Damage, Place, UnsoundFile
 from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
+from mfdist.checkpoint.folder import AnyFolder
 from mfdist.checkpoint.manifest import MANIFEST
 from mfdist.checkpoint.step_files import StepFiles, StoredArray, read_stored_array
 from mfdist.checkpoint.zarr_format import chunk_offsets
@@ -54,10 +54,10 @@ def read_parts(files: StepFiles, wanted: Sequence[tuple[StoredArray, Sequence[tu
         target.deliver()
 
 
-def verify_step(root: Path, step: int, on_progress: OnProgress) -> list[Damage]:
+def verify_step(place: AnyFolder, step: int, on_progress: OnProgress) -> list[Damage]:
     """Compare every file of the step with the manifest, open every array, and see that each row has its file."""
     try:
-        opened = StepFiles(root)
+        opened = StepFiles(place)
     except CheckpointError as error:
         return [Damage(step=step, file=MANIFEST, problem=f"cannot be used: {error}")]
     with opened as files:

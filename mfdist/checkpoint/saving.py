@@ -11,21 +11,18 @@ A failure of one rank in any phase is raised on all; what was half written is re
 import dataclasses
 import datetime
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfdist.checkpoint.division import divide
 from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
-from mfdist.checkpoint.durability import fsync, write_file
+from mfdist.checkpoint.folder import Folder
 from mfdist.checkpoint.holding import Holding, holdings_of
 from mfdist.checkpoint.layout import FORMAT, FORMAT_VERSION, describe
-from mfdist.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from mfdist.checkpoint.manifest import FileEntry, Manifest
 from mfdist.checkpoint.ranks import Ranks, together
-from mfdist.checkpoint.series import StepSeries
+from mfdist.checkpoint.series import StepSeries, locate
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.checkpoint.writer import PIECES, Base, RankWriter
 from mfdist.checkpoint.zarr_format import array_document, group_document
@@ -53,6 +50,7 @@ class Saving:
         self._series = series
         self._ranks = ranks
         self._is_incremental = is_incremental
+        self._is_committed = False
 
     def run(self) -> StepInfo:
         """Save, and return what it came to.
@@ -70,20 +68,20 @@ class Saving:
                 return self._opened(mine, stack)
 
             answers = self._together("prepare", prepare)
-            self._root: Path = self._series.path / str(answers[0]["root"])
+            self._folder = self._series.folder(answers[0]["folder"])
             self._arrays, held = _merged(answers, mine)
             plans = [
                 plan
                 for path, holding in self._arrays.items()
                 for plan in divide(path, holding.grid, held[path], self._ranks.rank)
             ]
-            base = _base(self._series.path / answers[0]["base"]) if answers[0]["base"] else None
-            self._writer = RankWriter(self._root, self._ranks.rank, self._arrays, plans, base)
+            base = _base(self._series.folder(answers[0]["base"])) if answers[0]["base"] else None
+            self._writer = RankWriter(self._folder, self._ranks.rank, self._arrays, plans, base)
             stack.callback(self._writer.close)
             self._together("pieces", self._write_pieces)
             self._together("files", self._write_files)
             committed = self._together("commit", self._commit)[0]
-        return StepInfo(path=self._series.path / committed.pop("name"), **committed)
+        return StepInfo(path=self._series.folder(committed.pop("name")).path, **committed)
 
     def _opened(self, mine: Mapping[str, Holding], stack: ExitStack) -> dict[str, Any]:
         """Return what this rank tells the others before anything is written."""
@@ -95,16 +93,17 @@ class Saving:
             stack.enter_context(self._series.writer_lock())
             self._series.clean()
             committed = self._series.revisions()
-            told["base"] = self._series.locate(None)[1].name if committed and self._is_incremental else None
-            root = self._series.begin(self._state.step)
-            stack.callback(shutil.rmtree, root, ignore_errors=True)  # finds nothing once it is committed
-            told["root"] = root.name
+            told["base"] = locate(self._series, None)[1].name if committed and self._is_incremental else None
+            folder = self._series.begin(self._state.step)
+            stack.callback(self._remove, folder)
+            told["folder"] = folder.name
         return told
 
     def _write_pieces(self) -> None:
-        if not self._root.is_dir():
+        if not self._folder.is_there():
             raise CheckpointError(
-                f"all ranks must see the checkpoint directory; rank {self._ranks.rank} does not find {self._root}; "
+                f"all ranks must see the checkpoint directory; rank {self._ranks.rank} does not find "
+                f"{self._folder.path}; "
                 "use a file system that all hosts share."
             )
         self._writer.write_pieces()
@@ -114,8 +113,8 @@ class Saving:
         if self._ranks.rank != 0:
             files = {name: entry.to_json() for name, entry in self._writer.files.items()}
             report = {"written": self._writer.num_written_bytes, "files": files}
-            self._report_path(self._ranks.rank).parent.mkdir(exist_ok=True)
-            self._report_path(self._ranks.rank).write_text(json.dumps(report))
+            self._folder.make([PIECES])
+            self._folder.write(_report_name(self._ranks.rank), json.dumps(report).encode(), is_lasting=False)
 
     def _commit(self) -> dict[str, Any] | None:
         if self._ranks.rank != 0:
@@ -123,10 +122,11 @@ class Saving:
         files: dict[str, FileEntry] = {}
         written_bytes = 0
         for rank in range(1, self._ranks.world_size):
-            report = json.loads(self._report_path(rank).read_text())
+            report = json.loads(self._folder.read(_report_name(rank)))
             files |= {name: FileEntry(*entry) for name, entry in report["files"].items()}
             written_bytes += report["written"]
-        shutil.rmtree(self._root / PIECES, ignore_errors=True)
+        if self._ranks.world_size > 1:
+            self._folder.remove(PIECES)
         self._writer.write_documents(self._documents())
         files |= self._writer.files
         manifest = Manifest(
@@ -136,13 +136,11 @@ class Saving:
             written_bytes=written_bytes + self._writer.num_written_bytes,
             files=files,
         )
-        (self._root / MANIFEST).parent.mkdir()
-        write_file(self._root / MANIFEST, manifest.to_bytes())
-        self._writer.each(fsync, _seal(self._root, manifest))
-        path = self._series.commit(self._state.step, self._root)
-        told = dataclasses.asdict(StepInfo.of(self._state.step, path, manifest))
+        committed = self._series.commit(self._state.step, self._folder, manifest)
+        self._is_committed = True
+        told = dataclasses.asdict(StepInfo.of(self._state.step, committed.path, manifest))
         del told["path"]  # where it is mounted may differ from host to host
-        return {**told, "name": path.name}
+        return {**told, "name": committed.name}
 
     def _documents(self) -> dict[str, bytes]:
         """Return every zarr.json of the step but the manifest's."""
@@ -157,8 +155,9 @@ class Saving:
                 documents["/".join([*parts[:depth], "zarr.json"])] = group_document({})
         return documents
 
-    def _report_path(self, rank: int) -> Path:
-        return self._root / PIECES / f"rank-{rank}.json"
+    def _remove(self, folder: Folder) -> None:
+        if not self._is_committed:
+            folder.remove()
 
     def _together(self, tag: str, act: Callable[[], Any]) -> list[Any]:
         def act_or_explain() -> Any:
@@ -203,30 +202,12 @@ def _merged(
     return {**arrays, **mine}, held
 
 
-def _base(root: Path) -> Base | None:
+def _report_name(rank: int) -> str:
+    return f"{PIECES}/rank-{rank}.json"
+
+
+def _base(folder: Folder) -> Base | None:
     try:
-        return Base(root, Manifest.read(root))
+        return Base(folder, Manifest.read(folder))
     except CheckpointError:
         return None  # damaged: everything is written again
-
-
-def _seal(root: Path, manifest: Manifest) -> list[Path]:
-    """Return every directory of the step, after making sure that each file written is still there and no other.
-
-    Somebody may have deleted the directory meanwhile; making it again would leave a part of the files.
-    """
-    found: dict[str, int] = {}
-    directories: list[Path] = []
-    for directory, _, names in os.walk(root):
-        directories.append(Path(directory))
-        for name in names:
-            path = Path(directory, name)
-            found[path.relative_to(root).as_posix()] = path.stat().st_size
-    expected = {name: entry.num_bytes for name, entry in manifest.files.items()}
-    expected[MANIFEST] = len(manifest.to_bytes())
-    if found != expected:
-        name = min(dict(found.items() ^ expected.items()))
-        raise CheckpointError(
-            f"nobody else may touch a step being written; {root / name} was changed or removed; save again."
-        )
-    return directories

@@ -1,18 +1,17 @@
 """The files of a committed step, each read whole, once, and compared with the manifest before anything uses it."""
 
 import json
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 
 from mfdist.checkpoint.checksum import checksum
 from mfdist.checkpoint.damage import Place, UnsoundFile
+from mfdist.checkpoint.folder import AnyFolder, open_folder
 from mfdist.checkpoint.grid import FileGrid
 from mfdist.checkpoint.manifest import Manifest
 from mfdist.checkpoint.zarr_format import read_array_document
@@ -59,9 +58,10 @@ class StepFiles:
         CheckpointError: the manifest is missing, damaged, or of a newer format.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.manifest = Manifest.read(root)
+    def __init__(self, place: AnyFolder) -> None:
+        self.folder = open_folder(place)
+        self.root = self.folder.path
+        self.manifest = Manifest.read(self.folder)
         self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="mfdist-checkpoint-read")
         self._local = threading.local()
 
@@ -109,7 +109,7 @@ class StepFiles:
         if entry is None:
             raise UnsoundFile("is not in the manifest")
         try:
-            data = self._read(self.root / place.file, entry.num_bytes)
+            data = self._read(place.file, entry.num_bytes)
         except FileNotFoundError:
             raise UnsoundFile("is missing") from None
         except OSError as error:
@@ -135,21 +135,12 @@ class StepFiles:
         """Yield `act` of every item in order, several at a time."""
         return self._pool.map(act, items)
 
-    def _read(self, path: Path, num_bytes: int) -> memoryview:
+    def _read(self, name: str, num_bytes: int) -> memoryview:
         """Return a file's contents, in a buffer that this thread's next read overwrites."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < num_bytes:
             buffer = self._local.buffer = bytearray(num_bytes)
         data = memoryview(buffer)[:num_bytes]
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            if (found := os.fstat(fd).st_size) != num_bytes:
-                raise UnsoundFile(f"has {found} bytes, not the {num_bytes} in the manifest")
-            done = 0
-            while done < num_bytes and (read := os.readv(fd, [data[done:]])):
-                done += read
-            if done < num_bytes:
-                raise UnsoundFile("was cut short while it was read")
-        finally:
-            os.close(fd)
+        if (found := self.folder.read_into(name, data)) != num_bytes:
+            raise UnsoundFile(f"has {found} bytes, not the {num_bytes} in the manifest")
         return data

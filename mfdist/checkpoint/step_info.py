@@ -12,7 +12,7 @@ class StepInfo:
     """A committed step, as its manifest describes it."""
 
     step: int
-    path: Path
+    path: Path | str  # an URL is text
     num_bytes: int = 0
     num_files: int = 0
     num_tables: int = 0
@@ -21,7 +21,7 @@ class StepInfo:
     damage: str | None = None  # why the manifest cannot be read; then the fields above but `path` and `step` are empty
 
     @classmethod
-    def of(cls, step: int, path: Path, manifest: Manifest) -> Self:
+    def of(cls, step: int, path: Path | str, manifest: Manifest) -> Self:
         """Return what a manifest says."""
         return cls(
             step=step,

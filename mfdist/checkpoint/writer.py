@@ -1,12 +1,9 @@
 """One rank's part of writing a step's files: taken from the tensors, checksummed, put on disk or shared."""
 
-import contextlib
-import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +12,7 @@ from torch import Tensor
 from mfdist.checkpoint.checksum import checksum, crc32c, digest
 from mfdist.checkpoint.division import FilePlan
 from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
-from mfdist.checkpoint.durability import write_file
+from mfdist.checkpoint.folder import Folder
 from mfdist.checkpoint.holding import Holding
 from mfdist.checkpoint.manifest import FileEntry, Manifest
 from mfdist.checkpoint.zarr_format import index_of
@@ -31,7 +28,7 @@ PIECES = ".pieces"
 class Base:
     """A committed step whose files are shared where they hold the same bytes."""
 
-    root: Path
+    folder: Folder
     manifest: Manifest
 
 
@@ -43,11 +40,11 @@ class RankWriter:
     """
 
     def __init__(
-        self, root: Path, rank: int, holdings: Mapping[str, Holding], plans: Sequence[FilePlan], base: Base | None
+        self, folder: Folder, rank: int, holdings: Mapping[str, Holding], plans: Sequence[FilePlan], base: Base | None
     ) -> None:
         self.files: dict[str, FileEntry] = {}  # what this rank has put into the step
         self.num_written_bytes = 0
-        self._root = root
+        self._folder = folder
         self._rank = rank
         self._holdings = holdings
         self._grids = {path: holding.grid for path, holding in holdings.items()}
@@ -64,11 +61,9 @@ class RankWriter:
 
         Pieces come first, so that no rank waits long for another's.
         """
-        for directory in sorted({plan.path for plan in self._plans}):
-            (self._root / directory).mkdir(parents=True, exist_ok=True)
+        self._folder.make(sorted({plan.path for plan in self._plans}))
         across = [plan for plan in self._plans if len(plan.pieces) > 1]
-        for directory in sorted({plan.path for plan in across}):
-            (self._root / PIECES / directory).mkdir(parents=True, exist_ok=True)
+        self._folder.make(sorted({f"{PIECES}/{plan.path}" for plan in across}))
         for plan in across:
             for number, piece in plan.borrowed():
                 if piece.rank == self._rank:
@@ -94,17 +89,12 @@ class RankWriter:
 
         def write(item: tuple[str, bytes]) -> None:
             name, content = item
-            path = self._root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, content)
+            self._folder.write(name, content)
             self._record(name, FileEntry(len(content), checksum(content)), len(content))
 
-        self.each(write, documents.items())
-
-    def each(self, act: Callable[..., None], items: Iterable[object]) -> None:
-        """Call `act` with every item, several at a time; raise what the first one raises."""
-        for _ in self._pool.map(act, items):
-            pass
+        self._folder.make(sorted({name.rpartition("/")[0] for name in documents}))
+        for _ in self._pool.map(write, documents.items()):
+            pass  # raises what the first one raises
 
     def close(self) -> None:
         """End the threads; what they have not begun is not done."""
@@ -128,7 +118,7 @@ class RankWriter:
         values = self._holdings[plan.path].block(piece.part, piece.region)
         target = self._buffer(values.dtype, values.shape)
         _copy(values, target)
-        self._piece_path(plan, number).write_bytes(_bytes_of(target))  # has to outlive nothing, so not synced
+        self._folder.write(_piece_name(plan, number), _bytes_of(target), is_lasting=False)
 
     def _write_file(self, plan: FilePlan) -> None:
         grid, holding = self._grids[plan.path], self._holdings[plan.path]
@@ -141,28 +131,20 @@ class RankWriter:
             if piece.rank == self._rank:
                 _copy(holding.block(piece.part, piece.region), within)
             else:
-                stored = torch.from_file(
-                    str(self._piece_path(plan, number)), size=within.numel(), dtype=holding.dtype, shared=False
-                )
+                stored = torch.frombuffer(bytearray(self._folder.read(_piece_name(plan, number))), dtype=holding.dtype)
                 _copy(stored.view(within.shape), within)
         content, index = _bytes_of(target), index_of(grid, plan.region, holding.item_bytes)
         entry = FileEntry(len(content) + len(index), f"{crc32c(index, crc32c(content)):08x}", digest(content))
         is_shared = self._share(plan.name, entry)
         if not is_shared:
-            write_file(self._root / plan.name, content, index)
+            self._folder.write(plan.name, content, index)
         self._record(plan.name, entry, 0 if is_shared else entry.num_bytes)
 
     def _share(self, name: str, entry: FileEntry) -> bool:
         """Give the base's file a second name in this step, if it holds the same; say whether it does."""
         if self._base is None or self._base.manifest.files.get(name) != entry:
             return False
-        with contextlib.suppress(OSError):  # too many links, another file system, or the base was removed
-            os.link(self._base.root / name, self._root / name)
-            return True
-        return False
-
-    def _piece_path(self, plan: FilePlan, number: int) -> Path:
-        return self._root / PIECES / plan.path / f"{plan.file}~{number}"
+        return self._folder.share(name, self._base.folder)
 
     def _buffer(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """Return this thread's memory as a tensor; its next call uses it again."""
@@ -176,6 +158,10 @@ class RankWriter:
         with self._lock:
             self.files[name] = entry
             self.num_written_bytes += num_written
+
+
+def _piece_name(plan: FilePlan, number: int) -> str:
+    return f"{PIECES}/{plan.name}~{number}"
 
 
 def _copy(values: Tensor, target: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Keeps a run's checkpoints while it trains, as its configuration says, and tells of each once it is committed."""
 
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -45,7 +46,7 @@ class RunSaver:
             self._tell(
                 Saved(
                     step=info.step,
-                    path=info.path,
+                    path=Path(info.path),  # a run is on a file system
                     num_bytes=info.num_bytes,
                     written_bytes=info.written_bytes,
                     save_s=saved.save_s,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mfdist.checkpoint import writer
+from mfdist.checkpoint import folder
 from mfdist.checkpoint.background import BackgroundSaver
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.host_copy import HostCopy, num_bytes
@@ -29,13 +29,13 @@ Contents = Callable[[CheckpointState], dict[str, object]]
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing reaches the disk before this is set, as on a disk that is slow."""
     gate = threading.Event()
-    write = writer.write_file
+    write = folder.write_file
 
-    def write_when_open(*args: object) -> None:
+    def write_when_open(*args: object, **named: object) -> None:
         assert gate.wait(20)
-        write(*args)  # type: ignore[arg-type]
+        write(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writer, "write_file", write_when_open)
+    monkeypatch.setattr(folder, "write_file", write_when_open)
     yield gate
     gate.set()
 
