@@ -185,6 +185,9 @@ class CheckpointConfig(_Section):
     every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
     keep_last: Count = Field(2, description="checkpoints kept; older ones are removed after a newer one is committed")
     keep_every: int = Field(0, ge=0, description="steps divisible by this are kept besides; 0: none")
+    url: str = Field(
+        "", description="an object store to keep checkpoints in, such as s3://BUCKET/RUN; empty: the run's folder"
+    )
     asynchronous: bool = Field(True, description="train on while a copy of the state is written")
     max_copy_gib: Positive = Field(
         4.0, description="GiB of host memory for that copy; with a larger state training waits"

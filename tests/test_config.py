@@ -99,7 +99,7 @@ def test_an_unknown_key_names_the_nearest_right_one(override: str, nearest: str)
 
 def test_a_key_like_no_other_lists_its_section() -> None:
     assert message_of(SMALL, "checkpoint.zzz=1").endswith(
-        "; keys here are every, keep_last, keep_every, asynchronous, max_copy_gib, incremental"
+        "; keys here are every, keep_last, keep_every, url, asynchronous, max_copy_gib, incremental"
     )
 
 

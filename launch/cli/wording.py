@@ -72,7 +72,7 @@ def evaluated(event: Evaluated) -> str:
 def saved(event: Saved) -> str:
     """Return one line on a checkpoint."""
     return (
-        f"step {event.step:,}: saved {event.path.name} "
+        f"step {event.step:,}: saved {Path(event.path).name} "
         f"({quantities.num_bytes(event.num_bytes)} in {quantities.duration(event.save_s)})"
     )
 

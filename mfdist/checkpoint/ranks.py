@@ -5,9 +5,10 @@ all others get its error from that very `share`, so nobody waits for a rank that
 and says who is late. May be called from any one thread at a time, also beside training's own collectives.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mfdist.errors import InternalError, MfdistError, UnavailableError
@@ -81,16 +82,17 @@ class StoreRanks:
         from torch.distributed import distributed_c10d as dist
 
         store = dist._get_default_store()
-        return cls(
-            dist.PrefixStore("mfdist-checkpoint", store), dist.get_rank(), dist.get_world_size(), deadline_s=deadline_s
-        )
+        number = store.add(f"mfdist-checkpoint-{dist.get_rank()}", 1)  # earlier ones left messages behind
+        own = dist.PrefixStore(f"mfdist-checkpoint-{number}", store)
+        return cls(own, dist.get_rank(), dist.get_world_size(), deadline_s=deadline_s)
 
     def share(self, tag: str, value: "JSON") -> list[Any]:
         """Return every rank's value, by rank; see `Ranks`."""
-        self._tell(tag, {"value": value})
         keys = [self._key(tag, rank) for rank in range(self.world_size)]
-        self._wait_for(tag, keys)
-        answers = [json.loads(self._store.get(key)) for key in keys]
+        with self._reaching_the_store():
+            self._tell(tag, {"value": value})
+            self._wait_for(tag, keys)
+            answers = [json.loads(self._store.get(key)) for key in keys]
         self._round += 1
         for rank, answer in enumerate(answers):
             if "error" in answer:
@@ -100,8 +102,21 @@ class StoreRanks:
     def fail(self, tag: str, error: BaseException) -> None:
         """Tell the others that this rank gives up; see `Ranks`."""
         kind = error.kind if isinstance(error, MfdistError) else InternalError.kind
-        self._tell(tag, {"error": [kind, f"{error}" if isinstance(error, MfdistError) else repr(error)]})
+        with contextlib.suppress(UnavailableError), self._reaching_the_store():  # what failed is more worth telling
+            self._tell(tag, {"error": [kind, f"{error}" if isinstance(error, MfdistError) else repr(error)]})
         self._round += 1
+
+    @contextlib.contextmanager
+    def _reaching_the_store(self) -> Iterator[None]:
+        try:
+            yield
+        except UnavailableError:
+            raise
+        except (RuntimeError, OSError) as error:  # what torch raises when the process that serves the store has gone
+            raise UnavailableError(
+                f"ranks that save together must reach their store; rank {self.rank} of {self.world_size} does not "
+                f"({str(error).splitlines()[0]}); see whether the process that serves it still runs."
+            ) from error
 
     def _tell(self, tag: str, message: dict[str, Any]) -> None:
         self._store.set(self._key(tag, self.rank), json.dumps(message))

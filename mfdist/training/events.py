@@ -68,7 +68,7 @@ class Saved:
     """A checkpoint is committed; in the background, so perhaps some steps after the one it holds."""
 
     step: int
-    path: Path
+    path: Path | str  # an URL is text
     num_bytes: int
     save_s: float  # from the copy's beginning to the commit
     written_bytes: int = 0  # the rest are files shared with the checkpoint before

@@ -37,8 +37,8 @@ _MAY_CHANGE = (
     "data.source",  # the same text may lie elsewhere; its tokens are compared
 )
 
-# Among those, what decides which states the tables' optimiser keeps.
-_STAYS = ("optimizer.tables.rule", "optimizer.tables.state_dtype")
+# Among those, what decides which states the tables' optimiser keeps, and where the checkpoints are found.
+_STAYS = ("optimizer.tables.rule", "optimizer.tables.state_dtype", "checkpoint.url")
 
 # What data.source and data.tokenizer may be besides paths.
 _NAMES = ("python-stdlib", "bytes", "bpe")
@@ -72,7 +72,7 @@ class RunDirectory:
             raise ConfigError(f"--out must name a new or empty directory; {run.path} holds something else")
         with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
-        with run.checkpoints.writer_lock():  # whoever is about to train here keeps its configuration
+        with run._checkpoints_under(config).writer_lock():  # whoever is about to train here keeps its configuration
             run.write_config(_with_absolute_paths(config))
         return run
 
@@ -108,13 +108,17 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> CheckpointDirectory:
-        """Return the run's checkpoints."""
-        return CheckpointDirectory(self.path / "checkpoints")
+        """Return the run's checkpoints, wherever its configuration keeps them."""
+        return self._checkpoints_under(self.config if self.config_path.is_file() else None)
 
     @property
     def config(self) -> RunConfig:
         """Read the resolved configuration."""
         return parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path))
+
+    def _checkpoints_under(self, config: RunConfig | None) -> CheckpointDirectory:
+        url = "" if config is None else config.checkpoint.url
+        return CheckpointDirectory(url or self.path / "checkpoints")
 
     def has_trained(self) -> bool:
         """Return whether a step was ever made, committed or not."""

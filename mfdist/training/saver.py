@@ -1,6 +1,5 @@
 """Keeps a run's checkpoints while it trains, as its configuration says, and tells of each once it is committed."""
 
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -46,7 +45,7 @@ class RunSaver:
             self._tell(
                 Saved(
                     step=info.step,
-                    path=Path(info.path),  # a run is on a file system
+                    path=info.path,
                     num_bytes=info.num_bytes,
                     written_bytes=info.written_bytes,
                     save_s=saved.save_s,

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import boto3
 import pytest
@@ -21,7 +22,10 @@ from mfdist.checkpoint.object_store import ObjectSeries
 from mfdist.checkpoint.retention import Retention
 from mfdist.checkpoint.state import CheckpointState
 from mfdist.checkpoint.step_info import StepInfo
+from mfdist.config import parse_config
 from mfdist.errors import CheckpointError, ConfigError, UnavailableError
+from mfdist.training.loop import train
+from mfdist.training.run import RunDirectory
 from tests.checkpoint.divided import assert_holds, regions, save_in_threads, state_of_rank, whole_arrays
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # moto's and boto's
@@ -185,6 +189,22 @@ def test_a_store_that_does_not_answer_is_said(s3, small_state: State, monkeypatc
         CheckpointDirectory("s3://no-such-bucket/runs").save(small_state(1))
     with pytest.raises(ConfigError, match="must be such as s3://"):
         CheckpointDirectory("what://is/this")
+
+
+def test_a_run_keeps_its_checkpoints_there_and_goes_on_from_them(s3, url: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("so much text, so little time. " * 400)
+    settings = [f"checkpoint.url={url}", f"data.source={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    tiny = Path(__file__).parents[1] / "launch" / "tiny.toml"
+    config = parse_config(
+        tiny.read_text(), origin="test", overrides=[*settings, "training.steps=4", "checkpoint.every=2"]
+    )
+    run = RunDirectory.create(tmp_path / "run", config)
+    train(run)
+    assert [info.path for info in run.checkpoints.steps()] == [f"{url}/step-00000000{step}" for step in (2, 4)]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert train(RunDirectory.open(run.path), overrides=["training.steps=5"]).step == 5
+    with pytest.raises(ConfigError, match=r"checkpoint\.url"):
+        run.config_with(["checkpoint.url=s3://elsewhere/run"])
 
 
 class OneObject:

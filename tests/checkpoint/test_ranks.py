@@ -85,3 +85,13 @@ def test_one_rank_answers_itself():
     assert together(OneRank(), "any", lambda: 5) == [5]
     with pytest.raises(ZeroDivisionError):
         together(OneRank(), "any", lambda: 1 // 0)
+
+
+def test_a_store_that_has_gone_is_said():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    ranks = StoreRanks(client, 1, 2, deadline_s=20)
+    del server
+    with pytest.raises(UnavailableError, match="rank 1 of 2 does not"):
+        ranks.share("commit", None)
+    ranks.fail("commit", CheckpointError("the disk is full"))  # tells nobody, and does not hide what failed

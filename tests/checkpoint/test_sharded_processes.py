@@ -81,3 +81,17 @@ def test_a_rank_that_does_not_come_is_named_and_the_last_step_stays(pool: RankPo
     assert "late: rank 1 of 2" in message
     assert {entry.name for entry in tmp_path.iterdir()} == {"step-000000001", ".writer.lock"}
     assert CheckpointDirectory(tmp_path).verify() == []
+
+
+def save_twice(rank: int, path: Path) -> int:
+    tables = whole_arrays()
+    mine = regions("row", dist.get_world_size(), tables)[rank]
+    for step in range(1, 5):  # each with ranks of its own, that may not read what earlier ones left in the store
+        directory = CheckpointDirectory(path, ranks=StoreRanks.of_process_group(deadline_s=30))
+        info = directory.save(state_of_rank(tables, mine, step))
+    return info.step
+
+
+def test_ranks_may_be_made_anew_on_the_same_process_group(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(save_twice, 2, tmp_path) == [4, 4]
+    assert [info.step for info in CheckpointDirectory(tmp_path).steps()] == [1, 2, 3, 4]
