@@ -50,9 +50,11 @@ _AHEAD = 4
 #: Tables of a few lookups that are copied together: half of a core's second-level cache.
 _PACK_BYTES = 512 << 10
 #: Reads of a row, on average, that repay copying it.
-_PACK_READS = 4
-#: Elements of work that repay waking the threads.
+_PACK_READS = 8
+#: Elements of work that repay waking the threads; more for a single token, because its caller waits for it, and on a
+#: busy machine a second thread may come late by much more than it would save.
 _PARALLEL_WORK = 1 << 18
+_PARALLEL_WORK_OF_ONE = 1 << 22
 
 
 class _Lookup(NamedTuple):
@@ -110,7 +112,7 @@ def gather_sum(
     if scales is not None:
         factor = np.float32(E4M3_FACTOR if table.dtype == torch.uint8 else 1.0)
         lookup = lookup._replace(scores=_times_scales(lookup, flat(scales), factor))
-    threads = num_threads(work, worth=_PARALLEL_WORK)
+    threads = num_threads(work, worth=_PARALLEL_WORK if num_tokens > 1 else _PARALLEL_WORK_OF_ONE)
     if is_split and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
         chunk = min(num_lookups, max(1, _PACK_BYTES // (code_stride * MIDDLE * table.itemsize)))
         num_tiles = dim // MIDDLE + dim % MIDDLE // NARROW
