@@ -59,8 +59,8 @@ class CheckpointDirectory:
             is safe.
 
         Called on: every rank, at the same steps.
-        Cost: every byte that changed is written and fsynced once; nothing is gathered. A rank's files that lie across
-            the shards of several ranks are written twice.
+        Cost: every byte that changed is written and fsynced once; nothing is gathered. Of files that lie across the
+            shards of several ranks, all pieces but the largest are written twice.
         """
         from mfdist.checkpoint.saving import Saving
 
