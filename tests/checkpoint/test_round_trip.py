@@ -17,6 +17,7 @@ from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.dtypes import STORED_DTYPES
 from mfdist.checkpoint.state import CheckpointState, TableState
 from mfdist.errors import ConfigError
+from mfdist.spec import Region
 
 Contents = Callable[[CheckpointState], dict[str, object]]
 
@@ -157,3 +158,17 @@ def test_a_state_on_a_gpu_goes_there_and_back(directory: CheckpointDirectory, la
     loaded = directory.load(device="cuda").tables["big"].weight
     assert loaded.is_cuda
     assert loaded.equal(table.weight)
+
+
+@pytest.mark.large
+def test_a_table_of_more_than_two_to_the_31_elements(directory: CheckpointDirectory) -> None:
+    num_rows = (1 << 21) + 8
+    weight = torch.zeros(num_rows, 1024, dtype=torch.uint8)
+    marks = torch.arange(8 * 1024, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(8, 1024)
+    weight[-8:] = marks
+    directory.save(CheckpointState(step=1, tables={"t": TableState(weight=weight)}, dense={}, attributes={}))
+    end = Region(rows=(num_rows - 8, num_rows), columns=(0, 1024))
+    assert directory.load(shards={"t": [end]}).shards["t"][0].weight.equal(marks)
+    assert directory.load().tables["t"].weight.equal(weight)
+    array = zarr.open(directory.steps()[0].path, mode="r")["tables/t/weight"]
+    assert (array[-8:] == marks.numpy()).all()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.ranks import StoreRanks
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import UnavailableError
-from mfdist.testing.run_ranks import RankPool
+from mfdist.testing.run_ranks import RankFailedError, RankPool
 from tests.checkpoint.divided import assert_holds, files_of, regions, state_of_rank, whole_arrays
 
 
@@ -42,9 +43,20 @@ def save_without_rank_1(rank: int, path: Path) -> str:
     return str(caught.value)
 
 
-def die(rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+def save_and_die(rank: int, path: Path, victim: int, num_files: int) -> None:
+    """Save step 2, in which one rank is killed right before it opens or links a certain file."""
+    count = 0
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal count
+        if event in ("open", "os.link") and str(path) in str(args[0]):
+            count += 1
+            if count == num_files:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == victim:
+        sys.addaudithook(hook)
+    save(rank, path, "row", 2)
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +107,19 @@ def save_twice(rank: int, path: Path) -> int:
 def test_ranks_may_be_made_anew_on_the_same_process_group(pool: RankPool, tmp_path: Path) -> None:
     assert pool.run(save_twice, 2, tmp_path) == [4, 4]
     assert [info.step for info in CheckpointDirectory(tmp_path).steps()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("num_files", [1, 9, 30])
+def test_a_killed_rank_leaves_the_last_step_and_the_next_save_goes_on(
+    pool: RankPool, tmp_path: Path, victim: int, num_files: int
+) -> None:
+    pool.run(save, 2, tmp_path, "row", 1)
+    with pytest.raises(RankFailedError, match="died with exit code -9"):
+        pool.run(save_and_die, 2, tmp_path, victim, num_files)
+    directory = CheckpointDirectory(tmp_path)
+    assert [info.step for info in directory.steps()] == [1]
+    assert directory.verify() == []
+    pool.run(save, 2, tmp_path, "column", 3)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"step-000000001", "step-000000003", ".writer.lock"}
+    pool.run(load, 2, tmp_path, "grid")
