@@ -70,8 +70,8 @@ def fused_row_update(
 
     Returns:
         The gradient of the scores, [N, K] in their dtype, from the rows as they were. Results are the same bits each
-        time. A row whose gradient is not finite stays as it is, as does its state. Where a GPU takes wide rows, or those
-        that are seldom read, in slices, `sgd` and `adam` leave at least the slice.
+        time. A row whose gradient is not finite stays as it is, as does its state. Where a GPU takes rows in slices,
+        because they are wide or seldom read, `sgd` and `adam` leave at least the slice.
 
     Raises:
         RowIdError: an id lies outside the table; when, see gather_sum. Nothing was changed on the CPU; on a GPU the

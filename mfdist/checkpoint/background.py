@@ -68,7 +68,8 @@ class BackgroundSaver:
         """Copy `state`, whose tensors may change afterwards, and have it written; wait for an earlier save first.
 
         Raises:
-            As `CheckpointDirectory.save`, for what goes wrong before the copy is made, and for an earlier save.
+            MfdistError: as from `CheckpointDirectory.save`, for what goes wrong before the copy is made, and for an
+                earlier save.
         """
         start = time.perf_counter()
         self._await()

@@ -55,8 +55,9 @@ class CheckpointDirectory:
             ConfigError: a tensor or name cannot be stored, or the ranks' shards leave a hole.
             UnavailableError: another writer holds the directory, or a rank is late.
             CheckpointError: the disk is full, failing or read-only, or the directory was deleted meanwhile.
-            In each case, on all ranks, the committed steps are untouched, what was half written is removed, and a retry
-            is safe.
+
+        After an error, on all ranks, the committed steps are untouched, what was half written is removed, and a retry is
+        safe.
 
         Called on: every rank, at the same steps.
         Cost: every byte that changed is written and fsynced once; nothing is gathered. Of files that lie across the
