@@ -56,7 +56,7 @@ class CheckpointDirectory:
             UnavailableError: another writer holds the directory, or a rank is late.
             CheckpointError: the disk is full, failing or read-only, or the directory was deleted meanwhile.
 
-        After an error, on all ranks, the committed steps are untouched, what was half written is removed, and a retry is
+        After an error the committed steps are untouched on all ranks, what was half written is removed, and a retry is
         safe.
 
         Called on: every rank, at the same steps.
