@@ -36,6 +36,16 @@ _MAX_MESSAGE_BYTES = 1 << 30
 _REFUSED = TAG_SIZE
 
 
+@dataclass(frozen=True)
+class Sent:
+    """One all-to-all as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most."""
+
+    dtype: torch.dtype
+    sizes: list[int]
+    arriving: list[int]
+    largest: int
+
+
 @dataclass(kw_only=True)
 class Traffic:
     """What this rank has sent to others through one exchange."""
@@ -43,6 +53,7 @@ class Traffic:
     num_bytes: Counter[str] = field(default_factory=Counter)  # phase → payload bytes
     control_bytes: int = 0  # tags and sizes
     num_messages: int = 0  # payload messages, a piece each
+    sends: list[Sent] | None = None  # every one, where a list is put here to be filled
 
     def clear(self) -> None:
         """Start counting anew."""
@@ -176,6 +187,8 @@ class Exchange:
         payload = payload.reshape(-1)
         width = payload.element_size()
         self._count(opened.call.phase, [size * width for size in sizes])
+        if self.traffic.sends is not None:
+            self.traffic.sends.append(Sent(payload.dtype, list(sizes), list(arriving), largest))
         received = payload.new_empty(sum(arriving))
         step = max(1, _MAX_MESSAGE_BYTES // width)
         pending = Pending(exchange=self, opened=opened, received=received)
