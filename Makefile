@@ -19,7 +19,7 @@ INSTALL = $(PIP) install $(PIP_FLAGS) --constraint $(STAMPS)/constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format bench docs clean
+.PHONY: help demo test test-all check format proto bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ check: $(STAMPS)/check ## formatting, lint, types, import order, shape of the tr
 format: $(STAMPS)/check ## format the sources and mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+proto: $(STAMPS)/test ## generate table_server/proto/*_pb2* from the .proto file
+	cd $(CURDIR) && $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. mfdist/table_server/proto/table_v1.proto
 
 bench: $(STAMPS)/base ## check the kernels against the reference, then time them
 	@$(BIN)/mfdist bench kernels $(ARGS)

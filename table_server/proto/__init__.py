@@ -1,0 +1,1 @@
+"""The protocol, and the code that protoc makes of it (`make proto`)."""
