@@ -246,7 +246,7 @@ class Rows(_message.Message):
     def __init__(self, values: _Optional[_Union[Tensor, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("lookups", "grad_output", "row_ids", "row_gradients", "sequence", "is_last", "table", "client", "session", "epoch", "step", "lr", "code_stride", "first_slot", "scale", "is_frozen")
+    __slots__ = ("lookups", "grad_output", "row_ids", "row_gradients", "sequence", "is_last", "table", "client", "session", "epoch", "step", "lr", "code_stride", "first_slot", "is_frozen")
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
     GRAD_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     ROW_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -261,7 +261,6 @@ class PushRequest(_message.Message):
     LR_FIELD_NUMBER: _ClassVar[int]
     CODE_STRIDE_FIELD_NUMBER: _ClassVar[int]
     FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
-    SCALE_FIELD_NUMBER: _ClassVar[int]
     IS_FROZEN_FIELD_NUMBER: _ClassVar[int]
     lookups: Lookups
     grad_output: Tensor
@@ -277,9 +276,8 @@ class PushRequest(_message.Message):
     lr: float
     code_stride: int
     first_slot: int
-    scale: float
     is_frozen: bool
-    def __init__(self, lookups: _Optional[_Union[Lookups, _Mapping]] = ..., grad_output: _Optional[_Union[Tensor, _Mapping]] = ..., row_ids: _Optional[_Union[Tensor, _Mapping]] = ..., row_gradients: _Optional[_Union[Tensor, _Mapping]] = ..., sequence: _Optional[int] = ..., is_last: _Optional[bool] = ..., table: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., code_stride: _Optional[int] = ..., first_slot: _Optional[int] = ..., scale: _Optional[float] = ..., is_frozen: _Optional[bool] = ...) -> None: ...
+    def __init__(self, lookups: _Optional[_Union[Lookups, _Mapping]] = ..., grad_output: _Optional[_Union[Tensor, _Mapping]] = ..., row_ids: _Optional[_Union[Tensor, _Mapping]] = ..., row_gradients: _Optional[_Union[Tensor, _Mapping]] = ..., sequence: _Optional[int] = ..., is_last: _Optional[bool] = ..., table: _Optional[str] = ..., client: _Optional[int] = ..., session: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., code_stride: _Optional[int] = ..., first_slot: _Optional[int] = ..., is_frozen: _Optional[bool] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("score_gradients", "acknowledged")

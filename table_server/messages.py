@@ -1,0 +1,117 @@
+"""What tables are, as messages: specs, regions, row optimisers and shards, there and back."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from mfdist.errors import ConfigError
+from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD
+from mfdist.spec import Region, TableSpec
+from mfdist.table_server.codec import dtype_code, dtype_of
+from mfdist.table_server.proto import table_v1_pb2 as pb
+
+_ROW_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSpec:
+    """A rectangle of a table, how its rows begin, and how they are trained.
+
+    Raises:
+        ConfigError: it is empty, does not lie in its table, or is trained by a rule that needs more of each row.
+    """
+
+    table: TableSpec
+    region: Region
+    optimizer: RowOptimizer | None
+    std: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        whole, where = self.table.region, f'table "{self.table.name}"'
+        if not self.table.name or len(self.table.name) > 200 or "/" in self.table.name:
+            raise ConfigError(f'a table needs a name of at most 200 characters without "/"; got {self.table.name!r}')
+        if self.table.dtype not in _ROW_DTYPES:
+            raise ConfigError(f"rows must be fp32, fp16 or bf16 on a server; got {self.table.dtype} for {where}")
+        if self.region.is_empty or self.region.intersection(whole) != self.region:
+            raise ConfigError(
+                f"a shard must be a part of its table; got rows {self.region.rows} and columns {self.region.columns} "
+                f"of {whole.shape} for {where}"
+            )
+        if isinstance(self.optimizer, RowAdagrad) and self.region.columns != whole.columns:
+            raise ConfigError(
+                f"row-wise Adagrad needs whole rows on a server; got columns {self.region.columns} of "
+                f"{self.table.row_dim} for {where}; plan it row_wise or table_wise, or train by adam or sgd"
+            )
+
+
+def shard_message(shard: ShardSpec) -> pb.Shard:
+    """Return a shard as a message."""
+    spec, region = shard.table, shard.region
+    return pb.Shard(
+        table=pb.TableSpec(name=spec.name, num_rows=spec.num_rows, row_dim=spec.row_dim, dtype=dtype_code(spec.dtype)),
+        region=pb.Region(
+            row_begin=region.rows[0],
+            row_end=region.rows[1],
+            column_begin=region.columns[0],
+            column_end=region.columns[1],
+        ),
+        optimizer=None if shard.optimizer is None else _optimizer_message(shard.optimizer),
+        std=shard.std,
+        seed=shard.seed,
+    )
+
+
+def shard_of(message: pb.Shard) -> ShardSpec:
+    """Return the shard that a message describes.
+
+    Raises:
+        ConfigError: there is no such shard.
+    """
+    spec, region = message.table, message.region
+    return ShardSpec(
+        table=TableSpec(
+            name=spec.name,
+            num_rows=spec.num_rows,
+            row_dim=spec.row_dim,
+            dtype=dtype_of(spec.dtype, "a table's dtype"),
+        ),
+        region=Region(rows=(region.row_begin, region.row_end), columns=(region.column_begin, region.column_end)),
+        optimizer=_optimizer_of(message.optimizer) if message.HasField("optimizer") else None,
+        std=message.std,
+        seed=message.seed,
+    )
+
+
+def _optimizer_message(optimizer: RowOptimizer) -> pb.RowOptimizer:
+    message = pb.RowOptimizer(lr=optimizer.lr, weight_decay=optimizer.weight_decay, seed=optimizer.seed)
+    if isinstance(optimizer, RowAdagrad):
+        message.rule, message.eps = pb.RowOptimizer.ROWWISE_ADAGRAD, optimizer.eps
+    elif isinstance(optimizer, RowAdam):
+        message.rule, message.eps = pb.RowOptimizer.ADAM, optimizer.eps
+        message.beta1, message.beta2 = optimizer.betas
+        message.state_dtype = dtype_code(optimizer.state_dtype)
+    elif isinstance(optimizer, RowSGD):
+        message.rule = pb.RowOptimizer.SGD
+    else:
+        raise ConfigError(f"servers train rows by sgd, row-wise Adagrad or adam; got {type(optimizer).__name__}")
+    return message
+
+
+def _optimizer_of(message: pb.RowOptimizer) -> RowOptimizer:
+    lr, weight_decay, seed = message.lr, message.weight_decay, message.seed
+    if message.rule == pb.RowOptimizer.SGD:
+        return RowSGD(lr=lr, weight_decay=weight_decay, seed=seed)
+    if message.rule == pb.RowOptimizer.ROWWISE_ADAGRAD:
+        return RowAdagrad(lr=lr, weight_decay=weight_decay, seed=seed, eps=message.eps)
+    if message.rule != pb.RowOptimizer.ADAM:
+        raise ConfigError(f"a row optimiser must name its rule; got {message.rule}")
+    return RowAdam(
+        lr=lr,
+        weight_decay=weight_decay,
+        seed=seed,
+        eps=message.eps,
+        betas=(message.beta1, message.beta2),
+        state_dtype=dtype_of(message.state_dtype, "the moments' dtype"),
+    )

@@ -1,0 +1,285 @@
+"""Which pushes make a table's next update, and that none is lost or applied twice.
+
+Synchronous: update v is the pushes of all clients for their step v, applied as one in the order of the clients.
+Asynchronous: each push is an update of its own, in the order in which they came; a client waits where it would be more
+than `max_staleness` steps ahead of the slowest.
+
+A push is known by (client, step). One that has been applied is answered again from what was kept of the client's last.
+It goes to the log as it is taken in and is applied at once; no lookup is answered from rows whose update is not yet on
+disk, so it makes no difference to anyone when the server dies in between.
+"""
+
+import asyncio
+import concurrent.futures
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from mfdist.errors import ConsistencyError, UnavailableError
+from mfdist.table_server.gate import Gate
+from mfdist.table_server.shard import Contribution, Shard
+
+
+class Log(Protocol):
+    """Where a table's pushes are kept until a checkpoint holds them."""
+
+    def append(self, version: int, client: int, payload: list[bytes]) -> "concurrent.futures.Future[None]":
+        """Return what is done once the push is on disk; one that is there already is not appended again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Push:
+    """What a client contributes to a table in one step; no contribution where it has no lookups."""
+
+    client: int
+    step: int
+    lr: float
+    contribution: Contribution | None
+    payload: list[bytes] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a push led to."""
+
+    score_gradients: Tensor | None  # None of pushes without lookups, and of known ones before the client's last
+    on_disk: Awaitable[None]
+    was_known: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A client's last applied push, to be answered again."""
+
+    step: int
+    score_gradients: Tensor | None
+
+
+class Updates:
+    """The updates of one shard. All methods but `replay` run on the server's event loop.
+
+    Args:
+        shard: what is updated.
+        log: of its pushes.
+        run: runs a function in a thread.
+        max_staleness: steps a client may be ahead of the slowest; None: synchronous.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        log: Log,
+        run: Callable[..., Awaitable[list[Tensor]]],
+        max_staleness: int | None,
+    ) -> None:
+        self.shard = shard
+        self.gate = Gate()
+        #: Held while rows change; whoever holds it sees one version.
+        self.changing = asyncio.Lock()
+        self.log = log
+        #: client → steps done.
+        self.steps: dict[int, int] = {}
+        #: client → its last answer.
+        self.kept: dict[int, Kept] = {}
+        self._run = run
+        self._max_staleness = max_staleness
+        self._waiting: dict[int, dict[int, Push]] = {}  # step → client → push
+        self._answers: dict[tuple[int, int], asyncio.Future[Tensor | None]] = {}
+        self._unwritten: dict[tuple[int, int], asyncio.Future[None]] = {}  # (version, client)
+        self._progress = asyncio.Condition()
+
+    async def push(self, push: Push, num_clients: int, wait_s: float) -> Answer:
+        """Take a push in and wait until it is applied.
+
+        Raises:
+            UnavailableError: another client's push of the step did not come in time; ask again.
+            ConsistencyError: it contradicts what came before.
+        """
+        if push.step <= self._done(push.client):
+            kept = self.kept.get(push.client)
+            version = push.step if self._max_staleness is None else 0
+            on_disk = self._written(version, push) if version else _nothing_to_wait_for()
+            return Answer(kept.score_gradients if kept and kept.step == push.step else None, on_disk, True)
+        if self._max_staleness is None:
+            return await self._together(push, num_clients, wait_s)
+        return await self._alone(push, num_clients, wait_s)
+
+    async def reached(self, version: int, wait_s: float, num_clients: int = 0) -> None:
+        """Wait until the table has had `version` updates.
+
+        Raises:
+            UnavailableError: it has not in time; the message says who is late.
+        """
+        await self._until(lambda: self.shard.version >= version, wait_s, num_clients)
+
+    async def on_disk(self, version: int) -> None:
+        """Wait until all updates up to `version` are on disk.
+
+        Raises:
+            CheckpointError: the log cannot be written.
+        """
+        while waiting := [future for (update, _), future in self._unwritten.items() if update <= version]:
+            await asyncio.gather(*(asyncio.shield(future) for future in waiting))
+
+    def forget(self) -> None:
+        """Begin anew after the rows were replaced; pushes that wait are refused."""
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(
+                    ConsistencyError("the table was loaded anew; join again and go on from its version")
+                )
+        self._waiting.clear()
+        self._answers.clear()
+        self._unwritten.clear()
+        self.steps.clear()
+        self.kept.clear()
+
+    def replay(self, pushes: Iterable[tuple[int, Push]], num_clients: int) -> int:
+        """Apply what the log holds, as (version, push) in its order, before the server listens; return how many.
+
+        What is left waits for pushes that had not come.
+        """
+        num_applied = 0
+        for version, push in pushes:
+            if version <= self.shard.version:
+                continue
+            if self._max_staleness is not None:
+                self._apply_now([push])
+                num_applied += 1
+                continue
+            group = self._waiting.setdefault(version, {})
+            group[push.client] = push
+            while len(group := self._waiting.get(self.shard.version + 1, {})) == num_clients > 0:
+                del self._waiting[self.shard.version + 1]
+                self._apply_now([group[client] for client in sorted(group)])
+                num_applied += num_clients
+        return num_applied
+
+    # Synchronous steps.
+
+    async def _together(self, push: Push, num_clients: int, wait_s: float) -> Answer:
+        await self.reached(push.step - 1, wait_s, num_clients)
+        if push.step <= self._done(push.client):
+            return await self.push(push, num_clients, wait_s)
+        group = self._waiting.setdefault(push.step, {})
+        key = (push.step, push.client)
+        if (before := group.get(push.client)) is None:
+            self._check_rate(push, group)
+            group[push.client] = push
+        elif before.payload != push.payload:
+            raise ConsistencyError(
+                f"a push sent again must be the same; client {push.client}, step {push.step} of table "
+                f'"{self.shard.name}" came before with other contents; load a checkpoint and go on from there'
+            )
+        if key not in self._answers:
+            self._answers[key] = asyncio.get_running_loop().create_future()
+        answer, on_disk = self._answers[key], self._written(push.step, push)
+        if len(group) == num_clients and self.shard.version == push.step - 1:
+            del self._waiting[push.step]
+            await self._apply(push.step, [group[client] for client in sorted(group)])
+        done, _ = await asyncio.wait([answer], timeout=wait_s)
+        if not done:
+            raise self._late(push.step, num_clients, wait_s)
+        return Answer(await answer, on_disk, before is not None)
+
+    def _check_rate(self, push: Push, group: dict[int, Push]) -> None:
+        for other in group.values():
+            if other.lr != push.lr:
+                raise ConsistencyError(
+                    f'all clients must train a table at one rate; step {push.step} of table "{self.shard.name}" has '
+                    f"lr={other.lr} from client {other.client} and {push.lr} from client {push.client}"
+                )
+
+    # Asynchronous ones.
+
+    async def _alone(self, push: Push, num_clients: int, wait_s: float) -> Answer:
+        assert self._max_staleness is not None
+        ahead = self._max_staleness
+
+        def may_go() -> bool:
+            slowest = min(self.steps.get(client, 0) for client in range(num_clients))
+            return self._done(push.client) == push.step - 1 and push.step <= slowest + 1 + ahead
+
+        await self._until(may_go, wait_s, num_clients)
+        key = (push.step, push.client)
+        self._answers[key] = asyncio.get_running_loop().create_future()
+        answer = self._answers[key]
+        async with self.changing:
+            version = self.shard.version + 1
+            on_disk = self._written(version, push)
+            await self._change([push])
+        await self._tell()
+        return Answer(await answer, on_disk, False)
+
+    # Both.
+
+    async def _apply(self, step: int, pushes: list[Push]) -> None:
+        async with self.changing:
+            await self._change(pushes)
+        await self._tell()
+
+    async def _change(self, pushes: list[Push]) -> None:
+        """Update the rows, whatever happens to the call that asked for it."""
+        await asyncio.shield(asyncio.ensure_future(self._change_rows(pushes)))
+
+    async def _change_rows(self, pushes: list[Push]) -> None:
+        async with self.gate.writing():
+            contributions = [push.contribution for push in pushes if push.contribution is not None]
+            made = await self._run(self.shard.update, contributions, pushes[0].lr)
+        self._note(pushes, made)
+
+    def _apply_now(self, pushes: list[Push]) -> None:
+        contributions = [push.contribution for push in pushes if push.contribution is not None]
+        self._note(pushes, self.shard.update(contributions, pushes[0].lr))
+
+    def _note(self, pushes: list[Push], made: list[Tensor]) -> None:
+        gradients = iter(made)
+        for push in pushes:
+            found = next(gradients) if push.contribution is not None else None
+            self.steps[push.client] = push.step
+            self.kept[push.client] = Kept(push.step, found)
+            if (future := self._answers.pop((push.step, push.client), None)) and not future.done():
+                future.set_result(found)
+
+    def _done(self, client: int) -> int:
+        return self.shard.version if self._max_staleness is None else self.steps.get(client, 0)
+
+    def _written(self, version: int, push: Push) -> "asyncio.Future[None]":
+        """Return what is done once a push is on disk, which it is sent to unless it is on its way."""
+        key = (version, push.client)
+        if (known := self._unwritten.get(key)) and not (known.done() and known.exception()):
+            return known
+        future = asyncio.wrap_future(self.log.append(version, push.client, push.payload))
+        self._unwritten[key] = future
+
+        def finished(done: "asyncio.Future[None]") -> None:
+            if not done.cancelled() and done.exception() is None and self._unwritten.get(key) is done:
+                del self._unwritten[key]
+
+        future.add_done_callback(finished)
+        return future
+
+    async def _until(self, holds: Callable[[], bool], wait_s: float, num_clients: int) -> None:
+        async with self._progress:
+            try:
+                await asyncio.wait_for(self._progress.wait_for(holds), wait_s)
+            except TimeoutError:
+                raise self._late(self.shard.version + 1, num_clients, wait_s) from None
+
+    async def _tell(self) -> None:
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _late(self, step: int, num_clients: int, wait_s: float) -> UnavailableError:
+        come = self._waiting.get(step, {})
+        late = ", ".join(str(client) for client in range(num_clients) if client not in come) or "unknown"
+        return UnavailableError(
+            f'update {step} of table "{self.shard.name}" needs the pushes of all {num_clients} clients within '
+            f"{wait_s:g} s; late: client {late}; see whether it still runs"
+        )
+
+
+async def _nothing_to_wait_for() -> None:
+    return None
