@@ -1,5 +1,6 @@
 """Tensors as messages: raw little-endian bytes with dtype, shape and checksum, cut into blocks that fit a message."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mfdist.checkpoint.checksum import crc32c
 from mfdist.errors import ConfigError, ConsistencyError
+from mfdist.sharding.wire import Wire
 from mfdist.table_server.proto import table_v1_pb2 as pb
 
 #: Bytes of tensors in one message, about; a message has a few hundred more. Larger ones are not faster.
@@ -27,6 +29,8 @@ DTYPES: dict[pb.DType, torch.dtype] = {
     pb.INT32: torch.int32,
     pb.INT64: torch.int64,
 }
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE_BYTES = 4
 _CODES: dict[torch.dtype, pb.DType] = {dtype: code for code, dtype in DTYPES.items()}
 
 if sys.byteorder != "little":
@@ -56,11 +60,23 @@ def dtype_of(code: pb.DType, what: str) -> torch.dtype:
     return DTYPES[code]
 
 
-def packed(tensor: Tensor) -> pb.Tensor:
-    """Return a tensor of any shape as a message, copied to the host."""
-    tensor = tensor.detach().cpu().contiguous()
-    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return pb.Tensor(dtype=dtype_code(tensor.dtype), shape=tensor.shape, data=data, crc32c=crc32c(data))
+def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> pb.Tensor:
+    """Return a tensor of any shape as a message, copied to the host.
+
+    Args:
+        tensor: what travels.
+        dtype: as what; by default as it is. In fp8, for tensors [M, D], each row travels with a scale.
+    """
+    tensor = tensor.detach().cpu()
+    scales = b""
+    if dtype in _FP8 and tensor.dtype != dtype:
+        scaled = Wire(torch.float32, dtype).encode(tensor.float())
+        tensor, scales = scaled[:, :-_SCALE_BYTES].contiguous().view(dtype), _bytes_of(scaled[:, -_SCALE_BYTES:])
+    elif dtype is not None:
+        tensor = tensor.to(dtype)
+    data = _bytes_of(tensor)
+    code, check = dtype_code(tensor.dtype), crc32c(data)
+    return pb.Tensor(dtype=code, shape=tensor.shape, data=data, crc32c=check, row_scales=scales)
 
 
 def unpacked(messages: Sequence[pb.Tensor], what: str) -> Tensor:
@@ -69,6 +85,9 @@ def unpacked(messages: Sequence[pb.Tensor], what: str) -> Tensor:
     Args:
         messages: one at least, of one dtype, alike in all dimensions but the first.
         what: what errors call it.
+
+    Returns:
+        A tensor of the dtype that travelled; of rows with scales, their values in fp32.
 
     Raises:
         ConfigError: shape and bytes do not fit together, or the messages not to each other.
@@ -84,21 +103,31 @@ def unpacked(messages: Sequence[pb.Tensor], what: str) -> Tensor:
                 f"{list(messages[0].shape)}"
             )
         rows += shape[0]
-    row_bytes = dtype.itemsize * int(np.prod(tail, dtype=object) if tail else 1)
-    out = np.empty(rows * row_bytes if rows * row_bytes < sys.maxsize else 0, np.uint8)
-    at = 0
-    for message in messages:
-        data, size = message.data, message.shape[0] * row_bytes
-        if len(data) != size:
-            raise ConfigError(f"{what} of shape {list(message.shape)} must be {size} bytes; got {len(data)}")
-        if message.HasField("crc32c") and crc32c(data) != message.crc32c:
-            raise ConsistencyError(
-                f"{what} must arrive as it was sent; its checksum is {crc32c(data):08x}, sent was "
-                f"{message.crc32c:08x}; send it again"
-            )
-        out[at : at + size] = np.frombuffer(data, np.uint8)
-        at += size
-    return torch.from_numpy(out).view(dtype).view(rows, *tail)
+    row_bytes = dtype.itemsize * math.prod(tail)
+    data = [message.data for message in messages]
+    for message, received in zip(messages, data, strict=True):
+        _check_bytes(message, received, message.shape[0] * row_bytes, what)
+    values = torch.from_numpy(np.frombuffer(bytearray(b"".join(data)), np.uint8)).view(dtype).view(rows, *tail)
+    if not messages[0].row_scales:
+        return values
+    scales = b"".join(message.row_scales for message in messages)
+    if len(scales) != rows * _SCALE_BYTES or values.ndim != 2 or dtype not in _FP8:
+        raise ConfigError(f"{what} in {dtype} must have one scale a row; got {len(scales)} bytes for {rows} rows")
+    return values.float() * torch.from_numpy(np.frombuffer(scales, np.float32).copy())[:, None]
+
+
+def _check_bytes(message: pb.Tensor, data: bytes, size: int, what: str) -> None:
+    if len(data) != size:
+        raise ConfigError(f"{what} of shape {list(message.shape)} must be {size} bytes; got {len(data)}")
+    if message.HasField("crc32c") and crc32c(data) != message.crc32c:
+        raise ConsistencyError(
+            f"{what} must arrive as it was sent; its checksum is {crc32c(data):08x}, sent was {message.crc32c:08x}; "
+            "send it again"
+        )
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def blocks(length: int, item_bytes: int) -> Iterator[slice]:

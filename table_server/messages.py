@@ -57,7 +57,7 @@ def shard_message(shard: ShardSpec) -> pb.Shard:
             column_begin=region.columns[0],
             column_end=region.columns[1],
         ),
-        optimizer=None if shard.optimizer is None else _optimizer_message(shard.optimizer),
+        optimizer=None if shard.optimizer is None else optimizer_message(shard.optimizer),
         std=shard.std,
         seed=shard.seed,
     )
@@ -78,13 +78,14 @@ def shard_of(message: pb.Shard) -> ShardSpec:
             dtype=dtype_of(spec.dtype, "a table's dtype"),
         ),
         region=Region(rows=(region.row_begin, region.row_end), columns=(region.column_begin, region.column_end)),
-        optimizer=_optimizer_of(message.optimizer) if message.HasField("optimizer") else None,
+        optimizer=optimizer_of(message.optimizer) if message.HasField("optimizer") else None,
         std=message.std,
         seed=message.seed,
     )
 
 
-def _optimizer_message(optimizer: RowOptimizer) -> pb.RowOptimizer:
+def optimizer_message(optimizer: RowOptimizer) -> pb.RowOptimizer:
+    """Return a row optimiser's settings as a message."""
     message = pb.RowOptimizer(lr=optimizer.lr, weight_decay=optimizer.weight_decay, seed=optimizer.seed)
     if isinstance(optimizer, RowAdagrad):
         message.rule, message.eps = pb.RowOptimizer.ROWWISE_ADAGRAD, optimizer.eps
@@ -99,7 +100,12 @@ def _optimizer_message(optimizer: RowOptimizer) -> pb.RowOptimizer:
     return message
 
 
-def _optimizer_of(message: pb.RowOptimizer) -> RowOptimizer:
+def optimizer_of(message: pb.RowOptimizer) -> RowOptimizer:
+    """Return the row optimiser that a message describes.
+
+    Raises:
+        ConfigError: there is none, or a number is out of range.
+    """
     lr, weight_decay, seed = message.lr, message.weight_decay, message.seed
     if message.rule == pb.RowOptimizer.SGD:
         return RowSGD(lr=lr, weight_decay=weight_decay, seed=seed)

@@ -90,7 +90,10 @@ class Shard:
             )
         self.row_state = None if spec.optimizer is None else RowState(spec.optimizer, self.rows, spec.region)
         if state is not None and self.row_state is not None:
-            self.row_state.load(dict(state.optimizer), version)
+            if state.optimizer or not self.row_state.tensors:
+                self.row_state.load(dict(state.optimizer), version)
+            else:  # rows that were not trained, or by another rule
+                self.row_state.num_updates = version
         self.version = version
 
     @property
@@ -169,7 +172,9 @@ class Shard:
         for contribution in contributions:
             self._check_gradient(contribution)
         state.lr = lr
-        if _is_alike(contributions):
+        if not contributions:
+            state.num_updates, made = state.num_updates + 1, []
+        elif _is_alike(contributions):
             made = self._update_dense(state, contributions)
         else:
             made = self._update_listed(state, contributions)
@@ -191,6 +196,12 @@ class Shard:
                 f"{tensor.dtype}; got {list(values.shape)} in {values.dtype}"
             )
         tensor[at] = values
+
+    def set_version(self, version: int) -> None:
+        """Go on from a number of updates."""
+        self.version = version
+        if self.row_state is not None:
+            self.row_state.num_updates = version
 
     def trained(self) -> RowState:
         """Return the states of rows that are trained.

@@ -11,15 +11,17 @@ disk, so it makes no difference to anyone when the server dies in between.
 
 import asyncio
 import concurrent.futures
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from mfdist.errors import ConsistencyError, UnavailableError
 from mfdist.table_server.gate import Gate
 from mfdist.table_server.shard import Contribution, Shard
+
+_T = TypeVar("_T")
 
 
 class Log(Protocol):
@@ -54,6 +56,7 @@ class Kept:
     """A client's last applied push, to be answered again."""
 
     step: int
+    version: int  # of the table after it
     score_gradients: Tensor | None
 
 
@@ -86,9 +89,15 @@ class Updates:
         self._run = run
         self._max_staleness = max_staleness
         self._waiting: dict[int, dict[int, Push]] = {}  # step → client → push
+        self._applying: set[int] = set()
         self._answers: dict[tuple[int, int], asyncio.Future[Tensor | None]] = {}
         self._unwritten: dict[tuple[int, int], asyncio.Future[None]] = {}  # (version, client)
         self._progress = asyncio.Condition()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Return whether pushes wait for those of other clients."""
+        return bool(self._waiting)
 
     async def push(self, push: Push, num_clients: int, wait_s: float) -> Answer:
         """Take a push in and wait until it is applied.
@@ -97,11 +106,8 @@ class Updates:
             UnavailableError: another client's push of the step did not come in time; ask again.
             ConsistencyError: it contradicts what came before.
         """
-        if push.step <= self._done(push.client):
-            kept = self.kept.get(push.client)
-            version = push.step if self._max_staleness is None else 0
-            on_disk = self._written(version, push) if version else _nothing_to_wait_for()
-            return Answer(kept.score_gradients if kept and kept.step == push.step else None, on_disk, True)
+        if push.step <= self.done(push.client):
+            return self._known(push)
         if self._max_staleness is None:
             return await self._together(push, num_clients, wait_s)
         return await self._alone(push, num_clients, wait_s)
@@ -127,9 +133,7 @@ class Updates:
         """Begin anew after the rows were replaced; pushes that wait are refused."""
         for future in self._answers.values():
             if not future.done():
-                future.set_exception(
-                    ConsistencyError("the table was loaded anew; join again and go on from its version")
-                )
+                future.set_exception(_loaded_anew())
         self._waiting.clear()
         self._answers.clear()
         self._unwritten.clear()
@@ -161,7 +165,7 @@ class Updates:
 
     async def _together(self, push: Push, num_clients: int, wait_s: float) -> Answer:
         await self.reached(push.step - 1, wait_s, num_clients)
-        if push.step <= self._done(push.client):
+        if push.step <= self.done(push.client):
             return await self.push(push, num_clients, wait_s)
         group = self._waiting.setdefault(push.step, {})
         key = (push.step, push.client)
@@ -176,9 +180,8 @@ class Updates:
         if key not in self._answers:
             self._answers[key] = asyncio.get_running_loop().create_future()
         answer, on_disk = self._answers[key], self._written(push.step, push)
-        if len(group) == num_clients and self.shard.version == push.step - 1:
-            del self._waiting[push.step]
-            await self._apply(push.step, [group[client] for client in sorted(group)])
+        if len(group) == num_clients and push.step not in self._applying:
+            await _whatever_happens(self._apply(push.step, group))
         done, _ = await asyncio.wait([answer], timeout=wait_s)
         if not done:
             raise self._late(push.step, num_clients, wait_s)
@@ -200,31 +203,36 @@ class Updates:
 
         def may_go() -> bool:
             slowest = min(self.steps.get(client, 0) for client in range(num_clients))
-            return self._done(push.client) == push.step - 1 and push.step <= slowest + 1 + ahead
+            return self.done(push.client) == push.step - 1 and push.step <= slowest + 1 + ahead
 
         await self._until(may_go, wait_s, num_clients)
-        key = (push.step, push.client)
-        self._answers[key] = asyncio.get_running_loop().create_future()
-        answer = self._answers[key]
+        return await _whatever_happens(self._apply_alone(push))
+
+    async def _apply_alone(self, push: Push) -> Answer:
         async with self.changing:
-            version = self.shard.version + 1
-            on_disk = self._written(version, push)
+            if push.step <= self.done(push.client):  # it came twice
+                return self._known(push)
+            if push.step != self.done(push.client) + 1:
+                raise _loaded_anew()
+            on_disk = self._written(self.shard.version + 1, push)
             await self._change([push])
         await self._tell()
-        return Answer(await answer, on_disk, False)
+        return Answer(self.kept[push.client].score_gradients, on_disk, False)
 
     # Both.
 
-    async def _apply(self, step: int, pushes: list[Push]) -> None:
-        async with self.changing:
-            await self._change(pushes)
+    async def _apply(self, step: int, group: dict[int, Push]) -> None:
+        self._applying.add(step)
+        try:
+            async with self.changing:
+                if self._waiting.get(step) is group and self.shard.version == step - 1:
+                    await self._change([group[client] for client in sorted(group)])
+                    del self._waiting[step]
+        finally:
+            self._applying.discard(step)
         await self._tell()
 
     async def _change(self, pushes: list[Push]) -> None:
-        """Update the rows, whatever happens to the call that asked for it."""
-        await asyncio.shield(asyncio.ensure_future(self._change_rows(pushes)))
-
-    async def _change_rows(self, pushes: list[Push]) -> None:
         async with self.gate.writing():
             contributions = [push.contribution for push in pushes if push.contribution is not None]
             made = await self._run(self.shard.update, contributions, pushes[0].lr)
@@ -239,11 +247,19 @@ class Updates:
         for push in pushes:
             found = next(gradients) if push.contribution is not None else None
             self.steps[push.client] = push.step
-            self.kept[push.client] = Kept(push.step, found)
+            self.kept[push.client] = Kept(push.step, self.shard.version, found)
             if (future := self._answers.pop((push.step, push.client), None)) and not future.done():
                 future.set_result(found)
 
-    def _done(self, client: int) -> int:
+    def _known(self, push: Push) -> Answer:
+        """Answer a push that has been applied; were it not on disk, it would go there again."""
+        kept = self.kept.get(push.client)
+        if kept is None or kept.step != push.step:
+            return Answer(None, _nothing_to_wait_for(), True)
+        return Answer(kept.score_gradients, self._written(kept.version, push), True)
+
+    def done(self, client: int) -> int:
+        """Return how many steps of a client are applied."""
         return self.shard.version if self._max_staleness is None else self.steps.get(client, 0)
 
     def _written(self, version: int, push: Push) -> "asyncio.Future[None]":
@@ -283,3 +299,12 @@ class Updates:
 
 async def _nothing_to_wait_for() -> None:
     return None
+
+
+async def _whatever_happens(doing: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for what must not stop half way because the call that asked for it is gone."""
+    return await asyncio.shield(asyncio.ensure_future(doing))
+
+
+def _loaded_anew() -> ConsistencyError:
+    return ConsistencyError("the table was loaded anew; join again and go on from its version")

@@ -15,6 +15,7 @@ from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
 from mfdist.launch.cli.plan import plan
+from mfdist.launch.cli.serve import serve
 from mfdist.launch.cli.train import NOTES, train
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ bench.app.command("checkpoint")(bench_checkpoint)
 bench.app.command("sharding")(bench_sharding)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)
+app.command()(serve)
 app.command()(doctor)
 
 

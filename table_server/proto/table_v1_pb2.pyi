@@ -31,16 +31,18 @@ INT32: DType
 INT64: DType
 
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "data", "crc32c")
+    __slots__ = ("dtype", "shape", "data", "crc32c", "row_scales")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     CRC32C_FIELD_NUMBER: _ClassVar[int]
+    ROW_SCALES_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
     crc32c: int
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
+    row_scales: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., row_scales: _Optional[bytes] = ...) -> None: ...
 
 class Region(_message.Message):
     __slots__ = ("row_begin", "row_end", "column_begin", "column_end")
@@ -152,6 +154,20 @@ class CreateReply(_message.Message):
     was_there: bool
     def __init__(self, status: _Optional[_Union[ShardStatus, _Mapping]] = ..., was_there: _Optional[bool] = ...) -> None: ...
 
+class TrainRequest(_message.Message):
+    __slots__ = ("table", "optimizer")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    optimizer: RowOptimizer
+    def __init__(self, table: _Optional[str] = ..., optimizer: _Optional[_Union[RowOptimizer, _Mapping]] = ...) -> None: ...
+
+class TrainReply(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: ShardStatus
+    def __init__(self, status: _Optional[_Union[ShardStatus, _Mapping]] = ...) -> None: ...
+
 class DropRequest(_message.Message):
     __slots__ = ("table",)
     TABLE_FIELD_NUMBER: _ClassVar[int]
@@ -175,8 +191,8 @@ class JoinRequest(_message.Message):
     def __init__(self, client: _Optional[int] = ..., num_clients: _Optional[int] = ..., session: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("epoch", "versions")
-    class VersionsEntry(_message.Message):
+    __slots__ = ("epoch", "steps")
+    class StepsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -184,10 +200,10 @@ class JoinReply(_message.Message):
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    versions: _containers.ScalarMap[str, int]
-    def __init__(self, epoch: _Optional[int] = ..., versions: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    steps: _containers.ScalarMap[str, int]
+    def __init__(self, epoch: _Optional[int] = ..., steps: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Lookups(_message.Message):
     __slots__ = ("row_ids", "scores", "tokens", "num_tokens")

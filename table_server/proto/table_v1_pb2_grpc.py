@@ -44,6 +44,11 @@ class TableServiceStub:
                 request_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.CreateRequest.SerializeToString,
                 response_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.CreateReply.FromString,
                 _registered_method=True)
+        self.Train = channel.unary_unary(
+                '/mfdist.table.v1.TableService/Train',
+                request_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.TrainRequest.SerializeToString,
+                response_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.TrainReply.FromString,
+                _registered_method=True)
         self.Drop = channel.unary_unary(
                 '/mfdist.table.v1.TableService/Drop',
                 request_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.DropRequest.SerializeToString,
@@ -114,6 +119,13 @@ class TableServiceServicer:
     def Create(self, request, context):
         """Makes a shard of a table, with its first rows drawn from a seed. Asked again with the same values, it does nothing;
         with others it is refused. Right: admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Train(self, request, context):
+        """Trains a shard by another optimiser from now on, or freezes it; states begin at zero. Right: admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,6 +221,11 @@ def add_TableServiceServicer_to_server(servicer, server):
                     servicer.Create,
                     request_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.CreateRequest.FromString,
                     response_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.CreateReply.SerializeToString,
+            ),
+            'Train': grpc.unary_unary_rpc_method_handler(
+                    servicer.Train,
+                    request_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.TrainRequest.FromString,
+                    response_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.TrainReply.SerializeToString,
             ),
             'Drop': grpc.unary_unary_rpc_method_handler(
                     servicer.Drop,
@@ -320,6 +337,33 @@ class TableService:
             '/mfdist.table.v1.TableService/Create',
             mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.CreateRequest.SerializeToString,
             mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.CreateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Train(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mfdist.table.v1.TableService/Train',
+            mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.TrainRequest.SerializeToString,
+            mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.TrainReply.FromString,
             options,
             channel_credentials,
             insecure,

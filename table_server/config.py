@@ -1,0 +1,69 @@
+"""The configuration of a table server: one TOML file, frozen and validated, as that of a run."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mfdist.config_errors import explain
+from mfdist.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ServerSection(BaseModel):
+    """What a server keeps, and how carefully."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path | None = Field(None, description="folder of the server's log and checkpoints; one server each")
+    listen: str = Field("127.0.0.1:0", description="HOST:PORT; port 0 takes a free one")
+    durability: Literal["log", "checkpoint"] = Field(
+        "log",
+        description="log: a push is acknowledged when it is on disk; checkpoint: at once, lost if the server dies",
+    )
+    consistency: Literal["synchronous", "asynchronous"] = Field(
+        "synchronous", description="synchronous: a step is the pushes of all clients; asynchronous: each push by itself"
+    )
+    max_staleness: int = Field(8, ge=0, description="asynchronous: steps a client may be ahead of the slowest")
+    log_gib: Positive = Field(4.0, description="GiB of log after which the server checkpoints by itself")
+    threads: int = Field(0, ge=0, description="threads that look up and update; 0: one for each core")
+    wait_s: Positive = Field(300.0, description="longest wait for a late client")
+    drain_s: Positive = Field(30.0, description="how long calls may still run after SIGTERM")
+
+
+class ServerConfig(BaseModel):
+    """Everything a server is told before it starts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    server: ServerSection = ServerSection()
+
+
+def load_server_config(path: Path | None) -> ServerConfig:
+    """Read a configuration; None stands for an empty file.
+
+    Raises:
+        ConfigError: there is no such file, or a key or value is wrong; the message names line and nearest right key.
+    """
+    if path is None:
+        return ServerConfig()
+    try:
+        text = path.read_text("utf-8")
+        tree = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"a server's configuration must be a TOML file; cannot read {path} ({reason})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration must be TOML; {path}: {error}") from None
+    try:
+        return ServerConfig.model_validate(tree)
+    except ValidationError as error:
+        keys = [
+            f"{section}.{key}"
+            for section, field in ServerConfig.model_fields.items()
+            for key in getattr(field.annotation, "model_fields", {})
+        ]
+        raise ConfigError(explain(error, text=text, origin=str(path), overrides={}, keys=keys)) from None

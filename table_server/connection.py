@@ -1,0 +1,262 @@
+"""The servers as a client reaches them: channels, deadlines, and calls that are safe to repeat.
+
+All traffic runs on one event loop in a thread of its own; callers wait for it from theirs.
+"""
+
+import asyncio
+import concurrent.futures
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from mfdist.errors import ConfigError, ConsistencyError, UnavailableError
+from mfdist.table_server.codec import MAX_MESSAGE_BYTES
+from mfdist.table_server.proto import table_v1_pb2 as pb
+from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
+from mfdist.table_server.status import error_of
+
+_T = TypeVar("_T")
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A server that comes back is found within a second, not after a backoff of minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
+
+
+class TableServers:
+    """The servers that hold a model's tables, as one client among `num_clients` that train them.
+
+    Args:
+        addresses: HOST:PORT of each; a plan's owner i is the i-th.
+        client: this one's number.
+        num_clients: how many train together, the same for all; each step of a table needs all of them.
+        deadline_s: longest wait for an answer, a server's restart included.
+
+    Raises:
+        ConfigError: no address, or two alike.
+        UnavailableError: a server does not answer in time.
+        ConsistencyError: two addresses are one server.
+
+    Close it, or use it in a `with`; what is pushed is on disk then.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], *, client: int = 0, num_clients: int = 1, deadline_s: float = 60.0
+    ) -> None:
+        if not addresses or len(set(addresses)) != len(addresses):
+            raise ConfigError(f"each table server has an address of its own; got {list(addresses)}")
+        if not 0 <= client < num_clients:
+            raise ConfigError(f"a client's number must lie in [0, {num_clients}); got {client}")
+        self.addresses = tuple(addresses)
+        self.client, self.num_clients, self.deadline_s = client, num_clients, deadline_s
+        self.session = secrets.randbits(63) or 1
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mfdist-table-client", daemon=True)
+        self._thread.start()
+        self._is_closed = False
+        self._pushing: set[asyncio.Task[None]] = set()
+        self._failed: BaseException | None = None
+        try:
+            self._servers = self.wait(self._connect())
+            described = self.describe()
+            for one in range(len(described)):
+                for other in range(one):
+                    if described[one].server_id == described[other].server_id:
+                        raise ConsistencyError(
+                            f"each address must be a server of its own; {addresses[other]} and {addresses[one]} are "
+                            "the same; name it once"
+                        )
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "TableServers":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def close(self) -> None:
+        """Wait for pushes to be on disk, and let the channels go; what did not arrive is not raised here."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._disconnect(), self._loop).result(self.deadline_s + 10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def describe(self) -> list[pb.DescribeReply]:
+        """Return what each server says it is and holds."""
+        return self.wait(self.all(lambda server: server.once(server.stub.Describe, pb.DescribeRequest())))
+
+    def flush(self) -> None:
+        """Wait until everything pushed is on disk.
+
+        Raises:
+            MfdistError: a push was not taken; the first one's error.
+        """
+        self.wait(self._flush())
+
+    def save(self, directory: str, step: int) -> None:
+        """Let all servers save their shards as one checkpoint of whole tables, under the number `step`.
+
+        Args:
+            directory: as the servers see it; they share it.
+            step: of the checkpoint.
+        """
+        self.flush()
+        meeting, size = "save" + secrets.token_hex(8), len(self)
+
+        async def save(server: "Server") -> Any:
+            request = pb.SaveRequest(
+                directory=directory, step=step, rank=server.index, world_size=size, meeting=meeting
+            )
+            return await server.once(server.stub.Save, request)
+
+        self.wait(self.all(save))
+
+    def load(self, directory: str, step: int | None = None) -> int:
+        """Let all servers take their shards from a checkpoint, by default its last; return its step.
+
+        All clients must look up and push nothing meanwhile; their tables then follow with `RemoteTable.resume`.
+        """
+        self.flush()
+        replies = self.wait(
+            self.all(lambda server: server.once(server.stub.Load, pb.LoadRequest(directory=directory, step=step)))
+        )
+        self.wait(self.all(lambda server: server.join()))
+        return int(replies[0].step)
+
+    # For RemoteTable.
+
+    def server(self, index: int) -> "Server":
+        """Return the server that a plan's owner is."""
+        return self._servers[index]
+
+    def wait(self, doing: Coroutine[Any, Any, _T]) -> _T:
+        """Return what comes of a coroutine on the event loop. Not to be called from there."""
+        return asyncio.run_coroutine_threadsafe(doing, self._loop).result()
+
+    def submit(self, doing: Coroutine[Any, Any, _T]) -> "concurrent.futures.Future[_T]":
+        """Begin a coroutine on the event loop."""
+        return asyncio.run_coroutine_threadsafe(doing, self._loop)
+
+    async def all(self, call: Callable[["Server"], Awaitable[_T]]) -> list[_T]:
+        """Return what a call on every server comes to, all at once."""
+        return await gathered([call(server) for server in self._servers])
+
+    def keep(self, pushing: "asyncio.Task[None]") -> None:
+        """Keep a push until it is acknowledged; its failure is raised by whoever next asks. On the event loop."""
+        self._pushing.add(pushing)
+
+        def finished(task: "asyncio.Task[None]") -> None:
+            self._pushing.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None and self._failed is None:
+                self._failed = error
+
+        pushing.add_done_callback(finished)
+
+    def raise_failed(self) -> None:
+        """Raise what became of an earlier push that failed after its gradients had come."""
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+
+    async def _connect(self) -> "list[Server]":
+        return [Server(index, address, self) for index, address in enumerate(self.addresses)]
+
+    async def _flush(self) -> None:
+        if self._pushing:
+            await asyncio.wait(list(self._pushing))
+        self.raise_failed()
+
+    async def _disconnect(self) -> None:
+        if self._pushing:
+            await asyncio.wait(list(self._pushing), timeout=self.deadline_s)
+        for server in getattr(self, "_servers", []):
+            await server.channel.close()
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task():
+                task.cancel()
+
+
+class Server:
+    """One server. All methods run on the client's event loop."""
+
+    def __init__(self, index: int, address: str, of: TableServers) -> None:
+        self.index = index
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self.stub = TableServiceStub(self.channel)
+        self.epoch = 0
+        #: table → this client's steps, as the server had them when it was joined.
+        self.steps: dict[str, int] = {}
+        self._of = of
+        self._joining = asyncio.Lock()
+
+    async def once(self, method: Any, request: Any) -> Any:
+        """Return the answer of a unary call that may be repeated."""
+        return await self.repeated(lambda left_s: method(request, timeout=left_s, wait_for_ready=True))
+
+    async def join(self) -> None:
+        """Become the client that this process is, and learn the server's epoch."""
+        of = self._of
+        request = pb.JoinRequest(client=of.client, num_clients=of.num_clients, session=of.session)
+        async with self._joining:
+            reply = await self.once(self.stub.Join, request)
+            self.epoch, self.steps = reply.epoch, dict(reply.steps)
+
+    async def joined(self) -> None:
+        """Join unless that is done."""
+        if not self.epoch:
+            await self.join()
+
+    async def repeated(
+        self, call: Callable[[float], Awaitable[_T]], *, before_again: Callable[[], Awaitable[None]] | None = None
+    ) -> _T:
+        """Return what a call comes to, made again while the server cannot be reached, until the deadline.
+
+        Args:
+            call: given the seconds that are left.
+            before_again: done before each repetition.
+        """
+        until = time.monotonic() + self._of.deadline_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await call(max(0.001, until - time.monotonic()))
+            except grpc.RpcError as raised:
+                error = error_of(raised, self.address)
+                if not isinstance(error, UnavailableError) or time.monotonic() + pause_s >= until:
+                    raise error from None
+            await asyncio.sleep(pause_s)
+            pause_s = min(_LAST_PAUSE_S, 2 * pause_s)
+            if before_again is not None:
+                await before_again()
+
+
+async def sending(messages: Sequence[Any]) -> AsyncIterator[Any]:
+    """Yield messages to a stream."""
+    for message in messages:
+        yield message
+
+
+async def gathered(calls: Sequence[Awaitable[_T]]) -> list[_T]:
+    """Return all results; where some fail, the first one's error, once all have ended."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]

@@ -1,0 +1,67 @@
+"""Pushes and lookups as the messages of a stream, read back into tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mfdist.errors import ConfigError
+from mfdist.table_server.codec import unpacked
+from mfdist.table_server.proto import table_v1_pb2 as pb
+from mfdist.table_server.shard import Contribution, Lookups
+from mfdist.table_server.updates import Push
+
+
+def lookups_of(messages: Sequence[pb.Lookups], code_stride: int, first_slot: int) -> Lookups:
+    """Return the lookups that messages hold one after the other.
+
+    Raises:
+        ConfigError: they do not fit together.
+        ConsistencyError: bytes were damaged on the way.
+    """
+    row_ids = unpacked([message.row_ids for message in messages], "row_ids")
+    scores = unpacked([message.scores for message in messages], "scores")
+    if not messages[0].HasField("tokens"):
+        return Lookups(row_ids, scores, code_stride=code_stride, first_slot=first_slot)
+    tokens, before = [], 0
+    for message in messages:
+        tokens.append(unpacked([message.tokens], "tokens") + before)
+        before += message.num_tokens
+    return Lookups(row_ids, scores, torch.cat(tokens), before, code_stride, first_slot)
+
+
+def push_of(messages: Sequence[pb.PushRequest]) -> Push:
+    """Return the push that messages are; the log's bytes are theirs.
+
+    Raises:
+        ConfigError: they do not fit together.
+        ConsistencyError: bytes were damaged on the way.
+    """
+    first = messages[0]
+    payload = [message.SerializeToString() for message in messages]
+    return Push(first.client, first.step, first.lr, contribution_of(messages), payload)
+
+
+def contribution_of(messages: Sequence[pb.PushRequest]) -> Contribution | None:
+    """Return what a push contributes: lookups, gradients of rows as lookups of them with score 1, or nothing."""
+    first = messages[0]
+    if first.HasField("lookups"):
+        lookups = lookups_of([message.lookups for message in messages], first.code_stride, first.first_slot)
+        return Contribution(lookups, unpacked([message.grad_output for message in messages], "grad_output"))
+    if first.HasField("row_gradients"):
+        row_ids = unpacked([message.row_ids for message in messages], "row_ids")
+        gradients = unpacked([message.row_gradients for message in messages], "row_gradients")
+        if gradients.ndim != 2 or row_ids.shape != gradients.shape[:1] or row_ids.dtype != torch.int64:
+            raise ConfigError(
+                f"gradients of rows need row_ids [U] int64 and row_gradients [U, D]; got {list(row_ids.shape)} "
+                f"{row_ids.dtype} and {list(gradients.shape)}"
+            )
+        if len(row_ids) > 1 and not bool((row_ids[1:] > row_ids[:-1]).all()):
+            raise ConfigError("gradients of rows must be of each row once, rising; got ids that are not")
+        return Contribution(_one_each(row_ids), gradients)
+    return None
+
+
+def _one_each(row_ids: Tensor) -> Lookups:
+    number = len(row_ids)
+    return Lookups(row_ids, torch.ones(number), torch.arange(number, dtype=torch.int32), number)

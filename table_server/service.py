@@ -1,0 +1,282 @@
+"""The RPCs of proto/table_v1.proto over a `Node`. What each does is written there."""
+
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+
+from mfdist import __version__
+from mfdist.errors import ConfigError, InternalError, MfdistError
+from mfdist.table_server.codec import blocks, dtype_of, packed, unpacked
+from mfdist.table_server.contribution import contribution_of, lookups_of, push_of
+from mfdist.table_server.messages import optimizer_of, shard_message, shard_of
+from mfdist.table_server.node import Life, Node
+from mfdist.table_server.proto import table_v1_pb2 as pb
+from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceServicer
+from mfdist.table_server.shard import Shard
+from mfdist.table_server.status import status_of
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+def _one(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Let a method's errors become statuses."""
+
+    @wraps(method)
+    async def call(self: "TableService", request: Any, context: Context) -> Any:
+        try:
+            return await method(self, request, context)
+        except Exception as error:  # noqa: BLE001 - told to the client, and logged by who observes the server
+            await _abort(context, error)
+
+    return call
+
+
+def _many(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """Let a streaming method's errors become statuses."""
+
+    @wraps(method)
+    async def call(self: "TableService", request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for reply in method(self, request, context):
+                yield reply
+        except Exception as error:  # noqa: BLE001 - as above
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: Context, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    known = error if isinstance(error, MfdistError) else InternalError(f"{type(error).__name__}: {error}")
+    await context.abort(*status_of(known))
+
+
+class TableService(TableServiceServicer):  # type: ignore[misc]
+    """See the protocol; errors are raised as `mfdist.errors` and travel as statuses.
+
+    Args:
+        node: what the server holds.
+        max_push_bytes: of one push.
+    """
+
+    def __init__(self, node: Node, *, max_push_bytes: int = 1 << 30) -> None:
+        self._node = node
+        self._max_push_bytes = max_push_bytes
+        self._count = node.counters
+
+    @_one
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
+        """Return what this server is."""
+        node = self._node
+        return pb.DescribeReply(
+            server_id=node.store.server_id,
+            epoch=node.epoch,
+            version=__version__,
+            shards=[_status(life) for life in node.lives],
+            is_draining=node.is_draining,
+        )
+
+    @_one
+    async def Create(self, request: pb.CreateRequest, context: Context) -> pb.CreateReply:
+        """Make a shard."""
+        life, was_there = await self._node.create(shard_of(request.shard))
+        return pb.CreateReply(status=_status(life), was_there=was_there)
+
+    @_one
+    async def Train(self, request: pb.TrainRequest, context: Context) -> pb.TrainReply:
+        """Change how a shard is trained."""
+        optimizer = optimizer_of(request.optimizer) if request.HasField("optimizer") else None
+        return pb.TrainReply(status=_status(await self._node.train(request.table, optimizer)))
+
+    @_one
+    async def Drop(self, request: pb.DropRequest, context: Context) -> pb.DropReply:
+        """Forget a table."""
+        return pb.DropReply(was_there=await self._node.drop(request.table))
+
+    @_one
+    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
+        """Let a client take part."""
+        await self._node.join(request.client, request.num_clients, request.session)
+        steps = {life.shard.name: life.updates.done(request.client) for life in self._node.lives}
+        return pb.JoinReply(epoch=self._node.epoch, steps=steps)
+
+    @_many
+    async def Lookup(
+        self, request_iterator: AsyncIterator[pb.LookupRequest], context: Context
+    ) -> AsyncIterator[pb.LookupReply]:
+        """Return sums, block by block."""
+        first: pb.LookupRequest | None = None
+        async for request in request_iterator:
+            if first is None:
+                first = request
+                updates = self._node.life(first.table).updates
+                await updates.reached(first.min_version, self._wait_s(context), self._node.num_clients)
+            async with updates.gate.reading():
+                version = updates.shard.version
+                sums = await self._node.run(_sums, updates.shard, first, request)
+            self._note_hits(first.table, request.lookups.row_ids, sums)
+            await updates.on_disk(version)
+            yield pb.LookupReply(sums=sums, version=version)
+
+    @_many
+    async def Gather(self, request: pb.GatherRequest, context: Context) -> AsyncIterator[pb.Rows]:
+        """Return rows, block by block, all of one version."""
+        updates = self._node.life(request.table).updates
+        await updates.reached(request.min_version, self._wait_s(context), self._node.num_clients)
+        row_ids = unpacked([request.row_ids], "row_ids") if request.HasField("row_ids") else None
+        async with updates.gate.reading():
+            version = updates.shard.version
+            values = await self._node.run(updates.shard.gather, row_ids, request.state)
+        await updates.on_disk(version)
+        width = values.element_size() * (values.shape[1] if values.ndim == 2 else 1)
+        for part in blocks(len(values), width):
+            message = await self._node.run(packed, values[part])
+            self._node.row_hits[request.table] += part.stop - part.start
+            self._count["reply_bytes"] += len(message.data)
+            yield pb.Rows(values=message, version=version)
+
+    @_many
+    async def Push(
+        self, request_iterator: AsyncIterator[pb.PushRequest], context: Context
+    ) -> AsyncIterator[pb.PushReply]:
+        """Take a push in; return the scores' gradients, and, once it is on disk, say so."""
+        messages = await self._received(request_iterator)
+        first, node = messages[0], self._node
+        updates = node.life(first.table).updates
+        self._count["pushes"] += 1
+        if first.is_frozen:
+            contribution = await node.run(contribution_of, messages)
+            if contribution is None:
+                raise ConfigError(f'a push to frozen rows needs lookups; got none for table "{first.table}"')
+            async with updates.gate.reading():
+                gradients = await node.run(updates.shard.score_gradients, contribution)
+            async for reply in self._gradients(gradients):
+                yield reply
+            return
+        node.check_client(first.client, first.session, first.epoch)
+        push = await node.run(push_of, messages)
+        if push.contribution is not None:
+            await node.run(updates.shard.check, push.contribution)
+            node.row_hits[first.table] += push.contribution.lookups.row_ids.numel()
+        del messages
+        answer = await updates.push(push, node.num_clients, self._wait_s(context))
+        self._count["known_pushes"] += answer.was_known
+        if answer.score_gradients is not None:
+            async for reply in self._gradients(answer.score_gradients):
+                yield reply
+        await answer.on_disk
+        yield pb.PushReply(acknowledged=pb.Acknowledged(step=push.step, was_known=answer.was_known))
+
+    @_one
+    async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepReply:
+        """Take part in a step without a push."""
+        node = self._node
+        node.check_client(request.client, request.session, request.epoch)
+        updates = node.life(request.table).updates
+        updates.shard.trained()
+        message = pb.PushRequest(table=request.table, client=request.client, step=request.step, lr=request.lr)
+        answer = await updates.push(push_of([message]), node.num_clients, self._wait_s(context))
+        await answer.on_disk
+        return pb.StepReply(was_known=answer.was_known)
+
+    @_one
+    async def Barrier(self, request: pb.BarrierRequest, context: Context) -> pb.BarrierReply:
+        """Wait for a table's update."""
+        updates = self._node.life(request.table).updates
+        await updates.reached(request.version, self._wait_s(context), self._node.num_clients)
+        version = updates.shard.version
+        await updates.on_disk(version)
+        return pb.BarrierReply(version=version)
+
+    @_one
+    async def Write(self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context) -> pb.WriteReply:
+        """Replace rows."""
+        first, at = None, 0
+        async for request in request_iterator:
+            first = first or request
+            values = await self._node.run(unpacked, [request.values], "values")
+            row_ids = unpacked([request.row_ids], "row_ids") if request.HasField("row_ids") else None
+            await self._node.write(first.table, values, row_ids, at, first.state)
+            at += len(values)
+        if first is None:
+            raise ConfigError("a write must hold at least one message; got none")
+        if first.HasField("version"):
+            await self._node.set_version(first.table, first.version)
+        await self._node.checkpoint()
+        return pb.WriteReply()
+
+    @_one
+    async def Save(self, request: pb.SaveRequest, context: Context) -> pb.SaveReply:
+        """Save all shards."""
+        if not request.directory:
+            info = await self._node.checkpoint()
+        else:
+            directory = Path(request.directory)
+            info = await self._node.save(directory, request.step, request.rank, request.world_size, request.meeting)
+        return pb.SaveReply(step=info.step, written_bytes=info.written_bytes)
+
+    @_one
+    async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
+        """Take all shards from a checkpoint."""
+        step = request.step if request.HasField("step") else None
+        loaded = await self._node.load(Path(request.directory), step)
+        return pb.LoadReply(step=loaded, epoch=self._node.epoch)
+
+    @_one
+    async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
+        """Return counters."""
+        ledger = self._node.store.ledger
+        counters = {**self._count, "log_bytes": ledger.num_bytes}
+        return pb.StatsReply(counters=counters, row_hits=self._node.row_hits)
+
+    async def _received(self, requests: AsyncIterator[pb.PushRequest]) -> list[pb.PushRequest]:
+        """Return all messages of a push, once the last has come."""
+        messages: list[pb.PushRequest] = []
+        size = 0
+        async for message in requests:
+            if message.sequence != len(messages):
+                raise ConfigError(
+                    f"the messages of a push count from 0 without a gap; got {message.sequence} after {len(messages)} "
+                    "of them; send the push again"
+                )
+            size += message.ByteSize()
+            if size > self._max_push_bytes:
+                raise ConfigError(
+                    f"a push must be at most {self._max_push_bytes} bytes; got more from client {message.client}; "
+                    "push fewer tokens at a time"
+                )
+            messages.append(message)
+            if message.is_last:
+                return messages
+        raise ConfigError(f"a push must end with its last message; got {len(messages)} and no last one; send it again")
+
+    async def _gradients(self, gradients: Any) -> AsyncIterator[pb.PushReply]:
+        width = gradients.element_size() * (gradients.shape[1] if gradients.ndim == 2 else 1)
+        for part in blocks(len(gradients), width):
+            yield pb.PushReply(score_gradients=await self._node.run(packed, gradients[part]))
+
+    def _note_hits(self, table: str, row_ids: pb.Tensor, reply: pb.Tensor) -> None:
+        self._node.row_hits[table] += math.prod(row_ids.shape)
+        self._count["lookup_blocks"] += 1
+        self._count["reply_bytes"] += len(reply.data)
+
+    def _wait_s(self, context: Context) -> float:
+        """Return how long to wait for others: a little less than the caller does, who then learns who is late."""
+        remaining = context.time_remaining()
+        limit = self._node.config.wait_s
+        return limit if remaining is None else min(limit, max(0.05, 0.9 * remaining))
+
+
+def _status(life: Life) -> pb.ShardStatus:
+    shard = life.shard
+    return pb.ShardStatus(shard=shard_message(shard.spec), version=shard.version, num_bytes=shard.num_bytes)
+
+
+def _sums(shard: Shard, first: pb.LookupRequest, request: pb.LookupRequest) -> pb.Tensor:
+    dtype = dtype_of(first.reply_dtype, "reply_dtype") if first.reply_dtype else shard.spec.table.dtype
+    return packed(shard.lookup(lookups_of([request.lookups], first.code_stride, first.first_slot)), dtype)

@@ -1,0 +1,246 @@
+"""A server's data folder: what it must find again after it was killed.
+
+    lock              held by the one process that uses the folder
+    checkpoints/      zarr stores of its shards, as `mfdist.checkpoint` writes them
+    ledger/           pushes since the last of them, and what the server was told: shards, clients, epoch
+
+A shard is found again as the last checkpoint that has it, or its first rows drawn from its seed, and the pushes after
+that. Pushes are logged under the name of the shard's life: a table that was dropped and made again, or loaded, begins
+another one, so that what was logged before can never be applied to it.
+"""
+
+import concurrent.futures
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mfdist.table_server.ledger import Ledger
+from torch import Tensor
+
+from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.state import JSON, CheckpointState
+from mfdist.checkpoint.step_info import StepInfo
+from mfdist.errors import CheckpointError, UnavailableError
+from mfdist.table_server.messages import ShardSpec, shard_message, shard_of
+from mfdist.table_server.proto import table_v1_pb2 as pb
+from mfdist.table_server.shard import Shard
+from mfdist.table_server.updates import Kept
+
+_KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Held:
+    """A shard with what its updates need to know, as a checkpoint has it."""
+
+    shard: Shard
+    life: str
+    steps: Mapping[int, int]
+    kept: Mapping[int, Kept]
+
+
+class Store:
+    """The folder, held by this process until `close`.
+
+    Args:
+        folder: made if it is not there.
+        is_logged: whether pushes are logged; otherwise they last from the next checkpoint on.
+
+    Raises:
+        UnavailableError: another server holds it.
+        CheckpointError: it cannot be read or written, or is damaged.
+    """
+
+    def __init__(self, folder: Path, *, is_logged: bool = True) -> None:
+        self.folder = folder
+        self.is_logged = is_logged
+        self._lock = _locked(folder)
+        try:
+            self.ledger = Ledger(folder / "ledger")
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.checkpoints = CheckpointDirectory(folder / "checkpoints")
+        self.server_id = self._once("server_id", secrets.token_hex(8).encode()).decode()
+
+    # What the server was told.
+
+    @property
+    def epoch(self) -> int:
+        """Return how often rows became others than those acknowledged; see the protocol."""
+        return int(self.ledger.get("epoch") or b"1")
+
+    def next_epoch(self) -> int:
+        """Count one more, on disk when this returns."""
+        epoch = self.epoch + 1
+        self.ledger.put("epoch", str(epoch).encode()).result()
+        return epoch
+
+    @property
+    def num_clients(self) -> int:
+        """Return how many clients push, 0 before the first joined."""
+        return int(self.ledger.get("num_clients") or b"0")
+
+    def set_num_clients(self, number: int) -> None:
+        """Remember the number of clients, on disk when this returns."""
+        self.ledger.put("num_clients", str(number).encode()).result()
+
+    def add(self, spec: ShardSpec) -> str:
+        """Remember a shard, on disk when this returns; return the name of its life."""
+        life = secrets.token_hex(8)
+        record = pb.CreateRequest(shard=shard_message(spec)).SerializeToString(deterministic=True)
+        self.ledger.put(f"shard/{spec.table.name}", life.encode() + record).result()
+        return life
+
+    def forget(self, table: str) -> None:
+        """Forget a shard and its pushes."""
+        self.ledger.delete(f"shard/{table}").result()
+
+    # Recovery.
+
+    def find(self) -> Iterator[Held]:
+        """Yield every shard, as the last checkpoint has it; call once, before anything else."""
+        saved = self._saved()
+        for key, record in self.ledger.items("shard/"):
+            born, message = record[:16].decode(), pb.CreateRequest.FromString(record[16:])
+            spec = shard_of(message.shard)
+            name = spec.table.name
+            told = _told(saved, name)
+            if saved is None or told is None or told["born"] != born:
+                yield Held(Shard(spec), born, {}, {})
+                continue
+            assert key == f"shard/{name}"
+            kept = {
+                int(client): Kept(step, version, saved.dense.get(f"answers/{name}/{client}"))
+                for client, (step, version) in told["kept"].items()
+            }
+            # How it is trained may have changed since it was made.
+            spec = shard_of(pb.Shard.FromString(bytes.fromhex(told["spec"])))
+            shard = Shard(spec, saved.tables[name], told["version"])
+            yield Held(shard, told["life"], {int(client): step for client, step in told["steps"].items()}, kept)
+
+    def pushes(self, life: str) -> Iterator[tuple[int, list[pb.PushRequest]]]:
+        """Yield (version, messages) of each push of a life, in the order they were logged."""
+        for logged in self.ledger.pushes(life):
+            yield logged.step, pb_messages(logged.payload)
+
+    def log(self, life: str) -> "LifeLog":
+        """Return where pushes of a life go."""
+        return LifeLog(self, life)
+
+    # Checkpoints.
+
+    def checkpoint(self, shards: list[Held]) -> StepInfo:
+        """Save shards, which must not change meanwhile, and drop the pushes that are in them from the log."""
+        committed = self.checkpoints.steps()
+        tables, dense = {}, dict[str, Tensor]()
+        told: dict[str, JSON] = {}
+        for held in shards:
+            name = held.shard.name
+            tables[name] = held.shard.state()
+            for client, kept in held.kept.items():
+                if kept.score_gradients is not None:
+                    dense[f"answers/{name}/{client}"] = kept.score_gradients
+            told[name] = {
+                "born": self._born(name),
+                "life": held.life,
+                "spec": shard_message(held.shard.spec).SerializeToString(deterministic=True).hex(),
+                "version": held.shard.version,
+                "steps": {str(client): step for client, step in held.steps.items()},
+                "kept": {str(client): [kept.step, kept.version] for client, kept in held.kept.items()},
+            }
+        state = CheckpointState(
+            step=committed[-1].step + 1 if committed else 1,
+            tables=tables,
+            dense=dense,
+            attributes={"server": {"id": self.server_id, "shards": told}},
+        )
+        info = self.checkpoints.save(state)
+        for held in shards:
+            self.ledger.drop(held.life, held.shard.version)
+        self.checkpoints.prune(_KEPT_CHECKPOINTS)
+        return info
+
+    def close(self) -> None:
+        """Let the folder go, with everything on disk."""
+        self.ledger.close()
+        os.close(self._lock)
+
+    def _saved(self) -> CheckpointState | None:
+        return self.checkpoints.load() if self.checkpoints.steps() else None
+
+    def _born(self, table: str) -> str:
+        record = self.ledger.get(f"shard/{table}")
+        if record is None:
+            raise CheckpointError(f'a shard must be known to be saved; table "{table}" is not in {self.folder}')
+        return record[:16].decode()
+
+    def _once(self, key: str, value: bytes) -> bytes:
+        known = self.ledger.get(key)
+        if known is None:
+            self.ledger.put(key, value).result()
+        return known or value
+
+
+class LifeLog:
+    """The pushes of one life of a shard."""
+
+    def __init__(self, store: Store, life: str) -> None:
+        self._store = store
+        self._life = life
+
+    def append(self, version: int, client: int, payload: list[bytes]) -> "concurrent.futures.Future[None]":
+        """Return what is done once the push is on disk."""
+        if self._store.is_logged:
+            return self._store.ledger.append(self._life, version, client, pb_payload(payload))
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        done.set_result(None)
+        return done
+
+
+def pb_payload(messages: list[bytes]) -> list[bytes]:
+    """Return serialised messages as what is logged: each after its length, in 8 bytes."""
+    return [part for message in messages for part in (len(message).to_bytes(8, "little"), message)]
+
+
+def pb_messages(payload: bytes) -> list[pb.PushRequest]:
+    """Return the messages of a logged push."""
+    messages, at, view = [], 0, memoryview(payload)
+    while at < len(view):
+        end = at + 8 + int.from_bytes(view[at : at + 8], "little")
+        messages.append(pb.PushRequest.FromString(bytes(view[at + 8 : end])))
+        at = end
+    return messages
+
+
+def _told(saved: CheckpointState | None, table: str) -> dict[str, Any] | None:
+    """Return what a checkpoint says of a table beside its rows."""
+    if saved is None or table not in saved.tables:
+        return None
+    server: Any = saved.attributes["server"]
+    told: dict[str, Any] = server["shards"][table]
+    return told
+
+
+def _locked(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"a server needs a folder for its data; {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, 100, 0).decode("utf-8", "replace").strip()
+        os.close(lock)
+        raise UnavailableError(
+            f"one server at a time may use a data folder; {folder} is held by process {holder or 'unknown'}; stop it, "
+            "or give this one a folder of its own"
+        ) from None
+    os.truncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
