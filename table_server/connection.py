@@ -199,8 +199,9 @@ class Server:
         self.index = index
         self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self.stub = TableServiceStub(self.channel)
+        self.stub = TableServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.epoch = 0
+        self.is_asynchronous = False
         #: table → this client's steps, as the server had them when it was joined.
         self.steps: dict[str, int] = {}
         self._of = of
@@ -217,6 +218,7 @@ class Server:
         async with self._joining:
             reply = await self.once(self.stub.Join, request)
             self.epoch, self.steps = reply.epoch, dict(reply.steps)
+            self.is_asynchronous = reply.is_asynchronous
 
     async def joined(self) -> None:
         """Join unless that is done."""

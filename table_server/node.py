@@ -39,6 +39,8 @@ class Life:
 
     name: str
     updates: Updates
+    since: int  # updates before it began
+    is_as_drawn: bool = False  # no update, and nothing written
 
     @property
     def shard(self) -> Shard:
@@ -122,25 +124,32 @@ class Node:
                 return known, True
             shard = await self.run(Shard, spec)
             name = await self.run(self.store.add, spec)
-            life = self._lives[spec.table.name] = self._life(Held(shard, name, {}, {}))
+            life = self._lives[spec.table.name] = replace(self._life(Held(shard, name, {}, {})), is_as_drawn=True)
             return life, False
 
     async def train(self, table: str, optimizer: RowOptimizer | None) -> Life:
-        """Train a shard by another optimiser from its next update on, or freeze it."""
+        """Train a shard by another optimiser from its next update on, or freeze it.
+
+        Asked by several clients for the same, it is done once.
+        """
         async with self._admin, contextlib.AsyncExitStack() as stack:
             before = self.life(table)
-            await stack.enter_async_context(before.updates.changing)
             shard = before.shard
-            spec = replace(shard.spec, optimizer=optimizer)
-            fresh = Held(Shard(spec, TableState(weight=shard.rows), shard.version), token_hex(8), {}, {})
-            await stack.enter_async_context(before.updates.gate.writing())
+            if shard.spec.optimizer == optimizer and before.since == shard.version:
+                return before
             for life in self.lives:
-                if life is not before:
-                    await stack.enter_async_context(life.updates.changing)
-            others = [_held(life) for life in self.lives if life is not before]
-            await self.run(self.store.checkpoint, [fresh, *others])
-            self._lives[table] = self._life(fresh)
-            before.updates.forget()
+                await stack.enter_async_context(life.updates.changing)
+            spec = replace(shard.spec, optimizer=optimizer)
+            fresh = Shard(spec, TableState(weight=shard.rows), shard.version)
+            async with before.updates.gate.writing():
+                if before.is_as_drawn and not shard.version:
+                    held = Held(fresh, await self.run(self.store.add, spec), {}, {})
+                else:
+                    held = Held(fresh, token_hex(8), {}, {})
+                    others = [_held(life) for life in self.lives if life is not before]
+                    await self.run(self.store.checkpoint, [held, *others])
+                self._lives[table] = replace(self._life(held), is_as_drawn=before.is_as_drawn)
+                before.updates.forget()
             return self._lives[table]
 
     async def drop(self, table: str) -> bool:
@@ -264,6 +273,7 @@ class Node:
         updates = self.life(table).updates
         async with updates.changing, updates.gate.writing():
             place = slice(at, at + len(values)) if row_ids is None else row_ids
+            self.life(table).is_as_drawn = False
             await self.run(updates.shard.write, values, place, state)
 
     async def set_version(self, table: str, version: int) -> None:
@@ -283,7 +293,7 @@ class Node:
         updates = Updates(held.shard, self.store.log(held.life), self.run, staleness)
         updates.steps.update(held.steps)
         updates.kept.update(held.kept)
-        return Life(held.life, updates)
+        return Life(held.life, updates, held.shard.version)
 
 
 def _held(life: Life) -> Held:

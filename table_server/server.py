@@ -51,7 +51,7 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str],
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     server = grpc.aio.server(options=_OPTIONS)
-    add_TableServiceServicer_to_server(TableService(node), server)
+    add_TableServiceServicer_to_server(TableService(node), server)  # type: ignore[no-untyped-call]
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection((_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

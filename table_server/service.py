@@ -56,7 +56,7 @@ async def _abort(context: Context, error: Exception) -> None:
     await context.abort(*status_of(known))
 
 
-class TableService(TableServiceServicer):  # type: ignore[misc]
+class TableService(TableServiceServicer):
     """See the protocol; errors are raised as `mfdist.errors` and travel as statuses.
 
     Args:
@@ -103,7 +103,8 @@ class TableService(TableServiceServicer):  # type: ignore[misc]
         """Let a client take part."""
         await self._node.join(request.client, request.num_clients, request.session)
         steps = {life.shard.name: life.updates.done(request.client) for life in self._node.lives}
-        return pb.JoinReply(epoch=self._node.epoch, steps=steps)
+        is_asynchronous = self._node.config.consistency == "asynchronous"
+        return pb.JoinReply(epoch=self._node.epoch, steps=steps, is_asynchronous=is_asynchronous)
 
     @_many
     async def Lookup(

@@ -191,7 +191,7 @@ class JoinRequest(_message.Message):
     def __init__(self, client: _Optional[int] = ..., num_clients: _Optional[int] = ..., session: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("epoch", "steps")
+    __slots__ = ("epoch", "steps", "is_asynchronous")
     class StepsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -201,9 +201,11 @@ class JoinReply(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    IS_ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     steps: _containers.ScalarMap[str, int]
-    def __init__(self, epoch: _Optional[int] = ..., steps: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    is_asynchronous: bool
+    def __init__(self, epoch: _Optional[int] = ..., steps: _Optional[_Mapping[str, int]] = ..., is_asynchronous: _Optional[bool] = ...) -> None: ...
 
 class Lookups(_message.Message):
     __slots__ = ("row_ids", "scores", "tokens", "num_tokens")
