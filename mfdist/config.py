@@ -203,6 +203,7 @@ class ShardingConfig(_Section):
     )
     plan: Path | None = Field(None, description="a plan in JSON, instead of a kind")
     deduplicate: bool = Field(True, description="send each row id once (row_wise, and grids of rows)")
+    pooled: bool = Field(False, description="row_wise: owners send partial sums, not rows; equal up to rounding")
     forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
         None, description="what rows and sums travel as; by default what they are computed in"
     )

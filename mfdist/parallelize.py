@@ -15,6 +15,7 @@ from torch import nn
 from mfdist.errors import ConfigError
 from mfdist.models.loads import table_loads
 from mfdist.sharding import kinds
+from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges, check_ranks
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.sharding.planner import choose_plan
@@ -100,6 +101,7 @@ def even_plan(
     mesh_shape: Sequence[int],
     *,
     deduplicate: bool = True,
+    pooled: bool = False,
     forward_dtype: torch.dtype | None = None,
     backward_dtype: torch.dtype | None = None,
 ) -> ShardingPlan:
@@ -110,7 +112,7 @@ def even_plan(
         specs: of the tables.
         loads: how they are read, for the slots that `table_wise` and grids are cut between.
         mesh_shape: ranks, or hosts × ranks of a host.
-        deduplicate, forward_dtype, backward_dtype: see `TablePlan`.
+        deduplicate, pooled, forward_dtype, backward_dtype: see `TablePlan`; what is pooled is cut between slots.
 
     Raises:
         ConfigError: there is no such kind, or the mesh has one axis and a grid needs two.
@@ -128,7 +130,9 @@ def even_plan(
                 return kinds.row_wise(
                     spec,
                     world_size,
+                    cuts=even_cuts(spec.num_rows, world_size, stride) if pooled and stride else None,
                     deduplicate=deduplicate,
+                    pooled=pooled,
                     forward_dtype=forward_dtype,
                     backward_dtype=backward_dtype,
                 )
@@ -145,6 +149,7 @@ def even_plan(
                     *mesh_shape,
                     code_stride=stride,
                     deduplicate=deduplicate,
+                    pooled=pooled,
                     forward_dtype=forward_dtype,
                     backward_dtype=backward_dtype,
                 )

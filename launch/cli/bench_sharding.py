@@ -108,10 +108,11 @@ def _line(result: "ShardingResult", found: "list[ShardingResult]") -> str:
 
 
 def _own(result: "ShardingResult", found: "list[ShardingResult]") -> float | None:
-    """Return the step of our kind of the same name, for a contender that is not ours."""
+    """Return the step of our kind that does the same as a contender that is not ours; TorchRec pools its rows."""
     kind = result.contender.removeprefix("torchrec-")
     if kind == result.contender:
         return None
+    kind = "row_wise-pooled" if kind == "row_wise" else kind
     same = (one for one in found if (one.world_size, one.case, one.contender) == (result.world_size, result.case, kind))
     return next((one.step_s for one in same), None)
 

@@ -177,4 +177,4 @@ def _clock(is_shared: bool) -> Callable[[], float]:
 
 
 def _name(plan: TablePlan) -> str:
-    return plan.kind if plan.deduplicate else f"{plan.kind}, each time"
+    return f"{plan.kind}, pooled" if plan.pooled else plan.kind if plan.deduplicate else f"{plan.kind}, each time"

@@ -16,7 +16,7 @@ from mfdist.errors import ConfigError
 from mfdist.testing.run_ranks import RankPool
 
 #: What is compared where nobody says.
-CONTENDERS = ("column_wise", "table_wise", "row_wise", "row_wise-each-time", "grid", "replicated")
+CONTENDERS = ("column_wise", "table_wise", "row_wise", "row_wise-each-time", "row_wise-pooled", "grid", "replicated")
 TORCHREC = ("torchrec-column_wise", "torchrec-table_wise", "torchrec-row_wise")
 _DEADLINE_S = 1200.0
 

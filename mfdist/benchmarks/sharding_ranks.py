@@ -16,6 +16,7 @@ from mfdist.benchmarks.sharding_case import RATE, SEED, STD, Batch, ShardingCase
 from mfdist.benchmarks.sharding_exchange import Alone, exchange_alone, overlap
 from mfdist.optim import RowSGD
 from mfdist.sharding import kinds
+from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.tables.sharded import ShardedTable
@@ -117,6 +118,9 @@ def _made(name: str, case: ShardingCase, meshes: dict[int, MeshExchanges]) -> Co
             return OwnTable(kinds.column_wise(spec, world_size), meshes[1])
         case "row_wise" | "row_wise-each-time":
             return OwnTable(kinds.row_wise(spec, world_size, deduplicate=name == "row_wise"), meshes[1])
+        case "row_wise-pooled":
+            cuts = even_cuts(spec.num_rows, world_size, stride or 1)
+            return OwnTable(kinds.row_wise(spec, world_size, cuts=cuts, pooled=True), meshes[1])
         case "table_wise":
             if not stride:
                 return "needs slots, which row ids have not"

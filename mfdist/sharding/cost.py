@@ -196,12 +196,14 @@ def _lookup_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
     if plan.kind != "replicated":  # all ranks' tokens, in the part of the table that is here
         num_summed *= world_size * held.rows / plan.num_rows
     row_bytes = _row_bytes(held.columns, plan.dtype.itemsize)
-    return 3 * float(np.max(num_summed * row_bytes / _rates(plan, held, topology)))
+    ordered = float(num_summed.max()) / topology.sort_ids_per_s if plan.pooled else 0.0  # by owner, and there by row
+    return 3 * float(np.max(num_summed * row_bytes / _rates(plan, held, topology))) + 2 * ordered
 
 
 def _is_fetched(plan: TablePlan, topology: Topology) -> bool:
     """Return whether rows come to the tokens, and not sums."""
-    return plan.kind == "row_wise" or (plan.kind == "grid" and not plan.code_stride and topology.num_hosts > 1)
+    is_across = plan.kind == "grid" and not plan.code_stride and topology.num_hosts > 1
+    return (plan.kind == "row_wise" or is_across) and not plan.pooled
 
 
 def _fetched_s(

@@ -37,8 +37,8 @@ def described(cost: TableCost) -> str:
     """Return a plan's kind, and what of it the kind does not say."""
     plan = cost.plan
     if plan.kind == "grid":
-        return f"grid of {'slots' if plan.code_stride else 'rows'}"
-    return plan.kind
+        return f"grid of {'slots' if plan.code_stride else 'pooled rows' if plan.pooled else 'rows'}"
+    return f"{plan.kind}, pooled" if plan.pooled else plan.kind
 
 
 def _one_of_each(priced: tuple[TableCost, ...]) -> tuple[TableCost, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mfdist.sharding.holdings import Floats, Holdings
 from mfdist.sharding.table_plan import TablePlan
-from mfdist.sharding.traffic import SCORE_BYTES, Transfer, owner_hits, row_id_bytes
+from mfdist.sharding.traffic import SCORE_BYTES, Transfer, owner_hits, row_id_bytes, sums_slots
 from mfdist.sharding.workload import TableLoad, Workload
 
 _INDEX_BYTES = 8  # of a token's or a lookup's number
@@ -101,21 +101,30 @@ def _saved(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int, ra
         case "table_wise":
             return lookups * world_size * share * lookup_bytes
         case "row_wise":
+            if sums_slots(plan, load):
+                return lookups * world_size * share * lookup_bytes
             return _saved_requests(plan, held, load, num_tokens, world_size)
         case "replicated":
             return lookups * lookup_bytes
         case "grid":
-            if plan.code_stride or num_hosts == 1:
+            if sums_slots(plan, load) or num_hosts == 1:
                 return lookups * ranks_per_host * share * num_hosts * lookup_bytes
             return _saved_requests(plan, held, load, num_tokens * ranks_per_host, num_hosts)
 
 
 def _saved_requests(plan: TablePlan, held: Holdings, load: TableLoad, num_tokens: int, group: int) -> Floats:
-    """Return the ids asked of a rank, and its own lookups in the order of their owners with scores and places."""
+    """Return the ids asked of a rank, and its own lookups in the order of their owners with scores and places.
+
+    Where rows are pooled the owners have scores too, and no places are needed.
+    """
     lookups = float(num_tokens * load.num_lookups)
     unique = load.num_unique(plan.num_rows, num_tokens) if plan.deduplicate else lookups
     id_bytes = row_id_bytes(plan.num_rows)
     hits = owner_hits(plan, held, load)
     pairs = num_tokens * float(hits @ held.counts) * group / held.world_size
+    if plan.pooled:
+        everyones = lookups * group * held.rows / plan.num_rows * (SCORE_BYTES + id_bytes)
+        everyones = everyones + num_tokens * group * hits * _RUN_BYTES
+        return everyones + lookups * (SCORE_BYTES + _INDEX_BYTES) + pairs * _INDEX_BYTES
     own = lookups * (SCORE_BYTES + id_bytes + _INDEX_BYTES) + pairs * (_INDEX_BYTES + _RUN_BYTES)
     return own + unique * group * held.rows / plan.num_rows * id_bytes

@@ -16,6 +16,7 @@ def row_wise(
     *,
     cuts: Sequence[int] | None = None,
     deduplicate: bool = True,
+    pooled: bool = False,
     forward_dtype: torch.dtype | None = None,
     backward_dtype: torch.dtype | None = None,
 ) -> TablePlan:
@@ -26,11 +27,14 @@ def row_wise(
         owners: the ranks in the order of their rows, or how many ranks there are.
         cuts: row cuts, where they are not even.
         deduplicate: send each row id once.
+        pooled: let owners sum what a token uses of their rows.
         forward_dtype, backward_dtype: of the traffic; by default the table's.
     """
     ranks = _ranks(owners)
     rows = even_cuts(spec.num_rows, len(ranks)) if cuts is None else tuple(cuts)
-    return _plan(spec, "row_wise", ranks, forward_dtype, backward_dtype, rows=rows, deduplicate=deduplicate)
+    return _plan(
+        spec, "row_wise", ranks, forward_dtype, backward_dtype, rows=rows, deduplicate=deduplicate, pooled=pooled
+    )
 
 
 def column_wise(
@@ -73,6 +77,7 @@ def grid(
     *,
     code_stride: int = 0,
     deduplicate: bool = True,
+    pooled: bool = False,
     forward_dtype: torch.dtype | None = None,
     backward_dtype: torch.dtype | None = None,
 ) -> TablePlan:
@@ -83,6 +88,7 @@ def grid(
         num_hosts, ranks_per_host: rank = host · ranks_per_host + place on the host.
         code_stride: rows of a slot, to cut between slots; 0 cuts rows anywhere.
         deduplicate: send each row id once, where rows are cut.
+        pooled: let owners sum what a token uses of their rows, where rows are cut.
         forward_dtype, backward_dtype: of the traffic; by default the table's.
     """
     return _plan(
@@ -95,6 +101,7 @@ def grid(
         columns=even_cuts(spec.row_dim, ranks_per_host),
         code_stride=code_stride,
         deduplicate=deduplicate,
+        pooled=pooled,
     )
 
 
@@ -114,6 +121,7 @@ def _plan(
     columns: Cuts | None = None,
     code_stride: int = 0,
     deduplicate: bool = True,
+    pooled: bool = False,
 ) -> TablePlan:
     return TablePlan(
         name=spec.name,
@@ -126,6 +134,7 @@ def _plan(
         owners=owners,
         code_stride=code_stride,
         deduplicate=deduplicate,
+        pooled=pooled,
         forward_dtype=forward_dtype or spec.dtype,
         backward_dtype=backward_dtype or spec.dtype,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -24,36 +25,30 @@ _ALIGNED_BYTES = 16
 def candidates(spec: TableSpec, topology: Topology, workload: Workload) -> list[TablePlan]:
     """Return every plan there is for a table, cut evenly; of two that take as long, the earlier is better.
 
-    Deduplication is a choice where it is allowed: it costs sorting, and pays where ids repeat.
+    Deduplication is a choice where it is allowed: it costs sorting, and pays where ids repeat. Pooling is one where
+    there are no slots: with slots, those are what is better cut.
     """
     world_size, stride = topology.world_size, workload.load(spec.name).code_stride
     forward, backward = workload.forward_dtype, workload.backward_dtype
     copies = [replicated(spec, backward_dtype=backward)]
     if world_size == 1:
         return copies
-    choices = (True, False) if workload.deduplicate else (False,)
+    ways: list[dict[str, Any]] = [
+        {"deduplicate": once} for once in ((True, False) if workload.deduplicate else (False,))
+    ]
+    if not stride:
+        ways.append({"pooled": True})
     split = [
         column_wise(spec, world_size, forward_dtype=forward, backward_dtype=backward),
-        *(
-            row_wise(spec, world_size, deduplicate=once, forward_dtype=forward, backward_dtype=backward)
-            for once in choices
-        ),
+        *(row_wise(spec, world_size, forward_dtype=forward, backward_dtype=backward, **way) for way in ways),
     ]
     if stride:
         split.append(table_wise(spec, world_size, stride, forward_dtype=forward, backward_dtype=backward))
     if topology.num_hosts > 1 and topology.ranks_per_host > 1:
         shape = (topology.num_hosts, topology.ranks_per_host)
-        for slots, once in [*((0, once) for once in choices), *([(stride, True)] if stride else [])]:
-            split.append(
-                grid(
-                    spec,
-                    *shape,
-                    code_stride=slots,
-                    deduplicate=once,
-                    forward_dtype=forward,
-                    backward_dtype=backward,
-                )
-            )
+        split += [grid(spec, *shape, forward_dtype=forward, backward_dtype=backward, **way) for way in ways]
+        if stride:
+            split.append(grid(spec, *shape, code_stride=stride, forward_dtype=forward, backward_dtype=backward))
     return [*copies, *split]
 
 

@@ -32,6 +32,7 @@ _OPTIONAL = {
     "columns": (list, int),
     "code_stride": int,
     "deduplicate": bool,
+    "pooled": bool,
     "forward_dtype": str,
     "backward_dtype": str,
 }
@@ -82,6 +83,8 @@ def _written(table: TablePlan, world_size: int) -> dict[str, Any]:
         entry["code_stride"] = table.code_stride
     if not table.deduplicate:
         entry["deduplicate"] = False
+    if table.pooled:
+        entry["pooled"] = True
     for key in ("forward_dtype", "backward_dtype"):
         if getattr(table, key) != table.dtype:
             entry[key] = dtype_name(getattr(table, key))
@@ -131,6 +134,7 @@ def _read(entry: Any, index: int, world_size: int) -> TablePlan:
         owners=ranks,
         code_stride=stride,
         deduplicate=entry.get("deduplicate", True),
+        pooled=entry.get("pooled", False),
         forward_dtype=_dtype(entry["forward_dtype"], where) if "forward_dtype" in entry else dtype,
         backward_dtype=_dtype(entry["backward_dtype"], where) if "backward_dtype" in entry else dtype,
     )

@@ -3,7 +3,7 @@
 A table is cut into a grid of row parts × column parts, and every part has an owner, a rank in the mesh's flattened
 order. The kind says which cuts there are, and with them what travels in a lookup:
 
-    row_wise     rows cut anywhere: ids go to the owners, rows come back
+    row_wise     rows cut anywhere: ids go to the owners, rows come back; pooled: scores too, and partial sums come back
     table_wise   rows cut between slots: every owner sums its slots, partial sums come back
     column_wise  columns cut: codes and scores go to all owners, sums of columns come back
     grid         columns cut within a host; rows (code_stride 0) or slots (code_stride > 0) across hosts
@@ -62,6 +62,8 @@ class TablePlan:
         owners: the rank of each part, row part by row part; a rank holds one part at most. Empty where replicated.
         code_stride: rows a slot owns, where slots are what is cut (table_wise, and grids of slots); 0 elsewhere.
         deduplicate: send each row id once (row_wise, and grids of rows); the others ignore it.
+        pooled: owners sum what a token uses of their rows, instead of sending the rows (row_wise, and grids of rows);
+            then nothing is deduplicated, and the sums are an unsharded table's up to rounding.
         forward_dtype, backward_dtype: what rows and sums, and their gradients, travel as.
 
     Raises:
@@ -78,6 +80,7 @@ class TablePlan:
     owners: tuple[int, ...]
     code_stride: int = 0
     deduplicate: bool = True
+    pooled: bool = False
     forward_dtype: torch.dtype
     backward_dtype: torch.dtype
 

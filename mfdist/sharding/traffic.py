@@ -6,6 +6,7 @@ they are not deduplicated), P pairs of a token and another rank that owns rows i
 row id, a score, a number forward, a number backward. Where a table is cut evenly, a rank sends
 
     row_wise     forward U·(j + D·f)·(W−1)/W                   backward P·(D·g + 4) + n·K·(j + 2·s)·(W−1)/W
+    … pooled     forward n·K·(j + s)·(W−1)/W + P·(D·f + 4)     backward P·D·g + n·K·s·(W−1)/W
     column_wise  forward n·K·(i + s)·(W−1) + n·D·f·(W−1)/W     backward n·D·g·(W−1)/W + n·K·s·(W−1)
     table_wise   forward n·K·(i + s)·(W−1)/W + n·D·f·(W−1)     backward n·D·g·(W−1) + n·K·s·(W−1)/W
     replicated   forward nothing                               backward 2·R·D·g·(W−1)/W
@@ -72,7 +73,8 @@ def transfers(
         return []
     match plan.kind:
         case "row_wise":
-            return _Group(plan, held, workload, "world", world_size, num_tokens).of_rows()
+            group = _Group(plan, held, workload, "world", world_size, num_tokens)
+            return group.of_slots() if sums_slots(plan, workload.load(plan.name)) else group.of_rows()
         case "table_wise":
             return _Group(plan, held, workload, "world", world_size, num_tokens).of_slots()
         case "column_wise":
@@ -86,8 +88,15 @@ def transfers(
                 found += _Group(plan, held, workload, "inside", ranks_per_host, num_tokens).of_columns()
             if num_hosts > 1:
                 across = _Group(plan, held, workload, "between", num_hosts, num_tokens * ranks_per_host)
-                found += across.of_slots() if plan.code_stride else across.of_rows()
+                is_by_slots = sums_slots(plan, workload.load(plan.name))
+                found += across.of_slots() if is_by_slots else across.of_rows()
             return found
+
+
+def sums_slots(plan: TablePlan, load: TableLoad) -> bool:
+    """Return whether owners sum whole slots: where they are what is cut, or are not cut where rows are pooled."""
+    stride = load.code_stride
+    return plan.code_stride > 0 or (plan.pooled and stride > 0 and not any(cut % stride for cut in plan.row_cuts))
 
 
 def owner_hits(plan: TablePlan, held: Holdings, load: TableLoad) -> Floats:
@@ -142,7 +151,7 @@ class _Group:
         self.share = held.rows / plan.num_rows
 
     def of_rows(self) -> list[Transfer]:
-        """Return the exchange of ids and rows, and of gradients by token and owner."""
+        """Return the exchange of ids and rows, or of what is pooled of them; and of gradients by token and owner."""
         unique = self.num_lookups
         if self.plan.deduplicate:
             unique = self.load.num_unique(self.plan.num_rows, self.num_tokens)
@@ -154,6 +163,21 @@ class _Group:
         pairs, their_pairs = self.num_tokens * (all_hits - hits), self.num_tokens * (self.group - 1) * hits
         lookups = self.num_lookups * (1 - self.share)
         their_lookups = self.num_lookups * (self.group - 1) * self.share
+        if self.plan.pooled:
+            return [
+                *self._phase(
+                    "forward",
+                    ("row ids", lookups, their_lookups, id_bytes),
+                    ("scores", lookups, their_lookups, SCORE_BYTES),
+                    ("runs", pairs, their_pairs, _RUN_BYTES),
+                    ("partial sums", their_pairs, pairs, self._wire("forward", width)),
+                ),
+                *self._phase(
+                    "backward",
+                    ("gradients", pairs, their_pairs, self._wire("backward", width)),
+                    ("score gradients", their_lookups, lookups, SCORE_BYTES),
+                ),
+            ]
         return [
             *self._phase(
                 "forward",

@@ -45,6 +45,7 @@ def spread_tables(model: Transformer, config: RunConfig, world_size: int, num_ho
             table_loads(model),
             shape,
             deduplicate=sharding.deduplicate,
+            pooled=sharding.pooled,
             forward_dtype=workload.forward_dtype,
             backward_dtype=workload.backward_dtype,
         )

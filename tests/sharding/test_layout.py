@@ -69,7 +69,8 @@ def test_every_kind_that_there_is_is_a_candidate():
 
     def kinds(topology, load, **changes):
         workload = Workload(**{"batch_tokens": 8, "loads": {"t": load}, **changes})
-        return [(plan.kind, plan.code_stride, plan.deduplicate) for plan in candidates(spec, topology, workload)]
+        found = candidates(spec, topology, workload)
+        return [(plan.kind, plan.code_stride, "pooled" if plan.pooled else plan.deduplicate) for plan in found]
 
     slots, ids = TableLoad(num_lookups=3, code_stride=16), TableLoad(num_lookups=3)
     assert kinds(h100(1), slots) == [("replicated", 0, True)]
@@ -78,9 +79,11 @@ def test_every_kind_that_there_is_is_a_candidate():
         ("column_wise", 0, True),
         ("row_wise", 0, True),
         ("row_wise", 0, False),
+        ("row_wise", 0, "pooled"),
     ]
+    assert ("grid", 0, "pooled") in kinds(h100(4, 2), ids)
     assert {("table_wise", 16, True)} == set(kinds(h100(4), slots)) - set(kinds(h100(4), ids))
     assert {("grid", 0, True), ("grid", 0, False), ("grid", 16, True)} == set(kinds(h100(4, 2), slots)) - set(
         kinds(h100(4), slots)
     )
-    assert all(not once or kind != "row_wise" for kind, _, once in kinds(h100(4), ids, deduplicate=False))
+    assert all(once is not True or kind != "row_wise" for kind, _, once in kinds(h100(4), ids, deduplicate=False))

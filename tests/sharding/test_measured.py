@@ -33,6 +33,7 @@ def plans(spec, load, world_size):
     yield "rows each time", row_wise(spec, world_size, deduplicate=False, forward_dtype=torch.bfloat16)
     skewed = (0, *(spec.num_rows * part * part // world_size**2 for part in range(1, world_size)), spec.num_rows)
     yield "skewed rows", row_wise(spec, world_size, cuts=skewed)
+    yield "pooled rows", row_wise(spec, world_size, pooled=True, backward_dtype=torch.bfloat16)
     yield "columns", column_wise(spec, world_size, backward_dtype=torch.bfloat16)
     yield "columns in fp8", column_wise(spec, world_size, forward_dtype=torch.float8_e4m3fn)
     yield "copies", replicated(spec)
@@ -96,5 +97,5 @@ def test_bytes_of_fused_tables_are_those_predicted(pool, spec, load, optimizer, 
         state_dtype=torch.bfloat16,
     )
     for name, plan in plans(spec, load, world_size):
-        if name in ("rows", "columns", "copies", "slots", "grid of rows"):
+        if name in ("rows", "pooled rows", "columns", "copies", "slots", "grid of rows"):
             compare(pool, plan, name, work, optimizer)

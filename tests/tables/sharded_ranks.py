@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from mfdist.errors import MfdistError
 from mfdist.optim import RowAdagrad, RowAdam, RowSGD
 from mfdist.sharding import exchange, kinds
+from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.spec import TableSpec
 from mfdist.tables.local import LocalTable
@@ -25,6 +26,13 @@ def make_plan(kind, spec, world_size, stride=0, **options):
         return kinds.row_wise(spec, list(reversed(range(world_size))), cuts=cuts, **options)
     if kind == "some_rows":  # the first rank has none
         return kinds.row_wise(spec, range(1, world_size) if world_size > 1 else 1, deduplicate=False, **options)
+    if kind == "pooled_rows":  # cut within slots
+        return kinds.row_wise(spec, world_size, pooled=True, **options)
+    if kind == "pooled_slots":
+        cuts = even_cuts(spec.num_rows, world_size, stride or 1)
+        return kinds.row_wise(spec, world_size, cuts=cuts, pooled=True, **options)
+    if kind == "pooled_grid":
+        return kinds.grid(spec, 2, world_size // 2, pooled=True, **options)
     if kind == "column_wise":
         return kinds.column_wise(spec, world_size, **options)
     if kind == "uneven_columns":  # the last rank has none

@@ -13,13 +13,15 @@ KINDS = (
     "row_wise",
     "uneven_rows",
     "some_rows",
+    "pooled_rows",
+    "pooled_slots",
     "column_wise",
     "uneven_columns",
     "table_wise",
     "one_owner",
     "replicated",
 )
-GRIDS = ("grid", "slot_grid")
+GRIDS = ("grid", "slot_grid", "pooled_grid")
 EXACT = ("row_wise", "uneven_rows", "some_rows", "column_wise", "uneven_columns", "one_owner", "grid")
 
 
@@ -51,7 +53,7 @@ def test_what_an_unsharded_table_gives(pool, kind, world_size, stride):
             assert torch.equal(got[1], wanted[1])
 
 
-@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+@pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise", "replicated"])
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=["bf16", "e4m3", "e5m2"])
 def test_narrower_traffic_costs_its_rounding_and_no_more(pool, kind, wire):
     """Forward and backward are chosen apart; a wire narrower than the rows moves only what it carries."""
@@ -65,7 +67,7 @@ def test_narrower_traffic_costs_its_rounding_and_no_more(pool, kind, wire):
         assert (errors[1] > 1e-6) != is_forward
 
 
-@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+@pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise", "replicated"])
 def test_bf16_tables_travel_as_they_are(pool, kind):
     for got, wanted, repeats in pool.run(ranks.compared, 3, kind, 8, {"dtype": torch.bfloat16}):
         assert repeats and got[0].dtype == torch.bfloat16
@@ -81,7 +83,7 @@ def test_chunks_change_no_bit(pool, kind):
     assert within > without
 
 
-@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise", "replicated"])
+@pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise", "replicated"])
 def test_messages_past_the_limit_are_split(pool, kind):
     assert pool.run(ranks.in_pieces, 3, kind, 8) == [True] * 3
 
@@ -104,7 +106,7 @@ def test_gradients_are_those_of_the_mean_over_the_ranks(pool, kind):
         assert scores.shape == (3, 1)
 
 
-@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise"])
+@pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise"])
 def test_one_ranks_bad_id_is_an_error_everywhere_and_the_next_lookup_works(pool, kind):
     told = pool.run(ranks.other_inputs, 3, kind)
     assert told[1][0].startswith('row_id: row id 16 at lookup 0 is outside table "words"')
@@ -132,7 +134,8 @@ def test_a_rank_that_does_not_come_is_named(pool, what):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam"])
 @pytest.mark.parametrize(
-    ("kind", "world_size"), [("uneven_rows", 3), ("uneven_columns", 3), ("table_wise", 3), ("grid", 4)]
+    ("kind", "world_size"),
+    [("uneven_rows", 3), ("pooled_rows", 3), ("uneven_columns", 3), ("table_wise", 3), ("grid", 4)],
 )
 def test_rows_trained_in_backward_are_those_of_an_unsharded_table(pool, kind, world_size, rule, dtype):
     """Stochastic rounding included, since its random bits come from a value's place in the whole table."""

@@ -8,6 +8,7 @@ from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.routes.column_wise import ColumnWise
 from mfdist.sharding.routes.local import LocalRoute
+from mfdist.sharding.routes.pooled_rows import PooledRows
 from mfdist.sharding.routes.replicated import Replicated
 from mfdist.sharding.routes.route import Route
 from mfdist.sharding.routes.row_wise import RowWise
@@ -57,6 +58,9 @@ def route_of(plan: TablePlan, exchanges: MeshExchanges) -> Route:
 
 def _by_rows(plan: TablePlan, rows: Sequence[tuple[int, int]], row_dim: int, exchange: Exchange) -> Route:
     wires = (plan.forward_dtype, plan.backward_dtype)
-    row_wise = RowWise(plan.name, rows, row_dim, exchange, wires, deduplicate=plan.deduplicate)
-    is_by_slots = plan.kind == "table_wise" or plan.code_stride > 0
+    row_wise: Route = RowWise(plan.name, rows, row_dim, exchange, wires, deduplicate=plan.deduplicate)
+    if plan.pooled and plan.kind != "table_wise":
+        row_wise = PooledRows(plan.name, rows, row_dim, exchange, wires)
+    # Where rows are pooled and a lookup's slots happen to lie on one rank each, they are summed as slots are.
+    is_by_slots = plan.kind == "table_wise" or plan.code_stride > 0 or plan.pooled
     return TableWise(plan.name, rows, row_dim, exchange, row_wise, wires) if is_by_slots else row_wise

@@ -77,25 +77,56 @@ class Returns:
         flat = requests.positions.reshape(-1).long()
         bounds = flat.new_tensor([0, *requests.counts]).cumsum(0)
         owners = torch.bucketize(flat, bounds[1:], right=True)
-        lookups = torch.sort(owners.to(torch.int16), stable=True).indices
-        tokens = lookups // max(1, num_lookups)
-        by_owner = owners[lookups]
-        is_first = torch.ones_like(tokens, dtype=torch.bool)
-        is_first[1:] = (tokens[1:] != tokens[:-1]) | (by_owner[1:] != by_owner[:-1])
-        firsts = is_first.nonzero().squeeze(1)
-        runs = torch.diff(firsts, append=firsts.new_tensor([tokens.numel()]))
-        world_size = len(requests.counts)
-        counted = torch.stack(
-            [torch.bincount(owner, minlength=world_size) for owner in (by_owner[firsts], owners)]
-        ).tolist()
+        lookups, tokens, runs, counts = _by_owner(owners, num_lookups, len(requests.counts))
         places = (flat - bounds[owners])[lookups].to(requests.positions.dtype)
-        return cls(tokens[firsts], runs.int(), lookups, places, (counted[0], counted[1]))
+        return cls(tokens, runs, lookups, places, counts)
 
     @classmethod
     def nothing(cls, requests: Requests) -> Self:
         """Return what goes back where no gradient is wanted."""
         empty, zeros = requests.row_ids.new_empty(0), [0] * len(requests.counts)
         return cls(empty, empty, empty, empty, (zeros, zeros))
+
+
+@dataclass(frozen=True)
+class OwnerLookups:
+    """A lookup grouped by owner, what one owner answers staying in the order of the tokens."""
+
+    row_ids: Tensor  # [n·K] int32 or int64, counted from the first row of the owner
+    lookups: Tensor  # [n·K] int64: n·K + k in the same order
+    tokens: Tensor  # [P] int64: which tokens, those for rank 0 first
+    runs: Tensor  # [P] int32: how many lookups each has there
+    counts: tuple[list[int], list[int]]  # tokens and lookups for each rank
+
+    @classmethod
+    def of(cls, lookup: LookupArguments, rows: Sequence[tuple[int, int]], num_rows: int) -> Self:
+        """Group a lookup's ids, which must be in range; see `Requests.of`."""
+        ids = lookup.row_ids.long()
+        if lookup.code_stride:
+            ids = ids + lookup.code_stride * torch.arange(lookup.num_lookups, device=ids.device)
+        starts = _rank_starts(rows)
+        flat = _renumbered(ids.reshape(-1), rows, starts)
+        owners = torch.bucketize(flat, flat.new_tensor(starts[1:]), right=True)
+        lookups, tokens, runs, counts = _by_owner(owners, lookup.num_lookups, len(rows))
+        local = (flat - flat.new_tensor(starts)[owners])[lookups]
+        dtype = torch.int32 if num_rows <= torch.iinfo(torch.int32).max else torch.int64
+        return cls(local.to(dtype), lookups, tokens, runs, counts)
+
+
+def _by_owner(
+    owners: Tensor, num_lookups: int, world_size: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[list[int], list[int]]]:
+    """Return the lookups in the order of their owners, the tokens and runs of each, and both counted for each rank."""
+    lookups = torch.sort(owners.to(torch.int16), stable=True).indices
+    tokens = lookups // max(1, num_lookups)
+    by_owner = owners[lookups]
+    is_first = torch.ones_like(tokens, dtype=torch.bool)
+    is_first[1:] = (tokens[1:] != tokens[:-1]) | (by_owner[1:] != by_owner[:-1])
+    firsts = is_first.nonzero().squeeze(1)
+    runs = torch.diff(firsts, append=firsts.new_tensor([tokens.numel()]))
+    counted = torch.stack([torch.bincount(owner, minlength=world_size) for owner in (by_owner[firsts], owners)])
+    in_tokens, in_lookups = counted.tolist()
+    return lookups, tokens[firsts], runs.int(), (in_tokens, in_lookups)
 
 
 def _rank_starts(rows: Sequence[tuple[int, int]]) -> list[int]:

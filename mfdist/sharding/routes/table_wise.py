@@ -16,7 +16,6 @@ from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
-from mfdist.sharding.routes.row_wise import RowWise
 from mfdist.sharding.wire import Wire
 
 
@@ -28,7 +27,7 @@ class TableWise(Route):
         rows: [begin, end) of each rank's rows; empty where it has none.
         row_dim: D, of all of them.
         exchange: among the ranks that share the rows.
-        row_wise: what takes lookups whose slots do not lie on one rank each, such as those by row ids.
+        otherwise: what takes lookups whose slots do not lie on one rank each, such as those by row ids.
         wires: what partial sums travel as, and gradients.
 
     Bytes sent a rank: n·K·(i + s)·(W − 1)/W + n·D·b·(W − 1) forward, n·D·b·(W − 1) + n·K·s·(W − 1)/W backward.
@@ -40,7 +39,7 @@ class TableWise(Route):
         rows: Sequence[tuple[int, int]],
         row_dim: int,
         exchange: Exchange,
-        row_wise: RowWise,
+        otherwise: Route,
         wires: tuple[torch.dtype, torch.dtype],
     ) -> None:
         self._name = name
@@ -49,7 +48,7 @@ class TableWise(Route):
         self._owners = [int(end > begin) for begin, end in rows]  # a rank without rows has nothing to add
         self._num_rows = max(end for _, end in rows)
         self._exchange = exchange
-        self._row_wise = row_wise
+        self._otherwise = otherwise
         self._forward_wire, self._backward_wire = wires
         self._local = LocalRoute(name)
 
@@ -57,7 +56,7 @@ class TableWise(Route):
         """Return the sums; see `Route.forward`."""
         slots = self._slots(lookup)
         if slots is None:
-            out, kept = self._row_wise.forward(weight, lookup, is_training=is_training)
+            out, kept = self._otherwise.forward(weight, lookup, is_training=is_training)
             return out, Kept(kept.tensors, (None, kept.others))
         exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
         call = lookup.call(self._name, "table_wise")
@@ -86,7 +85,7 @@ class TableWise(Route):
         """Return the gradients; see `Route.backward`."""
         if kept.others[0] is None:
             below = Kept(kept.tensors, kept.others[1])
-            return self._row_wise.backward(weight, below, grad_output, must_list=must_list)
+            return self._otherwise.backward(weight, below, grad_output, must_list=must_list)
         opened = self._exchange.open(replace(kept.others[0], phase="gradient"))
         everyones, local = self._dispatch_gradient(opened, weight, kept, grad_output)
         row_gradient, slot_gradients = self._local.backward(weight, local, everyones, must_list=must_list)
@@ -95,7 +94,7 @@ class TableWise(Route):
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows; see `Route.update`."""
         if kept.others[0] is None:
-            return self._row_wise.update(weight, Kept(kept.tensors, kept.others[1]), grad_output, state)
+            return self._otherwise.update(weight, Kept(kept.tensors, kept.others[1]), grad_output, state)
         opened = self._exchange.open(replace(kept.others[0], phase="update"))
         everyones, local = self._dispatch_gradient(opened, weight, kept, grad_output)
         return self._combine(opened, kept, self._local.update(weight, local, everyones, state))

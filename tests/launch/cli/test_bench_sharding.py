@@ -11,7 +11,7 @@ def test_every_kind_is_compared_and_timed(mfdist, tmp_path):
     code, out, err = mfdist("bench", "sharding", *options, "--json", found)
     assert code == 0, err
     results = {result["contender"]: result for result in json.loads(found.read_text("utf-8"))["results"]}
-    for kind in ("column_wise", "table_wise", "row_wise", "row_wise-each-time", "replicated"):
+    for kind in ("column_wise", "table_wise", "row_wise", "row_wise-each-time", "row_wise-pooled", "replicated"):
         result = results[kind]
         assert 0 <= result["error"] <= 2e-6 and not result["is_wrong"]
         assert 0 < result["forward_s"] < result["step_s"] and result["num_turns"] >= 3
@@ -27,7 +27,7 @@ def test_every_kind_is_compared_and_timed(mfdist, tmp_path):
         (["--world", "0"], 'such as 2,4; got "0"'),
         (["--device", "tpu"], 'must be auto, cpu or cuda; got "tpu"'),
         (["--device", "cpu", "--case", "nothing"], "one of tiny-qkv, base-ffn2, ids, ids-zipf; got nothing"),
-        (["--device", "cpu", "--contender", "nobody"], "row_wise-each-time, grid, replicated"),
+        (["--device", "cpu", "--contender", "nobody"], "row_wise-each-time, row_wise-pooled, grid, replicated"),
         (["--json", "nowhere/found.json"], "--json must name a file"),
     ],
 )

@@ -1,0 +1,141 @@
+"""Pooled rows: owners sum what a token uses of their rows; the partial sums are added up where the tokens are.
+
+Forward: ids and scores of each lookup go to the row's owner, grouped by token; one partial sum a token comes back.
+Backward: the gradient of a token goes once to each of those owners, which kept the rest; score gradients come back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mfdist.kernels import ragged_gradient
+from mfdist.optim import RowState
+from mfdist.sharding.exchange import Exchange
+from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.local import summed_dtype
+from mfdist.sharding.routes.requests import OwnerLookups
+from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+from mfdist.sharding.wire import Wire
+
+
+class PooledRows(Route):
+    """Partial sums are added in the order of the ranks: repeatable, and an unsharded table's up to rounding.
+
+    Row gradients are summed as an unsharded table's are, to the same bits.
+
+    Args:
+        name: the table's.
+        rows: [begin, end) of each rank's rows; empty where it has none.
+        row_dim: D, of all of them.
+        exchange: among the ranks that share the rows.
+        wires: what partial sums travel as, and gradients.
+
+    Bytes sent a rank: n·K·(i + s)·(W − 1)/W + p·(D·b + 4) forward, p·D·b + n·K·s·(W − 1)/W backward,
+    p ≤ n·min(K, W − 1) being pairs of a token and an owner.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[tuple[int, int]],
+        row_dim: int,
+        exchange: Exchange,
+        wires: tuple[torch.dtype, torch.dtype],
+    ) -> None:
+        self._name = name
+        self._rows = tuple(rows)
+        self._row_dim = row_dim
+        self._num_rows = max(end for _, end in rows)
+        self._exchange = exchange
+        self._forward_wire, self._backward_wire = wires
+
+    def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
+        """Return the sums; see `Route.forward`."""
+        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
+        call = lookup.call(self._name, "pooled rows")
+        refusal = refusal_of(lookup, self._num_rows, weight, self._name, must_look=True)
+        if refusal is not None:
+            exchange.open(call, refusal=refusal).wait()
+        asked = OwnerLookups.of(lookup, self._rows, self._num_rows)
+        token_counts, lookup_counts = asked.counts
+        most = [max(counts) for counts in asked.counts]
+        opened = exchange.open(call, [[*counts, *most] for counts in zip(*asked.counts, strict=True)])
+        their_tokens, their_lookups, *largest = (list(column) for column in zip(*opened.wait(), strict=True))
+        most = [max(column) for column in largest]
+        by_lookup, by_token = (lookup_counts, their_lookups, most[1]), (token_counts, their_tokens, most[0])
+        arriving_runs = exchange.send(opened, asked.runs, *by_token)
+        arriving_ids = exchange.send(opened, asked.row_ids, *by_lookup)
+        arriving_scores = exchange.send(opened, lookup.scores.reshape(-1)[asked.lookups], *by_lookup)
+        runs, row_ids, scores = arriving_runs.wait(), arriving_ids.wait(), arriving_scores.wait()
+        width = wire.width(self._row_dim)
+        returned = exchange.send(
+            opened,
+            wire.encode(_ragged_sums(self._as_wide(weight), row_ids, runs, scores)),
+            [count * width for count in their_tokens],
+            [count * width for count in token_counts],
+            most[0] * width,
+        ).wait()
+        out = weight.new_zeros(lookup.num_tokens, self._row_dim, dtype=summed_dtype(weight))
+        shares = wire.decode(returned.view(sum(token_counts), width)).split_with_sizes(token_counts)
+        for tokens, share in zip(asked.tokens.split_with_sizes(token_counts), shares, strict=True):
+            if tokens.numel() == lookup.num_tokens:
+                out += share
+            else:  # a token is there once
+                out.index_add_(0, tokens, share.to(out.dtype))
+        kept = (row_ids, scores, runs, lookup.scores, asked.tokens, asked.lookups)
+        return out.to(weight.dtype), Kept(kept, (call, asked.counts, (their_tokens, their_lookups), most))
+
+    def backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
+    ) -> tuple[RowGradient, Tensor]:
+        """Return the gradients, always of the rows that were looked up; see `Route.backward`."""
+        return self._backward(
+            weight, kept, grad_output, "gradient", summed_dtype(weight) if must_list else weight.dtype
+        )
+
+    def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
+        """Train the rows; see `Route.update`."""
+        gradient, grad_scores = self._backward(weight, kept, grad_output, "update", summed_dtype(weight))
+        state.update(weight, gradient.values, touched=gradient.row_ids, name=self._name)
+        return grad_scores
+
+    def _backward(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, phase: str, dtype: torch.dtype
+    ) -> tuple[RowGradient, Tensor]:
+        call, (token_counts, lookup_counts), (their_tokens, their_lookups), most = kept.others
+        row_ids, their_scores, runs, scores, tokens, lookups = kept.tensors
+        exchange, weight = self._exchange, self._as_wide(weight)
+        wire = Wire(weight.dtype, self._backward_wire)
+        width = wire.width(self._row_dim)
+        opened = exchange.open(replace(call, phase=phase))
+        arriving = exchange.send(
+            opened,
+            wire.encode(grad_output[tokens]),
+            [count * width for count in token_counts],
+            [count * width for count in their_tokens],
+            most[0] * width,
+        )
+        places = torch.repeat_interleave(runs, output_size=row_ids.numel())
+        grads = wire.decode(arriving.wait().view(runs.numel(), width))
+        rows, values, shares = ragged_gradient(
+            weight, row_ids.long(), places, their_scores, grads, self._name, dtype=dtype
+        )
+        returned = exchange.send(opened, shares, their_lookups, lookup_counts, most[1]).wait()
+        opened.wait()
+        grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        grad_scores.view(-1)[lookups] = returned
+        return RowGradient(values, rows), grad_scores
+
+    def _as_wide(self, weight: Tensor) -> Tensor:
+        """Return the held rows, as wide as everyone's where there are none."""
+        return weight if weight.shape[0] else weight.new_empty(0, self._row_dim)
+
+
+def _ragged_sums(weight: Tensor, row_ids: Tensor, runs: Tensor, scores: Tensor) -> Tensor:
+    """Return one sum of rows [P, D] for each run of lookups."""
+    if not runs.numel():
+        return weight.new_empty(0, weight.shape[1])
+    starts = runs.cumsum(0, dtype=row_ids.dtype) - runs
+    return nn.functional.embedding_bag(row_ids, weight, starts, mode="sum", per_sample_weights=scores.to(weight.dtype))
