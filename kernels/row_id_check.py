@@ -52,7 +52,7 @@ class _PinnedWords:
         with self._lock:
             if self._words is None:
                 # Two to a row, so that every word is aligned alike: Triton compiles a kernel for each alignment.
-                words = torch.full((_MAX_WORDS, 2), NOTHING, dtype=torch.int64)
+                words = torch.full((_MAX_WORDS, 2), NOTHING, dtype=torch.int64, device="cpu")
                 self._words = words.pin_memory() if torch.cuda.is_available() else words
             slot = self._slots.setdefault(key, min(len(self._slots), _MAX_WORDS - 1))
             return self._words[slot, :1]

@@ -231,7 +231,15 @@ def test_no_file_is_longer_than_400_lines() -> None:
 
 def test_tests_mirror_the_source() -> None:
     """A test file stands where its module stands, so that it can be found; suites across modules have own folders."""
-    across = {"compat", "test_documents.py", "test_makefile.py", "test_packaging.py", "test_structure.py", "benchmarks"}
+    across = {
+        "compat",
+        "test_documents.py",
+        "test_makefile.py",
+        "test_packaging.py",
+        "test_structure.py",
+        "benchmarks",
+        "distributed",
+    }
     tops = {path.name for path in (ROOT / "mfdist").iterdir()} | across
     strays = [
         path.name

@@ -75,10 +75,12 @@ def make_batch(case: ShardingCase, rank: int, device: torch.device) -> Batch:
     )
 
 
-def first_rows(case: ShardingCase, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """Return the values that a part of the table starts with."""
+def first_rows(
+    case: ShardingCase, rows: tuple[int, int], columns: tuple[int, int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the values that a part of the table starts with on this kind of device."""
     region = Region(rows=rows, columns=columns)
-    part = torch.empty(region.shape)
+    part = torch.empty(region.shape, device=device)
     draw_rows(part, case.spec, region, STD, SEED)
     return part
 
@@ -92,7 +94,7 @@ def expected_sums(case: ShardingCase, rank: int, world_size: int, device: torch.
     spec = case.spec
     if spec.num_bytes > _CHECKED_BYTES:
         return None
-    rows = first_rows(case, spec.region.rows, spec.region.columns).to(device, torch.float64)
+    rows = first_rows(case, spec.region.rows, spec.region.columns, device).double()
     own = make_batch(case, rank, device)
     before = _sums(rows, own)
     for each in range(world_size):

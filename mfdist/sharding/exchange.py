@@ -130,7 +130,7 @@ class Exchange:
         each = counts if counts and isinstance(counts[0], Sequence) else [counts] * self.world_size
         head = [*call.encode(number), int(refusal is not None)]
         lines = [[*head, *line, *[0] * (NUM_COUNTS - len(line))] for line in each]  # type: ignore[misc, arg-type]
-        sent = torch.tensor(lines, dtype=torch.int64)
+        sent = torch.tensor(lines, dtype=torch.int64, device="cpu")
         received = torch.empty_like(sent)
         self.traffic.control_bytes += sent.nbytes // self.world_size * (self.world_size - 1)
         opened = Opened(exchange=self, call=call, number=number, sent=sent, received=received, refusal=refusal)

@@ -16,6 +16,7 @@ from mfdist.sharding.workload import TableLoad, Workload
 _INDEX_BYTES = 8  # of a token's or a lookup's number
 _RUN_BYTES = 4
 _ACCUMULATOR_BYTES = 4
+_SUM_BYTES = 4  # what rows' gradients are summed in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Footprint:
         gradients: their gradient, where every weight has one.
         states: what the row optimiser keeps.
         saved: kept from a lookup to its backward; adds up over the tables of a model.
-        transient: lives during one exchange; the largest table's counts.
+        transient: lives during one exchange, a rank's share of its own included, and where rows' gradients are listed
+            before they are used, those; the largest table's counts.
     """
 
     weights: Floats
@@ -62,13 +64,12 @@ def footprint(
     """
     cells = held.rows * held.columns
     weights = cells * plan.dtype.itemsize
-    largest = np.max([transfer.sent + transfer.received for transfer in exchanges], axis=0) if exchanges else 0 * cells
     return Footprint(
         weights=weights,
         gradients=0 * cells if workload.is_fused else weights,
         states=state_bytes(held, workload),
         saved=_saved(plan, held, load, num_tokens, ranks_per_host) + _copy_bytes(plan, cells, workload),
-        transient=largest,
+        transient=_transient(plan, held, load, workload, exchanges, num_tokens, ranks_per_host),
     )
 
 
@@ -81,6 +82,33 @@ def state_bytes(held: Holdings, workload: Workload) -> Floats:
             return np.where(held.columns > 0, held.rows * _ACCUMULATOR_BYTES, 0)
         case "adam":
             return 2 * held.rows * held.columns * workload.state_dtype.itemsize
+
+
+def _transient(
+    plan: TablePlan,
+    held: Holdings,
+    load: TableLoad,
+    workload: Workload,
+    exchanges: list[Transfer],
+    num_tokens: int,
+    ranks_per_host: int,
+) -> Floats:
+    """Return the bytes of the fullest exchange, and of the gradients of rows that are listed meanwhile."""
+    if not exchanges:
+        return 0 * held.rows
+    group = {"world": held.world_size, "inside": ranks_per_host, "between": held.world_size // ranks_per_host}
+    fullest = {"forward": 0 * held.rows, "backward": 0 * held.rows}
+    for transfer in exchanges:
+        # What stays on a rank lies in the same buffers as what leaves it.
+        whole = (transfer.sent + transfer.received) * group[transfer.axis] / (group[transfer.axis] - 1)
+        fullest[transfer.phase] = np.maximum(fullest[transfer.phase], whole)
+    is_by_rows = plan.kind in ("row_wise", "grid") and not sums_slots(plan, load)
+    has_squares = workload.is_fused and workload.rule == "rowwise_adagrad" and plan.kind in ("column_wise", "grid")
+    if is_by_rows or has_squares:
+        touched = load.num_unique(plan.num_rows, num_tokens * held.world_size) / plan.num_rows
+        item_bytes = max(plan.dtype.itemsize, _SUM_BYTES if workload.is_fused else 0)
+        fullest["backward"] = fullest["backward"] + touched * held.rows * held.columns * item_bytes
+    return np.maximum(fullest["forward"], fullest["backward"])
 
 
 def _copy_bytes(plan: TablePlan, cells: Floats, workload: Workload) -> Floats:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD
 from mfdist.table import Table
 from mfdist.testing import oracles
-from mfdist.testing.table_conformance import DTYPES, assert_close, grad_output_of
+from mfdist.testing.table_conformance import DTYPES, assert_close, floats, grad_output_of
 
 _OPTIMIZERS = (
     RowSGD(lr=0.1, weight_decay=0.5),
@@ -57,15 +57,15 @@ class FusedConformance(ABC):
             out: Tensor = table(ids, scores, code_stride=code_stride)
             assert torch.equal(self.rows_of(table), before)  # a lookup changes nothing
             out.backward(grad_output_of(out))  # type: ignore[no-untyped-call]
-            exact = (before.double().numpy(), ids.numpy(), scores.detach().double().numpy())
-            grads, grad_scores = oracles.row_gradient(*exact, grad_output_of(out).double().numpy(), code_stride)
+            exact = (floats(before), ids.cpu().numpy(), floats(scores))
+            grads, grad_scores = oracles.row_gradient(*exact, floats(grad_output_of(out)), code_stride)
             assert scores.grad is not None
             assert_close(scores.grad, grad_scores)
             touched = torch.unique(ids + code_stride * torch.arange(5))
             wanted = oracles.row_update(
-                before[touched].double().numpy(),
-                [state[touched].double().numpy() for state in states],
-                grads[touched.numpy()],
+                floats(before[touched]),
+                [floats(state[touched]) for state in states],
+                grads[touched.cpu().numpy()],
                 rule.kind,
                 optimizer.lr,
                 step,

@@ -68,7 +68,7 @@ def test_what_backward_needs_is_kept_where_it_sums():
 
 def test_buffers_are_those_of_the_largest_exchange():
     _, found = of(table_wise(SPEC, 2, 16), 2)
-    assert found.transient.tolist() == [2 * 10 * 16 * 4]  # sums sent and received
+    assert found.transient.tolist() == [2 * 2 * 10 * 16 * 4]  # sums made and received, for both ranks' tokens
 
 
 def test_rows_read_narrower_than_they_are_kept_are_copied():

@@ -27,7 +27,8 @@ def make_plan(kind, spec, world_size, stride=0, **options):
     if kind == "some_rows":  # the first rank has none
         return kinds.row_wise(spec, range(1, world_size) if world_size > 1 else 1, deduplicate=False, **options)
     if kind == "pooled_rows":  # cut within slots
-        return kinds.row_wise(spec, world_size, pooled=True, **options)
+        inner = [cut + 1 for cut in even_cuts(spec.num_rows, world_size)[1:-1]]
+        return kinds.row_wise(spec, world_size, cuts=(0, *inner, spec.num_rows), pooled=True, **options)
     if kind == "pooled_slots":
         cuts = even_cuts(spec.num_rows, world_size, stride or 1)
         return kinds.row_wise(spec, world_size, cuts=cuts, pooled=True, **options)
@@ -81,6 +82,7 @@ def lookup_of(stride, num_lookups, num_rows, num_tokens, row_dim):
 def unsharded(rows, ids, scores, grads, stride):
     """Return what one table gives for all ranks' tokens: sums, row gradients and score gradients."""
     table = LocalTable(TableSpec(name="t", num_rows=rows.shape[0], row_dim=rows.shape[1], dtype=rows.dtype))
+    table.to(rows.device)
     with torch.no_grad():
         table.weight.copy_(rows)
     scores = scores.clone().requires_grad_()
@@ -95,12 +97,14 @@ def compared(rank, kind, stride, options, exchanges=None):
     num_lookups, row_dim, dtype = 5, 23, options.pop("dtype", torch.float32)
     num_rows = num_lookups * (stride or 40)
     counts = token_counts(world_size)
-    rows = torch.randn(num_rows, row_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
-    ids, scores, grads = lookup_of(stride, num_lookups, num_rows, sum(counts), row_dim)
+    exchanges = exchanges or exchanges_for(kind, world_size)
+    device = exchanges.device
+    rows = torch.randn(num_rows, row_dim, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    parts = lookup_of(stride, num_lookups, num_rows, sum(counts), row_dim)
+    ids, scores, grads = (part.to(device) for part in parts)
     scaled = grads.to(dtype) / world_size
     wanted = unsharded(rows, ids, scores, scaled, stride)
     spec = TableSpec(name="t", num_rows=num_rows, row_dim=row_dim, dtype=dtype)
-    exchanges = exchanges or exchanges_for(kind, world_size)
     table = sharded(rows, make_plan(kind, spec, world_size, stride, **options), exchanges)
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     got = []

@@ -1,0 +1,187 @@
+"""Sharded tables on the GPUs of this machine, over NCCL: one command, any number of GPUs; or CPUs, over gloo.
+
+    python -m tests.distributed.nccl_suite                       # worlds 1, 2, 4, … up to all GPUs
+    python -m tests.distributed.nccl_suite --device cpu --world 1,2,4
+
+It runs, for each world size: the conformance suite of every table for every kind of sharding; a comparison of each kind
+with one table on one device; the fullest moment of a rank's memory, against its share of the table and what the plan
+announced; a table larger than one GPU's memory, where there are several; and `mfdist bench sharding`. What fails is
+told and the rest goes on; the exit code is 1 then. `--only` runs some parts, `--json` writes everything found.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mfdist.benchmarks.sharding import chosen, compare
+from mfdist.testing.run_ranks import RankPool
+from tests.distributed import suite_ranks
+
+PARTS = ("conformance", "equality", "memory", "large", "bench")
+MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
+#: Of all GPUs' memory, what the table that one of them cannot hold takes.
+_LARGE_SHARE = 0.65
+_DEADLINE_S = 300.0
+
+
+class Suite:
+    """Runs parts one after the other, and keeps what was found and what failed."""
+
+    def __init__(self, device: str, until_s: float) -> None:
+        self.device, self.until_s = device, until_s
+        self.found: dict[str, list[dict[str, object]]] = {part: [] for part in PARTS}
+        self.failed: list[str] = []
+        self.late: list[str] = []
+
+    def tell(self, text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    def attempt(self, what, function):
+        """Return what a part gives, or None where it fails or there is no time left for it."""
+        if time.monotonic() > self.until_s:
+            self.late.append(what)
+            return None
+        began = time.monotonic()
+        try:
+            result = function()
+        except Exception:  # noqa: BLE001 - whatever fails is told, and the rest goes on
+            self.failed.append(what)
+            self.tell(f"FAILED {what}\n{traceback.format_exc()[-3000:]}")
+            return None
+        self.tell(f"ok     {what} ({time.monotonic() - began:.1f} s)")
+        return result
+
+    def run(self, part: str, world_size: int, options: argparse.Namespace) -> None:
+        getattr(self, part)(world_size, options)
+
+    def conformance(self, world_size: int, options: argparse.Namespace) -> None:
+        with self._pool() as pool:
+            for kind in self._kinds(world_size, options):
+                names = self._on_ranks(
+                    pool, f"conformance {world_size} {kind}", suite_ranks.conformance, world_size, kind
+                )
+                if names:
+                    self._keep("conformance", world_size, kind=kind, cases=len(names[0]))
+
+    def equality(self, world_size: int, options: argparse.Namespace) -> None:
+        with self._pool() as pool:
+            for kind in self._kinds(world_size, options):
+                told = self._on_ranks(pool, f"equality {world_size} {kind}", suite_ranks.equality, world_size, kind)
+                if told:
+                    distance, is_exact = max(each[0] for each in told), all(each[1] for each in told)
+                    self._keep("equality", world_size, kind=kind, distance=distance, same_bits=is_exact)
+                    self.tell(f"         {distance:.1e} off, {'the same bits' if is_exact else 'other bits'}")
+
+    def memory(self, world_size: int, options: argparse.Namespace) -> None:
+        with self._pool() as pool:
+            for kind in self._kinds(world_size, options):
+                if kind not in MEMORY_KINDS:
+                    continue
+                ranks = self._on_ranks(pool, f"memory {world_size} {kind}", suite_ranks.peak_memory, world_size, kind)
+                for rank, each in enumerate(ranks or ()):
+                    most = each["allowed"] + each["announced"]
+                    self._keep("memory", world_size, kind=kind, rank=rank, **each)
+                    if each["peak"] > most:
+                        self.failed.append(f"memory {world_size} {kind} rank {rank}")
+                    self.tell(
+                        f"         rank {rank}: {each['peak'] / 1e9:.3f} GB at the fullest, {most / 1e9:.3f} allowed; "
+                        f"rows and states {each['held'] / 1e9:.3f}, announced buffers {each['announced'] / 1e9:.3f}"
+                    )
+
+    def large(self, world_size: int, options: argparse.Namespace) -> None:
+        if self.device != "cuda" or world_size == 1:
+            return
+        num_bytes = int(torch.cuda.get_device_properties(0).total_memory * world_size * _LARGE_SHARE)
+        with self._pool() as pool:
+            what = f"large {world_size}: {num_bytes / 1e9:.0f} GB"
+            function = suite_ranks.larger_than_one
+            held = self._on_ranks(pool, what, function, world_size, self.device, num_bytes, is_by_kind=False)
+            if held:
+                self._keep("large", world_size, num_bytes=sum(held))
+
+    def bench(self, world_size: int, options: argparse.Namespace) -> None:
+        cases, contenders = chosen(self.device, options.case or (), options.contender or ())
+        for case in cases:
+            compared = compare(self.device, [world_size], [case], contenders, seconds=options.seconds)
+            for result in (
+                self.attempt(f"bench {world_size} {case.name}", lambda compared=compared: list(compared)) or ()
+            ):
+                share, rate = result.share_of_plain, result.tokens_per_s
+                self._keep("bench", world_size, **{**asdict(result), "tokens_per_s": rate, "share_of_plain": share})
+                if result.is_wrong:
+                    self.failed.append(f"bench {world_size} {case.name} {result.contender}")
+                self.tell(_bench_line(result))
+
+    def _pool(self) -> RankPool:
+        return RankPool()
+
+    def _kinds(self, world_size: int, options: argparse.Namespace) -> list[str]:
+        return [kind for kind in suite_ranks.kinds_for(world_size) if not options.kind or kind in options.kind]
+
+    def _on_ranks(self, pool, what, function, world_size, *arguments, is_by_kind=True):
+        arguments = (*arguments, self.device) if is_by_kind else arguments
+        backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
+        return self.attempt(
+            what, lambda: pool.run(function, world_size, *arguments, timeout_s=_DEADLINE_S, backend=backend)
+        )
+
+    def _keep(self, part: str, world_size: int, **values: object) -> None:
+        self.found[part].append({"world_size": world_size, **values})
+
+
+def _bench_line(result) -> str:
+    if result.step_s is None:
+        return f"         {result.contender}: {result.note}"
+    line = f"         {result.contender}: forward {result.forward_s * 1e3:.2f} ms, step {result.step_s * 1e3:.2f} ms, "
+    line += f"{result.tokens_per_s:.3g} tokens/s"
+    if result.sent_bytes is not None:
+        line += f", {result.sent_bytes / 1e6:.1f} MB sent, {result.share_of_plain or 0:.2f} of a plain all-to-all"
+        line += f" ({(result.sent_bytes / result.plain_s if result.plain_s else 0) / 1e9:.1f} GB/s)"
+    if result.overlap is not None:
+        line += f", {result.overlap:.0%} of NCCL's time overlapped"
+    return line if result.peak_bytes is None else f"{line}, peak {result.peak_bytes / 1e9:.2f} GB"
+
+
+def _worlds(text: str | None, device: str) -> list[int]:
+    if text is not None:
+        return [int(part) for part in text.split(",")]
+    most = torch.cuda.device_count() if device == "cuda" else 4
+    return [size for size in (1, 2, 4, 8, 16) if size <= most]
+
+
+def main() -> int:
+    """Run what the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--world", metavar="N,N,…", help="world sizes; by default 1, 2, 4, … up to all GPUs")
+    parser.add_argument("--only", action="append", choices=PARTS, help="run this part; may be repeated")
+    parser.add_argument("--kind", action="append", help="of sharding, in conformance, equality and memory")
+    parser.add_argument("--case", action="append", help="pattern of the benchmark's cases")
+    parser.add_argument("--contender", action="append", help="pattern of the benchmark's contenders")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of the benchmark, each contender and case")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found")
+    options = parser.parse_args()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast off
+    suite = Suite(options.device, time.monotonic() + 60 * options.minutes)
+    for world_size in _worlds(options.world, options.device):
+        for part in options.only or PARTS:
+            suite.run(part, world_size, options)
+            if options.json is not None:
+                document = {"found": suite.found, "failed": suite.failed, "not_begun": suite.late}
+                options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    told = f"{len(suite.failed)} failed: {', '.join(suite.failed)}" if suite.failed else "all passed"
+    suite.tell(f"{told}; not begun for want of time: {', '.join(suite.late) or 'nothing'}")
+    return int(bool(suite.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What ranks do in the suite of sharded tables on several GPUs; on CPUs the same over gloo."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from mfdist.optim import RowAdam, RowSGD
+from mfdist.sharding import kinds
+from mfdist.sharding.cost import price_table
+from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.topology import cpu
+from mfdist.sharding.workload import TableLoad, Workload
+from mfdist.spec import TableSpec
+from mfdist.tables.sharded import ShardedTable
+from mfdist.testing.sharded_tables import ShardedConformance, run_conformance
+from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.tables import sharded_ranks
+
+KINDS = (
+    "row_wise",
+    "uneven_rows",
+    "some_rows",
+    "pooled_rows",
+    "pooled_slots",
+    "column_wise",
+    "table_wise",
+    "one_owner",
+    "replicated",
+)
+FROM_TWO = ("uneven_columns", "grid", "slot_grid", "pooled_grid")
+EXACT = ("row_wise", "uneven_rows", "some_rows", "column_wise", "uneven_columns", "one_owner", "grid")
+
+#: Codes, as many rows as a table of 256 MiB on a CPU and 2 GiB on a GPU has.
+_LOAD = TableLoad(num_lookups=32, code_stride=1024, id_bytes=4)
+_TOKENS = 256
+_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def kinds_for(world_size):
+    """Return the kinds that so many ranks can have; grids need an even number."""
+    return [kind for kind in (*KINDS, *FROM_TWO) if kind in KINDS or world_size % 2 == 0]
+
+
+def exchanges_on(device, kind):
+    world_size = dist.get_world_size()
+    shape = (2, world_size // 2) if "grid" in kind else (world_size,)
+    return MeshExchanges(init_device_mesh(device, shape))
+
+
+def conformance(rank, kind, device):
+    """Return the names of the cases every table must pass, passed by this kind."""
+    exchanges, world_size = exchanges_on(device, kind), dist.get_world_size()
+    suite = ShardedConformance(exchanges, lambda spec: sharded_ranks.make_plan(kind, spec, world_size))
+    with exchanges.device:
+        return run_conformance(suite)
+
+
+def equality(rank, kind, device):
+    """Return the largest distance from an unsharded table on one device, and whether all bits are the same."""
+    distance, is_exact = 0.0, True
+    for stride in (0, 8):
+        got, wanted, repeats = sharded_ranks.compared(rank, kind, stride, {}, exchanges_on(device, kind))
+        assert repeats, f"{kind} gave other bits in a repetition"
+        for one, other in zip(got, wanted, strict=True):
+            distance = max(distance, relative_error(one.cpu(), other.cpu()))
+        is_exact &= all(torch.equal(one, other) for one, other in zip(got[:2], wanted[:2], strict=True))
+    assert distance <= TOLERANCES["float32"], f"{kind} is {distance:.1e} off"
+    return distance, is_exact
+
+
+def peak_memory(rank, kind, device):
+    """Return this rank's bytes: of its rows and states, at the fullest moment of training, and what is allowed then.
+
+    Allowed is its share of the table with Adam's states, 10 % of that, and what the plan announces beside.
+    """
+    world_size = dist.get_world_size()
+    rows, width = _LOAD.num_lookups * _LOAD.code_stride, 2048 if device == "cpu" else 16384
+    _trained(kind, device, TableSpec(name="small", num_rows=rows, row_dim=64))  # what is compiled and allocated once
+    before = _reset_peak(device)
+    spec = TableSpec(name="large", num_rows=rows, row_dim=width)
+    table = _trained(kind, device, spec)
+    peak = _peak(device) - before
+    held = table.weight.nbytes + sum(state.nbytes for state in table.row_state.tensors.values())
+    workload = Workload(
+        batch_tokens=_TOKENS * world_size, loads={spec.name: _LOAD}, rule="adam", is_fused=True, deduplicate=True
+    )
+    cost = price_table(table.plan, cpu(world_size, 2 if "grid" in kind else 1), workload)
+    announced = cost.held.on_ranks(cost.footprint.saved + cost.footprint.transient)[rank]
+    return {"held": held, "peak": peak, "announced": announced, "allowed": 1.1 * 3 * spec.num_bytes / world_size}
+
+
+def larger_than_one(rank, device, num_bytes):
+    """Train a table of so many bytes, columns cut; return this rank's bytes once its sums are those expected."""
+    world_size, num_tokens, num_lookups, width = dist.get_world_size(), 64, 8, 8192
+    rows = num_bytes // (2 * width)
+    spec = TableSpec(name="huge", num_rows=rows, row_dim=width, dtype=torch.bfloat16)
+    exchanges = exchanges_on(device, "column_wise")
+    table = ShardedTable(kinds.column_wise(spec, world_size), exchanges, device=exchanges.device, seed=5)
+    table.fuse(RowSGD(lr=1.0))
+    # All lookups of all ranks are of different rows, the last one among them.
+    lookups = torch.arange(num_tokens * num_lookups * world_size) * (rows // (num_tokens * num_lookups * world_size))
+    lookups[-1] = rows - 1
+    ids = lookups.view(world_size, num_tokens, num_lookups)[rank].to(exchanges.device)
+    scores = torch.ones(num_tokens, num_lookups, device=exchanges.device)
+    grads = torch.ones(num_tokens, width, device=exchanges.device, dtype=torch.bfloat16)
+    before = table(ids, scores)
+    expected = before.detach().float() - num_lookups / world_size
+    before.backward(grads)
+    after = table(ids, scores).detach().float()
+    assert relative_error(after.cpu(), expected.cpu()) <= TOLERANCES["bfloat16"]
+    return table.weight.nbytes
+
+
+def _trained(kind, device, spec):
+    world_size = dist.get_world_size()
+    exchanges = exchanges_on(device, kind)
+    plan = sharded_ranks.make_plan(kind, spec, world_size, _LOAD.code_stride)
+    table = ShardedTable(plan, exchanges, device=exchanges.device).fuse(RowAdam(lr=0.1))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    ids = torch.randint(0, _LOAD.code_stride, (_TOKENS, _LOAD.num_lookups), generator=generator).int()
+    ids = ids.to(exchanges.device)
+    scores = torch.rand(_TOKENS, _LOAD.num_lookups, generator=generator).to(exchanges.device).requires_grad_()
+    for _ in range(2):
+        table(ids, scores, code_stride=_LOAD.code_stride).sum().backward()
+    return table
+
+
+def _reset_peak(device):
+    """Return the memory held now, from which a new peak is counted; on a CPU, Linux's resident memory."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)  # what is freed goes back at once, and counts no longer
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _peak(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

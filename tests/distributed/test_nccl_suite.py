@@ -1,0 +1,47 @@
+"""The suite for several GPUs, on CPUs: what it runs, what it writes, and that a failure is one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed import suite_ranks
+
+
+def suite(tmp_path, *arguments):
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-m", "tests.distributed.nccl_suite", "--device", "cpu", "--json", str(found)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
+    return done.returncode, done.stdout, json.loads(found.read_text("utf-8")) if found.exists() else None
+
+
+def test_kinds_equal_one_table(tmp_path):
+    asked = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid")
+    options = [option for kind in asked for option in ("--kind", kind)]
+    code, out, document = suite(tmp_path, "--world", "2", "--only", "equality", *options)
+    assert code == 0, out
+    assert out.endswith("all passed; not begun for want of time: nothing\n")
+    found = {each["kind"]: each for each in document["found"]["equality"]}
+    assert set(found) == set(asked)
+    for kind, each in found.items():
+        assert each["distance"] <= 2e-6
+        assert each["same_bits"] or kind not in suite_ranks.EXACT
+
+
+@pytest.mark.slow
+def test_all_parts_run_on_two_ranks(tmp_path):
+    options = ("--world", "2", "--kind", "column_wise", "--case", "tiny-qkv", "--contender", "column_wise")
+    code, out, document = suite(tmp_path, *options, "--seconds", "0")
+    assert code == 0, out
+    assert [each["kind"] for each in document["found"]["conformance"]] == ["column_wise"]
+    assert document["found"]["bench"][0]["share_of_plain"] > 0
+
+
+def test_what_is_not_begun_is_told(tmp_path):
+    code, out, document = suite(
+        tmp_path, "--world", "1", "--only", "conformance", "--kind", "row_wise", "--minutes", "0"
+    )
+    assert code == 0
+    assert document["not_begun"] == ["conformance 1 row_wise"] and document["found"]["conformance"] == []
+    assert "not begun for want of time: conformance 1 row_wise" in out
