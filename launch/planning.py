@@ -120,9 +120,22 @@ def describe(question: Question, decision: Decision) -> dict[str, Any]:
     }
 
 
-def simulate(question: Question, machines: Machines, sizes: Sequence[int]) -> list[Decision]:
-    """Return the decision at each world size, the step's tokens being the same and hosts as full as they can be."""
-    return [question.answer(replace(machines, world_size=size).build()) for size in sizes]
+def simulate(question: Question, machines: Machines, sizes: Sequence[int], *, is_weak: bool = False) -> list[Decision]:
+    """Return the decision at each world size, hosts as full as they can be.
+
+    Args:
+        question: its tokens are those of a step at every size, or with `is_weak` at the smallest one.
+        machines: what they are.
+        sizes: of the world, ascending.
+        is_weak: keep the tokens of a rank, so that a step's grow with the ranks.
+    """
+    found = []
+    for size in sizes:
+        tokens = question.workload.batch_tokens
+        tokens = -(-tokens // sizes[0]) * size if is_weak else tokens
+        asked = replace(question, workload=replace(question.workload, batch_tokens=tokens))
+        found.append(asked.answer(replace(machines, world_size=size).build()))
+    return found
 
 
 def _table(explanation: Explanation) -> dict[str, Any]:

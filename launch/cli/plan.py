@@ -38,6 +38,9 @@ def plan(
     simulated: Annotated[
         str | None, typer.Option("--simulate", metavar="N,N,…", help="Predict these world sizes instead, such as 8,64.")
     ] = None,
+    is_weak: Annotated[
+        bool, typer.Option("--weak", help="With --simulate: keep the tokens of a rank, not those of a step.")
+    ] = False,
     plan_file: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Check and price this plan instead of choosing one.")
     ] = None,
@@ -51,13 +54,15 @@ def plan(
 
     Example: mfdist plan base --world 8 --hosts 1 --hbm 80GB
 
-    Example: mfdist plan big.toml --simulate 8,64,512,4096
+    Example: mfdist plan big.toml --simulate 8,64,512,4096 --weak
 
     Times are predictions from the topology's figures. The exit code is 1 if nothing fits.
     """
     sizes = _sizes(simulated)
     if sizes and (world or hosts or plan_file or out):
         raise ConfigError("--simulate chooses the world sizes itself; leave out --world, --hosts, --plan and --out")
+    if is_weak and not sizes:
+        raise ConfigError("--weak is for growth; give world sizes: --simulate 8,64,512 --weak")
     if not sizes and world is None:
         raise ConfigError(f"give the number of ranks: mfdist plan {config} --world 8")
     run = load_config(config, list(settings or ()))
@@ -74,7 +79,7 @@ def plan(
     )
     question = ask(run, batch_tokens)
     if sizes:
-        return _simulate(question, machines, sizes, as_json=as_json)
+        return _simulate(question, machines, sizes, is_weak=is_weak, as_json=as_json)
     return _plan(question, machines, _read(plan_file), out, as_json=as_json)
 
 
@@ -97,12 +102,12 @@ def _plan(
     return failures.DONE
 
 
-def _simulate(question: "Question", machines: "Machines", sizes: list[int], *, as_json: bool) -> int:
+def _simulate(question: "Question", machines: "Machines", sizes: list[int], *, is_weak: bool, as_json: bool) -> int:
     from mfdist.launch.planning import describe, simulate
 
-    documents = [describe(question, decision) for decision in simulate(question, machines, sizes)]
+    documents = [describe(question, decision) for decision in simulate(question, machines, sizes, is_weak=is_weak)]
     if as_json:
-        write_json({"name": question.name, "worlds": documents})
+        write_json({"name": question.name, "scaling": "weak" if is_weak else "strong", "worlds": documents})
     else:
         for line in plan_text.growth(documents):
             typer.echo(line)

@@ -9,9 +9,11 @@ from mfdist.launch import quantities
 #: How a rank's part of a table is drawn.
 MARKS = {
     "row_wise": "▤",
+    "row_wise, pooled": "▨",
     "column_wise": "▥",
     "table_wise": "▧",
     "grid of rows": "▦",
+    "grid of pooled rows": "▣",
     "grid of slots": "▩",
     "replicated": "■",
 }
@@ -40,12 +42,18 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
 
 
 def growth(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield a line for each world size."""
+    """Yield what grows with the ranks, the work or only the speed, and a line for each world size."""
+    fewest, most = documents[0], documents[-1]
+    tokens = fewest["batch_tokens"]
+    if tokens == most["batch_tokens"]:
+        yield f"strong scaling: {tokens:,} tokens a step at every size"
+    else:
+        yield f"weak scaling: {tokens // fewest['world_size']:,} tokens a rank at every size"
     yield f"{'ranks':>7}{'hosts':>7}{'a rank':>11}{'fits':>6}{'step':>10}{'tokens/s':>10}{'efficiency':>12}  kinds"
-    first = documents[0]
     for document in documents:
         size, step_s = document["world_size"], document["step_s"]
-        efficiency = first["step_s"] * first["world_size"] / (step_s * size)
+        # Tokens a second and rank, against those of the fewest ranks.
+        efficiency = (document["batch_tokens"] / step_s / size) / (tokens / fewest["step_s"] / fewest["world_size"])
         kinds = list(dict.fromkeys(table["description"] for table in document["tables"]))
         yield (
             f"{size:>7,}{document['num_hosts']:>7,}{quantities.num_bytes(max(document['rank_bytes'])):>11}"
@@ -105,7 +113,8 @@ def _groups(tables: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, 
 
 def _tables(groups: Sequence[tuple[str, list[dict[str, Any]]]]) -> Iterator[str]:
     width = max(len("table"), *(len(name) for name, _ in groups))
-    yield f"{'table':<{width}}  {'kind':<13}{'a rank':>10}{'sent a step':>13}{'time':>10}  why"
+    wide = max(13, *(len(group[0]["description"]) + 1 for _, group in groups))
+    yield f"{'table':<{width}}  {'kind':<{wide}}{'a rank':>10}{'sent a step':>13}{'time':>10}  why"
     for name, group in groups:
         table = group[0]
         ranks = table["ranks"]
@@ -114,7 +123,7 @@ def _tables(groups: Sequence[tuple[str, list[dict[str, Any]]]]) -> Iterator[str]
         sent = max(part["sent_forward_bytes"] + part["sent_backward_bytes"] for part in ranks)
         step_s = table["lookup_s"] + table["exchange_s"] + table["update_s"]
         yield (
-            f"{name:<{width}}  {table['description']:<13}{quantities.num_bytes(size):>10}"
+            f"{name:<{width}}  {table['description']:<{wide}}{quantities.num_bytes(size):>10}"
             f"{quantities.num_bytes(sent):>13}{_seconds(step_s):>10}  {table['reason']}"
         )
 

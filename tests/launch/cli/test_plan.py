@@ -66,11 +66,36 @@ def test_what_does_not_fit_is_told_with_what_would(plan):
 def test_growth_is_a_line_for_each_world(plan):
     code, out, _ = plan("--simulate", "64,8,1", "--batch-tokens", "65536")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["1", "8", "64"]
-    assert out.splitlines()[1].split()[2:] and "100 %" in out.splitlines()[1]
+    assert out.startswith("strong scaling: 65,536 tokens a step at every size\n")
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["1", "8", "64"]
+    assert "100 %" in out.splitlines()[2]
     _, out, _ = plan("--simulate", "8,64", "--json")
     worlds = json.loads(out)["worlds"]
     assert [(world["world_size"], world["num_hosts"]) for world in worlds] == [(8, 1), (64, 8)]
+    assert worlds[0]["batch_tokens"] == worlds[1]["batch_tokens"]
+
+
+def test_weak_growth_keeps_the_tokens_of_a_rank(plan):
+    code, out, _ = plan("--simulate", "8,64", "--weak", "--batch-tokens", "65536")
+    assert code == 0
+    assert out.startswith("weak scaling: 8,192 tokens a rank at every size\n")
+    _, out, _ = plan("--simulate", "8,64", "--weak", "--batch-tokens", "65536", "--json")
+    document = json.loads(out)
+    assert document["scaling"] == "weak"
+    assert [world["batch_tokens"] for world in document["worlds"]] == [65536, 8 * 65536]
+
+
+def test_a_plan_whose_rows_are_pooled_is_told_and_drawn(plan, tmp_path):
+    file = tmp_path / "plan.json"
+    assert plan("--world", "8", "--out", file)[0] == 0
+    document = json.loads(file.read_text("utf-8"))
+    for table in document["tables"]:
+        table["kind"], table["pooled"] = "row_wise", True
+        table.pop("columns", None)
+    file.write_text(json.dumps(document), "utf-8")
+    code, out, err = plan("--world", "8", "--plan", file)
+    assert code == 0, err
+    assert "row_wise, pooled" in out and "▨▨▨▨▨▨▨▨" in out
 
 
 def test_a_plan_is_written_and_priced_again(plan, tmp_path):
@@ -115,6 +140,7 @@ def test_measured_figures_come_from_a_file(plan, tmp_path):
         (["--world", "8", "--topology", "b200"], "must be h100, cpu or a JSON file"),
         (["--simulate", "8,x"], 'got "8,x"'),
         (["--simulate", "8", "--world", "8"], "leave out --world"),
+        (["--world", "8", "--weak"], "--simulate 8,64,512 --weak"),
         (["--world", "8", "--plan", "nowhere.json"], "nowhere.json: No such file"),
         (["--world", "8", "--set", "model.kind=dense"], 'got model.kind="dense"'),
         (["--world", "0"], "'--world'"),
