@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from mfdist.checkpoint.durability import Bytes, write_file
+from mfdist.checkpoint.durability import Bytes, UnsyncedFiles, write_file
 
 
 class Folder(Protocol):
@@ -30,7 +30,13 @@ class Folder(Protocol):
         """Make inner folders, where files are about to be written."""
 
     def write(self, name: str, *parts: Bytes, is_lasting: bool = True) -> None:
-        """Write a new file and, if it is to last, wait until its contents do."""
+        """Write a new file; if it is to last, its contents do after `sync`, which may also fail with what failed here."""
+
+    def sync(self) -> None:
+        """Wait until the contents of all files last that were written to last."""
+
+    def close(self) -> None:
+        """Let go of what was written and not synced; it may be lost."""
 
     def read(self, name: str) -> bytes:
         """Return a file's contents."""
@@ -53,6 +59,7 @@ class LocalFolder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._unsynced = UnsyncedFiles()
 
     @property
     def name(self) -> str:
@@ -74,8 +81,21 @@ class LocalFolder:
             (self._path / name).mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, *parts: Bytes, is_lasting: bool = True) -> None:
-        """Write a new file; its name lasts once the folder is synced."""
-        write_file(self._path / name, *parts, is_lasting=is_lasting)
+        """Write a new file; its name lasts once the directory is synced."""
+        path = self._path / name
+        fd = write_file(path, *parts)
+        if is_lasting:
+            self._unsynced.add(fd, path)
+        else:
+            os.close(fd)
+
+    def sync(self) -> None:
+        """Wait until the contents of all files last that were written to last."""
+        self._unsynced.sync()
+
+    def close(self) -> None:
+        """Let go of what was written and not synced."""
+        self._unsynced.close()
 
     def read(self, name: str) -> bytes:
         """Return a file's contents."""

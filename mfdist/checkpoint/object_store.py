@@ -53,6 +53,12 @@ class ObjectFolder:
         """Put an object; it lasts once it is there."""
         self._store.put(self._key(name), parts[0] if len(parts) == 1 else b"".join(parts))
 
+    def sync(self) -> None:
+        """Do nothing: objects last once they are there."""
+
+    def close(self) -> None:
+        """Do nothing, likewise."""
+
     def read(self, name: str) -> bytes:
         """Return an object."""
         return bytes(self._store.get(self._key(name)))

@@ -141,6 +141,7 @@ class LocalSeries:
         """Write the manifest, sync the folders, and rename the step into place; see `StepSeries`."""
         folder.make([MANIFEST.rpartition("/")[0]])
         folder.write(MANIFEST, manifest.to_bytes())
+        folder.sync()
         check_all_there(folder, {**manifest.file_sizes, MANIFEST: len(manifest.to_bytes())})
         partial = Path(folder.path)
         with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:

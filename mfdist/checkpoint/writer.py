@@ -83,9 +83,10 @@ class RankWriter:
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.result()
+        self._folder.sync()
 
     def write_documents(self, documents: Mapping[str, bytes]) -> None:
-        """Write small files, and wait for them."""
+        """Write small files, which last once the folder is synced."""
 
         def write(item: tuple[str, bytes]) -> None:
             name, content = item
@@ -100,6 +101,7 @@ class RankWriter:
         """End the threads; what they have not begun is not done."""
         self._failed.set()
         self._pool.shutdown(wait=True)
+        self._folder.close()
 
     def _submit(self, act: Callable[..., None], *args: object) -> None:
         def task() -> None:

@@ -31,9 +31,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate = threading.Event()
     write = folder.write_file
 
-    def write_when_open(*args: object, **named: object) -> None:
+    def write_when_open(*args: object) -> int:
         assert gate.wait(20)
-        write(*args, **named)  # type: ignore[arg-type]
+        return write(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(folder, "write_file", write_when_open)
     yield gate
