@@ -49,6 +49,7 @@ DOORS = {
         "mfdist.benchmarks.sharding_ranks",
         "mfdist.benchmarks.torchrec_contender",
         "mfdist.checkpoint.dcp_format",
+        "mfdist.checkpoint.dense_shard",
         "mfdist.checkpoint.ranks",
         "mfdist.parallelize",
         "mfdist.sharding.",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfdist.checkpoint.dense_shard import DenseShard, whole_and_shards
 from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
 from mfdist.checkpoint.grid import FileGrid, cut, num_columns, num_rows
 from mfdist.checkpoint.layout import check_paths, dense_path, describe, table_path
@@ -29,6 +30,12 @@ class Holding:
         shape = tuple(tensor.shape)
         region = Region(rows=(0, num_rows(shape)), columns=(0, num_columns(shape)))
         return cls(shape, tensor.dtype, ((region, tensor),))
+
+    @classmethod
+    def of_shard(cls, shard: DenseShard) -> "Holding":
+        """Return the holding of a part of a dense tensor."""
+        parts = ((shard.region, shard.values),) if not shard.region.is_empty else ()
+        return cls(shard.shape, shard.values.dtype, parts)
 
     @property
     def item_bytes(self) -> int:
@@ -80,7 +87,9 @@ def holdings_of(state: CheckpointState) -> dict[str, Holding]:
             holdings[table_path(name, array)] = Holding.whole(tensor)
     for name, shards in state.shards.items():
         holdings |= {table_path(name, array): holding for array, holding in _of_shards(name, shards).items()}
-    holdings |= {dense_path(name): Holding.whole(tensor) for name, tensor in state.dense.items()}
+    whole, parts = whole_and_shards(state.dense)
+    holdings |= {dense_path(name): Holding.whole(tensor) for name, tensor in whole.items()}
+    holdings |= {dense_path(name): Holding.of_shard(part) for name, part in {**parts, **state.dense_shards}.items()}
     check_paths(holdings)
     for path, holding in holdings.items():
         for _, tensor in holding.parts:

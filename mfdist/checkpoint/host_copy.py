@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from mfdist.checkpoint.dense_shard import DenseShard, whole_and_shards
 from mfdist.checkpoint.state import CheckpointState, TableShard, TableState
 
 
@@ -31,6 +32,8 @@ class HostCopy:
         def all_copied(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: copied(f"{key}/{name}", tensor) for name, tensor in tensors.items()}
 
+        whole, parts = whole_and_shards(state.dense)
+        parts |= state.dense_shards
         taken = CheckpointState(
             step=state.step,
             tables={
@@ -53,7 +56,11 @@ class HostCopy:
                 ]
                 for name, shards in state.shards.items()
             },
-            dense=all_copied("dense", state.dense),
+            dense=all_copied("dense", whole),
+            dense_shards={
+                name: DenseShard(shape=part.shape, region=part.region, values=copied(f"dense/{name}", part.values))
+                for name, part in parts.items()
+            },
             attributes=state.attributes,
         )
         self._kept = used
@@ -73,4 +80,6 @@ def _tensors(state: CheckpointState) -> Iterator[Tensor]:
     for holder in holders:
         yield holder.weight
         yield from holder.optimizer.values()
-    yield from state.dense.values()
+    whole, parts = whole_and_shards(state.dense)
+    yield from whole.values()
+    yield from (part.values for part in {**parts, **state.dense_shards}.values())

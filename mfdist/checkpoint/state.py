@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from mfdist.checkpoint.dense_shard import DenseShard
 from mfdist.errors import ConfigError
 from mfdist.spec import Region
 
@@ -89,9 +90,11 @@ class CheckpointState:
 
     step: int
     tables: Mapping[str, TableState]  # "blocks.0.qkv" → …
-    dense: Mapping[str, Tensor]  # any dtype and shape; "/" in a name makes groups: "model/head.weight"
+    #: Any dtype and shape; "/" in a name makes groups: "model/head.weight". Of a DTensor each rank saves its own part.
+    dense: Mapping[str, Tensor]
     attributes: Mapping[str, JSON]
     shards: Mapping[str, Sequence[TableShard]] = field(default_factory=dict)
+    dense_shards: Mapping[str, DenseShard] = field(default_factory=dict)  # what DTensors in `dense` become in a copy
 
     def __post_init__(self) -> None:
         if self.step < 0:
