@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from mfdist.checkpoint.durability import Bytes, UnsyncedFiles, write_file
+from mfdist.checkpoint.reading import read_file
 
 
 class Folder(Protocol):
@@ -30,7 +31,7 @@ class Folder(Protocol):
         """Make inner folders, where files are about to be written."""
 
     def write(self, name: str, *parts: Bytes, is_lasting: bool = True) -> None:
-        """Write a new file; if it is to last, its contents do after `sync`, which may also fail with what failed here."""
+        """Write a new file; if it is to last, its contents do after `sync`, which raises what the disk failed with."""
 
     def sync(self) -> None:
         """Wait until the contents of all files last that were written to last."""
@@ -103,15 +104,7 @@ class LocalFolder:
 
     def read_into(self, name: str, buffer: memoryview) -> int:
         """Fill `buffer` with a file's contents as far as they go; return the file's size."""
-        fd = os.open(self._path / name, os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            left = buffer[:size]
-            while left and (read := os.readv(fd, [left])):
-                left = left[read:]
-            return size - len(left)
-        finally:
-            os.close(fd)
+        return read_file(self._path / name, buffer)
 
     def share(self, name: str, source: Folder) -> bool:
         """Link to another folder's file."""

@@ -14,6 +14,7 @@ from mfdist.checkpoint.damage import Place, UnsoundFile
 from mfdist.checkpoint.folder import AnyFolder, open_folder
 from mfdist.checkpoint.grid import FileGrid
 from mfdist.checkpoint.manifest import Manifest
+from mfdist.checkpoint.reading import ReadBuffer
 from mfdist.checkpoint.zarr_format import read_array_document
 from mfdist.errors import CheckpointError
 from mfdist.spec import Region
@@ -137,10 +138,9 @@ class StepFiles:
 
     def _read(self, name: str, num_bytes: int) -> memoryview:
         """Return a file's contents, in a buffer that this thread's next read overwrites."""
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < num_bytes:
-            buffer = self._local.buffer = bytearray(num_bytes)
-        data = memoryview(buffer)[:num_bytes]
-        if (found := self.folder.read_into(name, data)) != num_bytes:
+        if not hasattr(self._local, "memory"):
+            self._local.memory = ReadBuffer()
+        buffer: memoryview = self._local.memory.of(num_bytes)
+        if (found := self.folder.read_into(name, buffer)) != num_bytes:
             raise UnsoundFile(f"has {found} bytes, not the {num_bytes} in the manifest")
-        return data
+        return buffer[:num_bytes]

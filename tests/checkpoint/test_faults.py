@@ -232,7 +232,7 @@ def test_a_disk_that_fails_while_it_is_read_is_said(
     directory: CheckpointDirectory, small_state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory.save(small_state(1))
-    monkeypatch.setattr(os, "readv", failing(os.readv, 10))
+    monkeypatch.setattr(os, "preadv", failing(os.preadv, 10))
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)"):
         directory.load()
     assert {damage.problem for damage in directory.verify()} == {"cannot be read (Input/output error)"}

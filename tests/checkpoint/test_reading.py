@@ -1,0 +1,77 @@
+"""Files come whole whether they are in the page cache or not, into memory on page boundaries or not."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mfdist.checkpoint.reading import ReadBuffer, read_file
+
+
+def put_out_of_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.fixture
+def flags_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The flags that files were read with."""
+    seen: list[int] = []
+    preadv = os.preadv
+
+    def watched(fd: int, *args: object) -> int:
+        seen.append(fcntl.fcntl(fd, fcntl.F_GETFL))
+        return preadv(fd, *args)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "preadv", watched)
+    yield seen
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 65536, 100_001, 1 << 20, (1 << 20) + 68])
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_file_comes_whole(tmp_path: Path, size: int, is_cached: bool) -> None:
+    path, content = tmp_path / "file", np.random.default_rng(size).bytes(size)
+    path.write_bytes(content)
+    memory = ReadBuffer()
+    for buffer in (memory.of(size), memoryview(bytearray(size + 100))[3:], memoryview(bytearray(size))):
+        if not is_cached:
+            put_out_of_cache(path)
+        assert read_file(path, buffer) == size
+        assert bytes(buffer[:size]) == content
+
+
+def test_a_size_other_than_expected_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 1024)
+    put_out_of_cache(path)
+    buffer = memoryview(bytearray(100_000))
+    assert read_file(path, buffer) == 256 * 1024
+    assert bytes(buffer) == (bytes(range(256)) * 1024)[:100_000]
+
+
+def test_the_page_cache_is_passed_by_where_a_file_is_not_in_it(tmp_path: Path, flags_seen: list[int]) -> None:
+    path, memory = tmp_path / "file", ReadBuffer()
+    path.write_bytes(bytes(1 << 20))
+    read_file(path, memory.of(1 << 20))
+    assert not any(flags & os.O_DIRECT for flags in flags_seen)  # just written, so there
+    try:
+        with path.open("rb") as file:
+            fcntl.fcntl(file.fileno(), fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        pytest.skip("this file system reads by way of the page cache only")
+    put_out_of_cache(path)
+    with path.open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            pytest.skip("this file system does not tell what is in the page cache")
+    put_out_of_cache(path)
+    flags_seen.clear()
+    read_file(path, memory.of(1 << 20))
+    assert any(flags & os.O_DIRECT for flags in flags_seen)
