@@ -39,9 +39,9 @@ def write_file(path: Path, *parts: Bytes) -> int:
 class UnsyncedFiles:
     """Files that were written, open until they are on disk; any thread may call.
 
-    Many are synced in a row, some time after they were written: that keeps the disk busy all the time, and one commit of
-    the file system's journal does for all of them. They stay open, because an error of the disk is told to those who had
-    the file open when it happened.
+    Many are synced in a row, some time after they were written: that keeps the disk busy, and one commit of the file
+    system's journal does for them all. They stay open, because an error of the disk is told to those who had the file
+    open when it happened.
     """
 
     def __init__(self) -> None:

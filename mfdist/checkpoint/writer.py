@@ -18,8 +18,8 @@ from mfdist.checkpoint.manifest import FileEntry, Manifest
 from mfdist.checkpoint.zarr_format import index_of
 from mfdist.spec import Region
 
-#: Threads, each with one file in memory; most of the time they wait for the disk.
-NUM_WRITERS = 8
+#: Threads, each with one file in memory.
+NUM_WRITERS = 4
 #: Where ranks leave their pieces of each other's files; gone before the step is committed.
 PIECES = ".pieces"
 

@@ -5,10 +5,11 @@ from typing import Self
 
 from mfdist.checkpoint.background import BackgroundSaver
 from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.host_copy import num_bytes
 from mfdist.checkpoint.retention import Retention
 from mfdist.checkpoint.state import CheckpointState
 from mfdist.config import CheckpointConfig
-from mfdist.training.events import Observer, Saved
+from mfdist.training.events import Observer, Saved, Warned
 
 
 class RunSaver:
@@ -20,6 +21,8 @@ class RunSaver:
 
     def __init__(self, checkpoints: CheckpointDirectory, config: CheckpointConfig, tell: Observer) -> None:
         self._tell = tell
+        self._config = config
+        self._is_first = True
         self._saver = BackgroundSaver(
             checkpoints,
             retention=Retention(keep_last=config.keep_last, keep_every=config.keep_every),
@@ -29,6 +32,14 @@ class RunSaver:
 
     def save(self, state: CheckpointState) -> None:
         """Save a state whose tensors may change when this returns."""
+        if self._is_first and self._config.asynchronous and not self._saver.is_copied(state):
+            self._tell(
+                Warned(
+                    message=f"training waits for the disk at a checkpoint: {num_bytes(state) / 2**30:.2g} GiB to copy "
+                    f"are more than checkpoint.max_copy_gib={self._config.max_copy_gib:g}; raise it if memory allows"
+                )
+            )
+        self._is_first = False
         self._saver.save(state)
 
     def report(self) -> None:
