@@ -60,7 +60,7 @@ def exchange_alone(table: ShardedTable, step: Callable[[], object]) -> Alone:
 
 def overlap(step: Callable[[], object]) -> float | None:
     """Return the share of a step's time in NCCL during which other kernels ran too; None where it was never in NCCL."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         step()
     nccl: list[tuple[float, float]] = []
     others: list[tuple[float, float]] = []

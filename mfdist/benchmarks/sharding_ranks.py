@@ -25,6 +25,8 @@ from mfdist.testing.tolerances import TOLERANCES, relative_error
 #: The note of a contender that was not timed because its sums were wrong.
 WRONG = "wrong"
 _MIN_TURNS = 3
+#: Rows that one rank may fetch or sum in a step; with more, a contender takes minutes, or more memory than there is.
+_MOST_BYTES = {"cpu": 512 << 20, "cuda": 12 << 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,9 @@ def _made(name: str, case: ShardingCase, meshes: dict[int, MeshExchanges]) -> Co
     if name.startswith("torchrec-"):
         return torchrec_contender.made(name.removeprefix("torchrec-"), case)
     spec, stride, world_size = case.spec, case.code_stride, meshes[1].world_size
+    fetched = {"row_wise-each-time": case.num_tokens * case.num_lookups, "replicated": case.num_rows}.get(name, 0)
+    if fetched * case.row_dim * 4 >= _MOST_BYTES[meshes[1].device.type]:
+        return f"would move {fetched * case.row_dim * 4 / 1e6:.0f} MB of rows a rank; too slow to be timed here"
     match name:
         case "column_wise":
             return OwnTable(kinds.column_wise(spec, world_size), meshes[1])

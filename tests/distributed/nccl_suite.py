@@ -116,7 +116,7 @@ class Suite:
                 self.attempt(f"bench {world_size} {case.name}", lambda compared=compared: list(compared)) or ()
             ):
                 share, rate = result.share_of_plain, result.tokens_per_s
-                self._keep("bench", world_size, **{**asdict(result), "tokens_per_s": rate, "share_of_plain": share})
+                self.found["bench"].append({**asdict(result), "tokens_per_s": rate, "share_of_plain": share})
                 if result.is_wrong:
                     self.failed.append(f"bench {world_size} {case.name} {result.contender}")
                 self.tell(_bench_line(result))

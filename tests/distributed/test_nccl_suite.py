@@ -29,6 +29,15 @@ def test_kinds_equal_one_table(tmp_path):
         assert each["same_bits"] or kind not in suite_ranks.EXACT
 
 
+def test_the_benchmark_is_part_of_it(tmp_path):
+    options = ("--only", "bench", "--case", "ids", "--contender", "row_wise-pooled", "--seconds", "0")
+    code, out, document = suite(tmp_path, "--world", "2", *options)
+    assert code == 0, out
+    (found,) = document["found"]["bench"]
+    assert found["world_size"] == 2 and found["tokens_per_s"] > 0 and found["share_of_plain"] > 0
+    assert "of a plain all-to-all" in out
+
+
 @pytest.mark.slow
 def test_all_parts_run_on_two_ranks(tmp_path):
     options = ("--world", "2", "--kind", "column_wise", "--case", "tiny-qkv", "--contender", "column_wise")
