@@ -145,7 +145,7 @@ class RemoteTable(Table):
 
     @torch.no_grad()
     def load_rows(self, rows: Tensor) -> None:
-        """Replace all rows by [R, D]; on disk when it returns.
+        """Replace all rows by [R, D]; on disk before any later push is acknowledged, and after `TableServers.save`.
 
         Called on: one client, while no other uses the table.
         """
@@ -160,6 +160,13 @@ class RemoteTable(Table):
     def extra_repr(self) -> str:
         """Return the spec, the kind of sharding and the servers."""
         return f"{super().extra_repr()}, {self.plan.kind} on {', '.join(self.servers.addresses)}"
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse to be copied or pickled: two handles that push as one client would contradict each other."""
+        raise TypeError(
+            f'a remote table is this process\'s hold on servers and is not copied; got "{self.spec.name}"; make another '
+            "RemoteTable with a connection of its own"
+        )
 
     # On the event loop.
 

@@ -139,6 +139,10 @@ class TableServers:
         self.wait(self.all(lambda server: server.join()))
         return int(replies[0].step)
 
+    def drop(self, table: str) -> None:
+        """Let all servers forget a table and its rows."""
+        self.wait(self.all(lambda server: server.once(server.stub.Drop, pb.DropRequest(table=table))))
+
     # For RemoteTable.
 
     def server(self, index: int) -> "Server":

@@ -41,6 +41,7 @@ class Life:
     updates: Updates
     since: int  # updates before it began
     is_as_drawn: bool = False  # no update, and nothing written
+    is_unsaved: bool = False  # something was written that no checkpoint has
 
     @property
     def shard(self) -> Shard:
@@ -202,7 +203,16 @@ class Node:
             for life in self.lives:
                 await stack.enter_async_context(life.updates.changing)
             self.counters["checkpoints"] += 1
-            return await self.run(self.store.checkpoint, [_held(life) for life in self.lives])
+            info = await self.run(self.store.checkpoint, [_held(life) for life in self.lives])
+            for life in self.lives:
+                life.is_unsaved = False
+            return info
+
+    async def life_to_push_to(self, table: str) -> Life:
+        """Return the shard of a table, what was written to it on disk: a push is logged on top of that."""
+        if self.life(table).is_unsaved:
+            await self.checkpoint()
+        return self.life(table)
 
     async def checkpoint_when_full(self) -> None:
         """Checkpoint whenever the log has grown to its limit; runs until it is cancelled."""
@@ -270,10 +280,11 @@ class Node:
 
     async def write(self, table: str, values: torch.Tensor, row_ids: torch.Tensor | None, at: int, state: str) -> None:
         """Replace rows, or values of a state, at ids or from the shard's row `at` on; on disk after `checkpoint`."""
-        updates = self.life(table).updates
+        life = self.life(table)
+        updates = life.updates
         async with updates.changing, updates.gate.writing():
             place = slice(at, at + len(values)) if row_ids is None else row_ids
-            self.life(table).is_as_drawn = False
+            life.is_as_drawn, life.is_unsaved = False, True
             await self.run(updates.shard.write, values, place, state)
 
     async def set_version(self, table: str, version: int) -> None:

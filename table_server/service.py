@@ -148,7 +148,7 @@ class TableService(TableServiceServicer):
         """Take a push in; return the scores' gradients, and, once it is on disk, say so."""
         messages = await self._received(request_iterator)
         first, node = messages[0], self._node
-        updates = node.life(first.table).updates
+        updates = (await node.life_to_push_to(first.table)).updates
         self._count["pushes"] += 1
         if first.is_frozen:
             contribution = await node.run(contribution_of, messages)
@@ -178,7 +178,7 @@ class TableService(TableServiceServicer):
         """Take part in a step without a push."""
         node = self._node
         node.check_client(request.client, request.session, request.epoch)
-        updates = node.life(request.table).updates
+        updates = (await node.life_to_push_to(request.table)).updates
         updates.shard.trained()
         message = pb.PushRequest(table=request.table, client=request.client, step=request.step, lr=request.lr)
         answer = await updates.push(push_of([message]), node.num_clients, self._wait_s(context))
@@ -208,7 +208,6 @@ class TableService(TableServiceServicer):
             raise ConfigError("a write must hold at least one message; got none")
         if first.HasField("version"):
             await self._node.set_version(first.table, first.version)
-        await self._node.checkpoint()
         return pb.WriteReply()
 
     @_one

@@ -182,7 +182,8 @@ class TableServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """Replaces rows, or values of an optimiser's state. Acknowledged when on disk. Right: admin.
+        """Replaces rows, or values of an optimiser's state. They are on disk after the next `Save`, and before any push that
+        follows is acknowledged. Right: admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
