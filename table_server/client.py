@@ -164,8 +164,8 @@ class RemoteTable(Table):
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse to be copied or pickled: two handles that push as one client would contradict each other."""
         raise TypeError(
-            f'a remote table is this process\'s hold on servers and is not copied; got "{self.spec.name}"; make another '
-            "RemoteTable with a connection of its own"
+            f'a remote table is this process\'s hold on servers and is not copied; got "{self.spec.name}"; make '
+            "another RemoteTable with a connection of its own"
         )
 
     # On the event loop.

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfdist.table_server.ledger import Ledger
 from torch import Tensor
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.state import JSON, CheckpointState
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import CheckpointError, UnavailableError
+from mfdist.table_server.ledger import Ledger
 from mfdist.table_server.messages import ShardSpec, shard_message, shard_of
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.shard import Shard

@@ -53,6 +53,7 @@ DOORS = {
         "mfdist.checkpoint.ranks",
         "mfdist.parallelize",
         "mfdist.sharding.",
+        "mfdist.table_server.node",
         "mfdist.testing.",
         "mfdist.training.spread",
         "mfdist.training.world",

@@ -1,9 +1,9 @@
 """Real table servers in processes of their own, to be killed and started again.
 
-    with ServerProcesses(folder, 2) as servers:
-        tables = TableServers(servers.addresses)
-        servers.kill(0)
-        servers.start(0)
+with ServerProcesses(folder, 2) as servers:
+    tables = TableServers(servers.addresses)
+    servers.kill(0)
+    servers.start(0)
 """
 
 import os
@@ -121,7 +121,9 @@ class ServerProcesses:
         while not line.endswith("\n"):
             line += process.stdout.readline()
             if process.poll() is not None or time.monotonic() > until:
-                raise InternalError(f"server {index} must say where it listens; it said {line!r} and {self.log(index)!r}")
+                raise InternalError(
+                    f"server {index} must say where it listens; it said {line!r} and {self.log(index)!r}"
+                )
             time.sleep(0.01)
         self.addresses[index] = line.strip()
         return self.addresses[index]
