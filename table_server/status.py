@@ -7,6 +7,14 @@ from mfdist.errors import OUTCOMES, ConfigError, InternalError, MfdistError, Una
 #: Trailing metadata that carries an error's kind.
 KIND_KEY = "mfdist-error"
 
+#: What gRPC itself says where a connection ends in the middle of a call. Of what a server says, it gives the kind.
+_BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+
 
 class UnknownTableError(ConfigError):
     """A server has no shard of this table."""
@@ -36,7 +44,7 @@ def error_of(error: grpc.RpcError, server: str) -> MfdistError:
         return UnavailableError(
             f"server {server} must answer before the deadline; it did not; see whether it is overloaded"
         )
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    if code in _BROKEN:
         return UnavailableError(f"server {server} must be reachable; got: {details or code.name}; see whether it runs")
     return InternalError(f"server {server} failed with {code.name}: {details}")
 

@@ -82,6 +82,8 @@ class Updates:
         #: Held while rows change; whoever holds it sees one version.
         self.changing = asyncio.Lock()
         self.log = log
+        #: Updates whose answers are noted: the shard's own count is ahead of it while a thread makes an update.
+        self._num_noted = shard.version
         #: client → steps done.
         self.steps: dict[int, int] = {}
         #: client → its last answer.
@@ -118,7 +120,7 @@ class Updates:
         Raises:
             UnavailableError: it has not in time; the message says who is late.
         """
-        await self._until(lambda: self.shard.version >= version, wait_s, num_clients)
+        await self._until(lambda: self._num_noted >= version, wait_s, num_clients)
 
     async def on_disk(self, version: int) -> None:
         """Wait until all updates up to `version` are on disk.
@@ -139,6 +141,7 @@ class Updates:
         self._unwritten.clear()
         self.steps.clear()
         self.kept.clear()
+        self._num_noted = self.shard.version
 
     def replay(self, pushes: Iterable[tuple[int, Push]], num_clients: int) -> int:
         """Apply what the log holds, as (version, push) in its order, before the server listens; return how many.
@@ -244,6 +247,7 @@ class Updates:
 
     def _note(self, pushes: list[Push], made: list[Tensor]) -> None:
         gradients = iter(made)
+        self._num_noted = self.shard.version
         for push in pushes:
             found = next(gradients) if push.contribution is not None else None
             self.steps[push.client] = push.step
@@ -260,7 +264,7 @@ class Updates:
 
     def done(self, client: int) -> int:
         """Return how many steps of a client are applied."""
-        return self.shard.version if self._max_staleness is None else self.steps.get(client, 0)
+        return self._num_noted if self._max_staleness is None else self.steps.get(client, 0)
 
     def _written(self, version: int, push: Push) -> "asyncio.Future[None]":
         """Return what is done once a push is on disk, which it is sent to unless it is on its way."""
