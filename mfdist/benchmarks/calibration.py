@@ -70,7 +70,7 @@ def calibrate(
     """
     exchange = exchanges.everyone
     bench = _Bench(exchange=exchange, turns=turns, clock=clock)
-    copy = bench.seconds(_copying())
+    copy, clone = bench.seconds(_copying()), bench.seconds(_cloning())
     sort = bench.seconds(_sorting())
     num_tokens, num_lookups, row_dim = _LOOKUPS
     looked_up = num_tokens * num_lookups * row_dim * 4
@@ -82,6 +82,7 @@ def calibrate(
         world_size=exchange.world_size,
         num_hosts=1,
         copy_bytes_per_s=2 * _COPY_BYTES / copy,
+        fresh_bytes_per_s=_COPY_BYTES / max(clone - copy, 1e-9),
         sort_ids_per_s=_NUM_IDS / sort,
         pass_rows_per_s=_FAR_ROWS / max(passing - 4 * _FAR_ROWS * _FEW_COLUMNS * copy / (2 * _COPY_BYTES), 1e-9),
         cached_lookup_bytes_per_s=looked_up / cached,
@@ -123,6 +124,12 @@ def _copying() -> Callable[[], object]:
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def _cloning() -> Callable[[], object]:
+    """Return a copy to a buffer that is new each time."""
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
+    return source.clone
 
 
 def _sorting() -> Callable[[], object]:

@@ -157,16 +157,19 @@ def _checked(
 def _timed(
     contenders: dict[str, Contender], batch: Batch, device: torch.device, seconds: float
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return seconds of each turn's forward, and of all of it; contenders take turns until each has had its time."""
+    """Return seconds of each turn's forward, and of all of it.
+
+    Contenders take turns, all as often, until they have had `seconds` on average; one far slower leaves early.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
     under_way = list(contenders)
-    while under_way:
+    while under_way and (sum(spent.values()) < seconds * len(spent) or len(times[under_way[0]]) < _MIN_TURNS):
         for name in under_way:
             times[name].append(_step(contenders[name], batch))
             # The slowest rank's, so that all ranks stop at the same turn.
             spent[name] += _most(times[name][-1][1], device)
-        under_way = [name for name in under_way if spent[name] < seconds or len(times[name]) < _MIN_TURNS]
+        under_way = [name for name in under_way if spent[name] < 4 * seconds or len(times[name]) < _MIN_TURNS]
     return times
 
 

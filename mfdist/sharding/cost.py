@@ -21,6 +21,8 @@ from mfdist.sharding.workload import TableLoad, Workload
 
 #: Columns of a table that a lookup keeps in the cache while tokens pass.
 _SLICE_COLUMNS = 64
+#: Buffers from this size on are given back to the system, whose pages cost when they are touched again (glibc's limit).
+_KEPT_BYTES = 32 << 20
 #: The least that memory reads of a row at once.
 _LEAST_READ_BYTES = 64
 
@@ -148,8 +150,18 @@ def transfer_s(transfer: Transfer, topology: Topology) -> float:
             + size / topology.control.bytes_per_s
         )
     packing = 2 * float((transfer.sent + transfer.received).max()) / topology.copy_bytes_per_s
+    num_ranks = inside + outside + 1
+    for buffer in (transfer.sent, transfer.received):
+        packing += fresh_s(float(buffer.max()) * num_ranks / (num_ranks - 1), topology)
     shares = (size * inside / (inside + outside), size * outside / (inside + outside))
     return topology.collective_s + packing + _moving_s(shares, (inside, outside), topology)
+
+
+def fresh_s(num_bytes: float, topology: Topology) -> float:
+    """Return what a new buffer takes beside what is done with it."""
+    if num_bytes < _KEPT_BYTES or not topology.fresh_bytes_per_s:
+        return 0.0
+    return num_bytes / topology.fresh_bytes_per_s
 
 
 def _num_peers(axis: Axis, topology: Topology) -> tuple[int, int]:
@@ -248,6 +260,8 @@ def _update_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
     else:
         if not (load.code_stride or _is_fetched(plan, topology)):
             passing = workload.micro_batches * float(rows.max()) / topology.pass_rows_per_s
+        if plan.kind != "replicated":  # whose gradient is what its first exchange sends
+            passing += workload.micro_batches * fresh_s(float(np.max(rows * held.columns)) * item_bytes, topology)
         copied = workload.read_dtype(plan.dtype)  # rows cast for the lookup, and their gradient cast back
         casts = 0 if copied == plan.dtype else 2 * (item_bytes + copied.itemsize)
         moved = (

@@ -16,7 +16,14 @@ from mfdist.errors import ConfigError
 #: to the device's own libraries and to what the allocator cannot use.
 USABLE_SHARE = 0.9
 
-_MAY_BE_ZERO = ("host_memory_bytes", "collective_s", "inside.latency_s", "between.latency_s", "control.latency_s")
+_MAY_BE_ZERO = (
+    "host_memory_bytes",
+    "collective_s",
+    "fresh_bytes_per_s",
+    "inside.latency_s",
+    "between.latency_s",
+    "control.latency_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,8 @@ class Topology:
         collective_s: what a collective takes before anything moves.
         control: the link that tags and sizes take, from host to host even where ranks are accelerators.
         copy_bytes_per_s: large copies in a rank's memory, read and written bytes together.
+        fresh_bytes_per_s: of buffers too large for the allocator to keep, besides, each time one is made; 0 where it
+            keeps all, as on GPUs.
         lookup_bytes_per_s: rows a lookup reads from memory.
         cached_lookup_bytes_per_s: the same, where a slice of the table stays in the cache.
         cache_bytes: table slices up to this size stay in the cache.
@@ -66,6 +75,7 @@ class Topology:
     collective_s: float
     control: Link
     copy_bytes_per_s: float
+    fresh_bytes_per_s: float
     lookup_bytes_per_s: float
     cached_lookup_bytes_per_s: float
     cache_bytes: int
@@ -147,6 +157,7 @@ def h100(world_size: int, num_hosts: int = 1, *, memory_bytes: int = 80_000_000_
         collective_s=20e-6,
         control=Link(bytes_per_s=5e9, latency_s=10e-6),
         copy_bytes_per_s=2.97e12,
+        fresh_bytes_per_s=0.0,
         lookup_bytes_per_s=2.9e12,
         cached_lookup_bytes_per_s=9e12,
         cache_bytes=25_000_000,
@@ -171,6 +182,7 @@ def cpu(world_size: int, num_hosts: int = 1, *, memory_bytes: int = 8 << 30) -> 
         collective_s=0.25e-3,
         control=Link(bytes_per_s=1.1e9, latency_s=0.1e-3),
         copy_bytes_per_s=20e9,
+        fresh_bytes_per_s=2.4e9,
         lookup_bytes_per_s=7e9,
         cached_lookup_bytes_per_s=15e9,
         cache_bytes=32 << 20,
