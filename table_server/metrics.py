@@ -150,7 +150,7 @@ class MetricsPage:
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
         self.address = join_address(host, self._server.server_port)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -230,5 +230,5 @@ def _sample_name(name: str, labels: dict[str, str]) -> str:
     if not labels:
         return name
     escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    inner = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in labels.items())
+    inner = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in sorted(labels.items()))
     return f"{name}{{{inner}}}"
