@@ -226,9 +226,11 @@ def _guarded(app: Callable[..., Any], tokens: Tokens | None) -> Callable[..., An
     return guarded
 
 
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
 def _sample_name(name: str, labels: dict[str, str]) -> str:
     if not labels:
         return name
-    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    inner = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in sorted(labels.items()))
+    inner = ",".join(f'{key}="{value.translate(_ESCAPES)}"' for key, value in sorted(labels.items()))
     return f"{name}{{{inner}}}"

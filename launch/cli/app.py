@@ -16,6 +16,7 @@ from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
 from mfdist.launch.cli.plan import plan
 from mfdist.launch.cli.serve import serve
+from mfdist.launch.cli.top import top
 from mfdist.launch.cli.train import NOTES, train
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ bench.app.command("sharding")(bench_sharding)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)
 app.command()(serve)
+app.command()(top)
 app.command()(doctor)
 
 

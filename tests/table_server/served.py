@@ -34,11 +34,24 @@ class Config:
 class Echo(TableServiceServicer):
     """Answers with what it was asked; a table's name decides what goes wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
         self.may_go_on = asyncio.Event()
+        self.version = 0
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:
-        return pb.DescribeReply(server_id="echo")
+        table = pb.TableSpec(name="words", num_rows=1000, row_dim=64, dtype=pb.FLOAT32)
+        shard = pb.Shard(table=table, region=pb.Region(row_begin=100, row_end=300, column_end=64))
+        return pb.DescribeReply(
+            server_id="echo", version="1.2", epoch=3, shards=[pb.ShardStatus(shard=shard, version=self.version)]
+        )
+
+    async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsReply:
+        return pb.StatsReply(counters=self.metrics.samples())
+
+    async def Barrier(self, request: pb.BarrierRequest, context: Any) -> pb.BarrierReply:
+        self.version += 1
+        return pb.BarrierReply(version=self.version)
 
     async def Drop(self, request: pb.DropRequest, context: Any) -> pb.DropReply:
         if request.table == "row":
@@ -92,7 +105,7 @@ def serving(config: Config | None = None, observed: Observed | None = None) -> I
     async def serve() -> None:
         metrics = Metrics(observed)
         server = grpc.aio.server(interceptors=interceptors(config, metrics), options=server_options(config.limits))
-        echo = Echo()
+        echo = Echo(metrics)
         add_TableServiceServicer_to_server(echo, server)  # type: ignore[no-untyped-call]
         credentials = server_credentials(config.security)
         if credentials is None:
