@@ -123,7 +123,7 @@ class Admission:
         raise Refusal(
             "token",
             StatusCode.UNAUTHENTICATED,
-            f"{call.name} needs a token as metadata authorization: Bearer TOKEN; {problem}; "
+            f'{call.name} needs a token in the metadata "authorization"; {problem}; '
             f"ask the server's operator for one{more}",
         )
 

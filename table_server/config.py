@@ -2,21 +2,25 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mfdist.config_errors import explain
 from mfdist.errors import ConfigError
+from mfdist.table_server.sections import (
+    LimitsConfig,
+    LogsConfig,
+    MetricsConfig,
+    Positive,
+    Section,
+    SecurityConfig,
+    TracesConfig,
+)
 
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 
-
-class ServerSection(BaseModel):
+class ServerSection(Section):
     """What a server keeps, and how carefully."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path | None = Field(None, description="folder of the server's log and checkpoints; one server each")
     listen: str = Field("127.0.0.1:0", description="HOST:PORT; port 0 takes a free one")
@@ -34,12 +38,15 @@ class ServerSection(BaseModel):
     drain_s: Positive = Field(30.0, description="how long calls may still run after SIGTERM")
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(Section):
     """Everything a server is told before it starts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     server: ServerSection = ServerSection()
+    security: SecurityConfig = SecurityConfig()
+    limits: LimitsConfig = LimitsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    logs: LogsConfig = LogsConfig()
+    traces: TracesConfig = TracesConfig()
 
 
 def load_server_config(path: Path | None) -> ServerConfig:

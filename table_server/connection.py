@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 
 from mfdist.errors import ConfigError, ConsistencyError, UnavailableError
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES
+from mfdist.table_server.channel import ChannelConfig, client_channel
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
 from mfdist.table_server.status import error_of
@@ -22,8 +22,6 @@ from mfdist.table_server.status import error_of
 _T = TypeVar("_T")
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A server that comes back is found within a second, not after a backoff of minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -39,9 +37,10 @@ class TableServers:
         client: this one's number.
         num_clients: how many train together, the same for all; each step of a table needs all of them.
         deadline_s: longest wait for an answer, a server's restart included.
+        channel: TLS and token; by default neither, which servers on loopback allow.
 
     Raises:
-        ConfigError: no address, or two alike.
+        ConfigError: no address, two alike, or one that is not on loopback without TLS.
         UnavailableError: a server does not answer in time.
         ConsistencyError: two addresses are one server.
 
@@ -49,7 +48,13 @@ class TableServers:
     """
 
     def __init__(
-        self, addresses: Sequence[str], *, client: int = 0, num_clients: int = 1, deadline_s: float = 60.0
+        self,
+        addresses: Sequence[str],
+        *,
+        client: int = 0,
+        num_clients: int = 1,
+        deadline_s: float = 60.0,
+        channel: ChannelConfig | None = None,
     ) -> None:
         if not addresses or len(set(addresses)) != len(addresses):
             raise ConfigError(f"each table server has an address of its own; got {list(addresses)}")
@@ -57,6 +62,7 @@ class TableServers:
             raise ConfigError(f"a client's number must lie in [0, {num_clients}); got {client}")
         self.addresses = tuple(addresses)
         self.client, self.num_clients, self.deadline_s = client, num_clients, deadline_s
+        self.channel = channel
         self.session = secrets.randbits(63) or 1
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mfdist-table-client", daemon=True)
@@ -202,7 +208,7 @@ class Server:
     def __init__(self, index: int, address: str, of: TableServers) -> None:
         self.index = index
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self.channel = client_channel(address, of.channel, _OPTIONS)
         self.stub = TableServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.epoch = 0
         self.is_asynchronous = False

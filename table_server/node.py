@@ -69,7 +69,9 @@ class Node:
         self.store = Store(Path(config.data), is_logged=config.durability == "log")
         num_threads = config.threads or os.cpu_count() or 1
         torch.set_num_threads(num_threads)
-        self._threads = ThreadPoolExecutor(num_threads + 1, thread_name_prefix="mfdist-table")
+        self._num_threads = num_threads + 1
+        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="mfdist-table")
+        self._num_running = 0
         #: Counts since the start, by name.
         self.counters: Counter[str] = Counter()
         self.row_hits: Counter[str] = Counter()
@@ -91,6 +93,11 @@ class Node:
         """Return all shards, by name."""
         return [self._lives[name] for name in sorted(self._lives)]
 
+    @property
+    def num_queued(self) -> int:
+        """Return how much waits for a thread."""
+        return max(0, self._num_running - self._num_threads)
+
     def life(self, table: str) -> Life:
         """Return the shard of a table.
 
@@ -104,7 +111,11 @@ class Node:
 
     async def run(self, function: Callable[..., _T], *args: object) -> _T:
         """Run what takes long in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        self._num_running += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        finally:
+            self._num_running -= 1
 
     async def create(self, spec: ShardSpec) -> tuple[Life, bool]:
         """Make a shard, unless it is there; return it, and whether it was there.

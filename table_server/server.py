@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Callable
 
@@ -9,36 +10,42 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from mfdist.errors import ConfigError
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES
+from mfdist import __version__
+from mfdist.errors import UnavailableError
+from mfdist.table_server import logs
+from mfdist.table_server.addresses import check_exposure, is_loopback, join_address, split_address
 from mfdist.table_server.config import ServerConfig
+from mfdist.table_server.interceptors import interceptors, server_options
+from mfdist.table_server.metrics import Metrics, MetricsPage
 from mfdist.table_server.node import Node
+from mfdist.table_server.observation import observed
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import add_TableServiceServicer_to_server
 from mfdist.table_server.service import TableService
+from mfdist.table_server.tls import server_credentials
 
 _NAME = pb.DESCRIPTOR.services_by_name["TableService"].full_name
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
-)
+_ONE_SERVER_A_PORT = ("grpc.so_reuseport", 0)  # a second one must fail, not share its calls
+
+_logger = logging.getLogger(__name__)
 
 
-def serve(config: ServerConfig, on_listening: Callable[[str], None]) -> None:
+def serve(config: ServerConfig, on_listening: Callable[[str, str | None], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running calls end, checkpoint, and return.
 
     Args:
         config: of the server.
-        on_listening: called with HOST:PORT once calls are taken.
+        on_listening: called with HOST:PORT once calls are taken, and with that of the metrics page, if there is one.
 
     Raises:
-        UnavailableError: another server holds the data folder.
+        UnavailableError: another server holds the data folder, or the address.
         CheckpointError: what is in it is damaged.
-        ConfigError: it cannot listen there.
+        ConfigError: it must not listen there without TLS and tokens, or a file of these is wrong.
 
     Called on: the main thread of a process.
     """
+    logs.configure(config.logs)
+    check_exposure(config.server.listen, config.security, "server.listen")
     node = Node(config.server)
     try:
         asyncio.run(_serve(node, config, on_listening))
@@ -46,22 +53,28 @@ def serve(config: ServerConfig, on_listening: Callable[[str], None]) -> None:
         node.close()
 
 
-async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str], None]) -> None:
+async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str, str | None], None]) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    server = grpc.aio.server(options=_OPTIONS)
-    add_TableServiceServicer_to_server(TableService(node), server)  # type: ignore[no-untyped-call]
+    metrics = Metrics(observed(node))
+    server = grpc.aio.server(
+        interceptors=interceptors(config, metrics), options=[*server_options(config.limits), _ONE_SERVER_A_PORT]
+    )
+    add_TableServiceServicer_to_server(TableService(node, metrics), server)  # type: ignore[no-untyped-call]
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection((_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    address = _listen(server, config.server.listen)
+    address = _listen(server, config)
+    page = MetricsPage(metrics, config.metrics, config.security) if config.metrics.listen else None
     await server.start()
     for service in ("", _NAME):
         await status.set(service, health_pb2.HealthCheckResponse.SERVING)
-    on_listening(address)
+    _tell(config, address, page)
+    on_listening(address, page.address if page else None)
     checkpointing = asyncio.create_task(node.checkpoint_when_full())
     await stopping.wait()
+    _logger.info("draining", extra={"fields": {"address": address}})
     node.is_draining = True
     await status.enter_graceful_shutdown()
     await server.stop(config.server.drain_s)
@@ -69,17 +82,37 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str],
     with contextlib.suppress(asyncio.CancelledError):
         await checkpointing
     await node.checkpoint()
+    if page is not None:
+        page.stop()
+    _logger.info("stopped", extra={"fields": {"address": address}})
 
 
-def _listen(server: grpc.aio.Server, address: str) -> str:
+def _listen(server: grpc.aio.Server, config: ServerConfig) -> str:
     """Bind, and return HOST:PORT as bound."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or not host:
-        raise ConfigError(f'a server listens on HOST:PORT, such as 127.0.0.1:0; got "{address}"')
+    address = config.server.listen
+    host, _ = split_address(address, "server.listen")
+    credentials = server_credentials(config.security)
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if not bound:
-        raise ConfigError(f"a server must be able to listen; {address} is taken or not this machine's; give another")
-    return f"{host}:{bound}"
+        raise UnavailableError(
+            f"a server must be able to listen; {address} is taken or not this machine's; give another"
+        )
+    return join_address(host, bound)
+
+
+def _tell(config: ServerConfig, address: str, page: MetricsPage | None) -> None:
+    fields = {
+        "address": address,
+        "metrics": page.address if page else None,
+        "tls": config.security.certificate is not None,
+        "client_certificates": config.security.client_ca is not None,
+        "tokens": config.security.token_file is not None,
+        "data": str(config.server.data),
+        "version": __version__,
+    }
+    _logger.info("serving", extra={"fields": fields})
+    if not is_loopback(config.server.listen) and not (fields["tls"] and fields["tokens"]):
+        _logger.warning("insecure: whoever reaches %s may read and change every row", address)

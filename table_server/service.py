@@ -1,59 +1,24 @@
 """The RPCs of proto/table_v1.proto over a `Node`. What each does is written there."""
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import wraps
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
 
 from mfdist import __version__
-from mfdist.errors import ConfigError, InternalError, MfdistError
+from mfdist.errors import ConfigError
 from mfdist.table_server.codec import blocks, dtype_of, packed, unpacked
 from mfdist.table_server.contribution import contribution_of, lookups_of, push_of
 from mfdist.table_server.messages import optimizer_of, shard_message, shard_of
+from mfdist.table_server.metrics import Metrics
 from mfdist.table_server.node import Life, Node
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceServicer
 from mfdist.table_server.shard import Shard
-from mfdist.table_server.status import status_of
 
 Context: TypeAlias = grpc.aio.ServicerContext
-
-
-def _one(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Let a method's errors become statuses."""
-
-    @wraps(method)
-    async def call(self: "TableService", request: Any, context: Context) -> Any:
-        try:
-            return await method(self, request, context)
-        except Exception as error:  # noqa: BLE001 - told to the client, and logged by who observes the server
-            await _abort(context, error)
-
-    return call
-
-
-def _many(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    """Let a streaming method's errors become statuses."""
-
-    @wraps(method)
-    async def call(self: "TableService", request: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            async for reply in method(self, request, context):
-                yield reply
-        except Exception as error:  # noqa: BLE001 - as above
-            await _abort(context, error)
-
-    return call
-
-
-async def _abort(context: Context, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    known = error if isinstance(error, MfdistError) else InternalError(f"{type(error).__name__}: {error}")
-    await context.abort(*status_of(known))
 
 
 class TableService(TableServiceServicer):
@@ -61,15 +26,16 @@ class TableService(TableServiceServicer):
 
     Args:
         node: what the server holds.
+        metrics: what `Stats` tells beside the node's own counts.
         max_push_bytes: of one push.
     """
 
-    def __init__(self, node: Node, *, max_push_bytes: int = 1 << 30) -> None:
+    def __init__(self, node: Node, metrics: Metrics, *, max_push_bytes: int = 1 << 30) -> None:
         self._node = node
+        self._metrics = metrics
         self._max_push_bytes = max_push_bytes
         self._count = node.counters
 
-    @_one
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         """Return what this server is."""
         node = self._node
@@ -81,24 +47,20 @@ class TableService(TableServiceServicer):
             is_draining=node.is_draining,
         )
 
-    @_one
     async def Create(self, request: pb.CreateRequest, context: Context) -> pb.CreateReply:
         """Make a shard."""
         life, was_there = await self._node.create(shard_of(request.shard))
         return pb.CreateReply(status=_status(life), was_there=was_there)
 
-    @_one
     async def Train(self, request: pb.TrainRequest, context: Context) -> pb.TrainReply:
         """Change how a shard is trained."""
         optimizer = optimizer_of(request.optimizer) if request.HasField("optimizer") else None
         return pb.TrainReply(status=_status(await self._node.train(request.table, optimizer)))
 
-    @_one
     async def Drop(self, request: pb.DropRequest, context: Context) -> pb.DropReply:
         """Forget a table."""
         return pb.DropReply(was_there=await self._node.drop(request.table))
 
-    @_one
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         """Let a client take part."""
         await self._node.join(request.client, request.num_clients, request.session)
@@ -106,7 +68,6 @@ class TableService(TableServiceServicer):
         is_asynchronous = self._node.config.consistency == "asynchronous"
         return pb.JoinReply(epoch=self._node.epoch, steps=steps, is_asynchronous=is_asynchronous)
 
-    @_many
     async def Lookup(
         self, request_iterator: AsyncIterator[pb.LookupRequest], context: Context
     ) -> AsyncIterator[pb.LookupReply]:
@@ -124,7 +85,6 @@ class TableService(TableServiceServicer):
             await updates.on_disk(version)
             yield pb.LookupReply(sums=sums, version=version)
 
-    @_many
     async def Gather(self, request: pb.GatherRequest, context: Context) -> AsyncIterator[pb.Rows]:
         """Return rows, block by block, all of one version."""
         updates = self._node.life(request.table).updates
@@ -141,7 +101,6 @@ class TableService(TableServiceServicer):
             self._count["reply_bytes"] += len(message.data)
             yield pb.Rows(values=message, version=version)
 
-    @_many
     async def Push(
         self, request_iterator: AsyncIterator[pb.PushRequest], context: Context
     ) -> AsyncIterator[pb.PushReply]:
@@ -173,7 +132,6 @@ class TableService(TableServiceServicer):
         await answer.on_disk
         yield pb.PushReply(acknowledged=pb.Acknowledged(step=push.step, was_known=answer.was_known))
 
-    @_one
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepReply:
         """Take part in a step without a push."""
         node = self._node
@@ -185,7 +143,6 @@ class TableService(TableServiceServicer):
         await answer.on_disk
         return pb.StepReply(was_known=answer.was_known)
 
-    @_one
     async def Barrier(self, request: pb.BarrierRequest, context: Context) -> pb.BarrierReply:
         """Wait for a table's update."""
         updates = self._node.life(request.table).updates
@@ -194,7 +151,6 @@ class TableService(TableServiceServicer):
         await updates.on_disk(version)
         return pb.BarrierReply(version=version)
 
-    @_one
     async def Write(self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context) -> pb.WriteReply:
         """Replace rows."""
         first, at = None, 0
@@ -210,7 +166,6 @@ class TableService(TableServiceServicer):
             await self._node.set_version(first.table, first.version)
         return pb.WriteReply()
 
-    @_one
     async def Save(self, request: pb.SaveRequest, context: Context) -> pb.SaveReply:
         """Save all shards."""
         if not request.directory:
@@ -220,18 +175,15 @@ class TableService(TableServiceServicer):
             info = await self._node.save(directory, request.step, request.rank, request.world_size, request.meeting)
         return pb.SaveReply(step=info.step, written_bytes=info.written_bytes)
 
-    @_one
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
         """Take all shards from a checkpoint."""
         step = request.step if request.HasField("step") else None
         loaded = await self._node.load(Path(request.directory), step)
         return pb.LoadReply(step=loaded, epoch=self._node.epoch)
 
-    @_one
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
         """Return counters."""
-        ledger = self._node.store.ledger
-        counters = {**self._count, "log_bytes": ledger.num_bytes}
+        counters = {**self._count, **self._metrics.samples()}
         return pb.StatsReply(counters=counters, row_hits=self._node.row_hits)
 
     async def _received(self, requests: AsyncIterator[pb.PushRequest]) -> list[pb.PushRequest]:

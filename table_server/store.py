@@ -13,6 +13,7 @@ import concurrent.futures
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ class Store:
             os.close(self._lock)
             raise
         self.checkpoints = CheckpointDirectory(folder / "checkpoints")
+        #: table → its version in the last checkpoint, and when that was or this began; for who looks on.
+        self.saved_versions: dict[str, int] = {}
+        self.saved_at_s = time.monotonic()
         self.server_id = self._once("server_id", secrets.token_hex(8).encode()).decode()
 
     # What the server was told.
@@ -121,6 +125,7 @@ class Store:
             # How it is trained may have changed since it was made.
             spec = shard_of(pb.Shard.FromString(bytes.fromhex(told["spec"])))
             shard = Shard(spec, saved.tables[name], told["version"])
+            self.saved_versions[name] = shard.version
             yield Held(shard, told["life"], {int(client): step for client, step in told["steps"].items()}, kept)
 
     def pushes(self, life: str) -> Iterator[tuple[int, list[pb.PushRequest]]]:
@@ -160,6 +165,8 @@ class Store:
             attributes={"server": {"id": self.server_id, "shards": told}},
         )
         info = self.checkpoints.save(state)
+        self.saved_versions = {held.shard.name: held.shard.version for held in shards}
+        self.saved_at_s = time.monotonic()
         for held in shards:
             self.ledger.drop(held.life, held.shard.version)
         self.checkpoints.prune(_KEPT_CHECKPOINTS)
