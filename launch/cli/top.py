@@ -48,16 +48,13 @@ def top(
 
     Ends with Ctrl-C. With --once, or where stdout is no terminal, the exit code is 1 if a server did not answer.
     """
-    from pydantic import ValidationError
-
     from mfdist.table_server.channel import ChannelConfig
 
-    try:
-        config = ChannelConfig(
-            token_file=token_file, ca=tls_ca, certificate=tls_cert, private_key=tls_key, insecure=insecure
-        )
-    except ValidationError:
-        raise ConfigError("--tls-cert and --tls-key must be given together, and with --tls-ca") from None
+    if (tls_cert is None) != (tls_key is None) or (tls_cert is not None and tls_ca is None):
+        raise ConfigError("--tls-cert and --tls-key must be given together, and with --tls-ca; add what is missing")
+    config = ChannelConfig(
+        token_file=token_file, ca=tls_ca, certificate=tls_cert, private_key=tls_key, insecure=insecure
+    )
     is_live = sys.stdout.isatty() and not once and not as_json
     try:
         return asyncio.run(_watch(servers, config, interval_s, is_live=is_live, is_once=once, as_json=as_json))
