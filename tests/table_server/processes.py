@@ -117,7 +117,7 @@ def _serve(settings: dict[str, Any], said: Connection) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        serve(ServerConfig(server=ServerSection(**settings)), said.send)
+        serve(ServerConfig(server=ServerSection(**settings)), lambda address, _: said.send(address))
     except Exception as error:  # noqa: BLE001 - the test's
         said.send(error)
 
