@@ -267,10 +267,13 @@ class Updates:
         return self._num_noted if self._max_staleness is None else self.steps.get(client, 0)
 
     def _written(self, version: int, push: Push) -> "asyncio.Future[None]":
-        """Return what is done once a push is on disk, which it is sent to unless it is on its way."""
+        """Return what is done once a push is on disk, which it is sent to unless it is on its way.
+
+        Whoever waits for it may be cancelled, as a call is whose client is gone; what others wait for goes on.
+        """
         key = (version, push.client)
         if (known := self._unwritten.get(key)) and not (known.done() and known.exception()):
-            return known
+            return asyncio.shield(known)
         future = asyncio.wrap_future(self.log.append(version, push.client, push.payload))
         self._unwritten[key] = future
 
@@ -279,7 +282,7 @@ class Updates:
                 del self._unwritten[key]
 
         future.add_done_callback(finished)
-        return future
+        return asyncio.shield(future)
 
     async def _until(self, holds: Callable[[], bool], wait_s: float, num_clients: int) -> None:
         async with self._progress:

@@ -26,22 +26,26 @@ class SlowDisk:
         return self.written[-1]
 
 
-@pytest.mark.parametrize("max_staleness", [None, 4])
-def test_it_has_the_answer_of_the_first_and_waits_for_the_disk(max_staleness: int | None) -> None:
+async def slowly(function: Callable[..., Any], *args: object) -> Any:
+    made = function(*args)
+    await asyncio.sleep(0.05)  # the rows have changed, and the loop does not know yet
+    return made
+
+
+def first_push() -> tuple[Shard, Push]:
     spec = TableSpec(name="a", num_rows=8, row_dim=4, dtype=torch.float32)
     shard = Shard(ShardSpec(table=spec, region=spec.region, optimizer=RowSGD(lr=0.1), std=1.0, seed=1))
     lookups = Lookups(torch.arange(6).view(3, 2), torch.ones(3, 2))
     contribution = Contribution(lookups, torch.randn(3, 4))
-    push = Push(client=0, step=1, lr=0.1, contribution=contribution, payload=[b"push"])
-    disk = SlowDisk()
+    return shard, Push(client=0, step=1, lr=0.1, contribution=contribution, payload=[b"push"])
 
-    async def run(function: Callable[..., Any], *args: object) -> Any:
-        made = function(*args)
-        await asyncio.sleep(0.05)  # the rows have changed, and the loop does not know yet
-        return made
+
+@pytest.mark.parametrize("max_staleness", [None, 4])
+def test_it_has_the_answer_of_the_first_and_waits_for_the_disk(max_staleness: int | None) -> None:
+    (shard, push), disk = first_push(), SlowDisk()
 
     async def twice() -> None:
-        updates = Updates(shard, disk, run, max_staleness)
+        updates = Updates(shard, disk, slowly, max_staleness)
         first = asyncio.create_task(updates.push(push, 1, 10.0))
         await asyncio.sleep(0.02)
         assert shard.version == 1
@@ -59,3 +63,26 @@ def test_it_has_the_answer_of_the_first_and_waits_for_the_disk(max_staleness: in
 
     asyncio.run(twice())
     assert shard.version == 1
+
+
+@pytest.mark.parametrize("max_staleness", [None, 4])
+def test_one_who_waits_for_the_disk_and_is_cancelled_leaves_the_others_waiting(max_staleness: int | None) -> None:
+    (shard, push), disk = first_push(), SlowDisk()
+
+    async def cancelled() -> None:
+        updates = Updates(shard, disk, slowly, max_staleness)
+        gone = asyncio.ensure_future((await updates.push(push, 1, 10.0)).on_disk)
+        await asyncio.sleep(0)
+        gone.cancel()
+        reader = asyncio.create_task(updates.on_disk(1))
+        again = asyncio.ensure_future((await updates.push(push, 1, 10.0)).on_disk)
+        await asyncio.sleep(0.02)
+        assert not reader.done()
+        assert not again.done()
+        for future in disk.written:
+            future.set_running_or_notify_cancel()
+            future.set_result(None)
+        await asyncio.wait_for(asyncio.gather(reader, again), 10)
+        assert len(disk.written) == 1
+
+    asyncio.run(cancelled())
