@@ -79,7 +79,7 @@ def test_a_cut_in_the_middle_of_messages_changes_no_bit(pair: list[ServerProcess
     try:
         with TableServers([proxy.address for proxy in proxies], deadline_s=60.0) as servers:
             remote, local = twins(servers)
-            num_steps = train(remote, local, lambda: sum(proxy.num_cuts for proxy in proxies) >= 24)
+            num_steps = train(remote, local, lambda: sum(proxy.num_cuts for proxy in proxies) >= 16)
             assert remote.num_updates == num_steps
             assert torch.equal(remote.rows(), local.weight)
             assert local.row_state is not None
