@@ -25,6 +25,7 @@ from mfdist.table_server.step_set import StepSet
 _GROUP_BYTES = 8 << 20  # more in one group makes the first wait longer and gains nothing
 _SEGMENT_BYTES = 256 << 20
 _RETRY_S = 1.0
+_RESERVED_BYTES = 1 << 20
 _MAX_STEP = 1 << 62
 
 
@@ -69,6 +70,7 @@ class Ledger:
         self._is_closing = False
         self._is_retired = False  # whether the segment written to is to be followed by another
         self._number = 0
+        self._reserve = folder / "reserve"  # room for another segment, so that a full disk can be emptied
         self._open()
         self._writer = threading.Thread(target=self._run, name="mfdist-ledger", daemon=True)
         self._writer.start()
@@ -207,11 +209,16 @@ class Ledger:
         self._segments[-1].commit(pushes, records)
 
     def _begin_segment(self) -> None:
+        if self.failure is not None:
+            self._reserve.unlink(missing_ok=True)
         segment = Segment.create(self.folder / f"{self._number + 1:08}.db", self._records)
         with self._has_work:
             self._number += 1
             self._segments.append(segment)
             self._is_retired = False
+        if self.failure is None and not self._reserve.exists():
+            with contextlib.suppress(OSError):
+                self._reserve.write_bytes(bytes(_RESERVED_BYTES))
 
     def _finish(self, group: "list[_Write]") -> None:
         with self._has_work:

@@ -256,4 +256,6 @@ def _named(path: Path) -> Iterator[None]:
         kind = getattr(error, "sqlite_errorname", "")  # some are the module's own
         if kind.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise _damaged(path, str(error)) from None
-        raise CheckpointError(f"a server's log must be readable; {path}: {error}; see that its disk works") from None
+        raise CheckpointError(
+            f"a server's log must be readable; {path}: {error}; see that its disk works and has room"
+        ) from None

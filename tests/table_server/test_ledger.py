@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_a_damaged_header_is_named(ledger: Ledger, tmp_path: Path, at: int) -> N
 def test_damage_in_a_closed_log_is_named(ledger: Ledger) -> None:
     groups_of(ledger, 5)
     ledger.close()
-    (file,) = ledger.folder.iterdir()
+    (file,) = ledger.folder.glob("*.db")
     size = file.stat().st_size
     flip(file, size - 1000)
     again = Ledger(ledger.folder)
@@ -329,6 +330,32 @@ def test_a_full_disk_fails_pushes_until_there_is_room(tmp_path: Path, end: str) 
     assert steps == list(range(steps[0], steps[-1] + 1))
     assert steps[-1] > 2
     assert end == "killed" or notes == []
+
+
+def test_a_disk_that_is_full_to_the_last_byte_can_be_emptied(tmp_path: Path) -> None:
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("needs to mount a small disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount")
+    try:
+        ledger, step = Ledger(tmp_path / "ledger"), 0
+        with pytest.raises(CheckpointError, match="database or disk is full"):
+            while step < 200:
+                done(ledger.append("a", step + 1, 0, os.urandom(50_000)))
+                step += 1
+        ledger.drop("a", step)
+        until = time.monotonic() + DEADLINE_S
+        while ledger.failure is not None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        done(ledger.append("a", step + 1, 0, b"tried again"), ledger.append("a", step + 2, 0, b"new"))
+        ledger.close()
+        again = Ledger(tmp_path / "ledger")
+        assert [push.step for push in again.pushes("a")] == [step + 1, step + 2]
+        again.close()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_log_that_cannot_be_made_says_why(tmp_path: Path) -> None:
