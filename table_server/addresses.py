@@ -27,11 +27,15 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def is_loopback(address: str) -> bool:
-    """Return whether only this machine can reach `address`: HOST:PORT with a loopback host, or unix:PATH."""
+def is_loopback(address: str, what: str = "an address") -> bool:
+    """Return whether only this machine can reach `address`: HOST:PORT with a loopback host, or unix:PATH.
+
+    Raises:
+        ConfigError: it is neither; `what` names it in the message.
+    """
     if address.startswith(("unix:", "unix-abstract:")):
         return True
-    host, _ = split_address(address, "an address")
+    host, _ = split_address(address, what)
     if host == "localhost":
         return True
     try:
@@ -46,7 +50,7 @@ def check_exposure(address: str, security: SecurityConfig, what: str = "the addr
     Raises:
         ConfigError: it is not allowed; nothing was listened on.
     """
-    if is_loopback(address) or security.insecure:
+    if is_loopback(address, what) or security.insecure:
         return
     missing = [
         name

@@ -44,8 +44,10 @@ def serve(config: ServerConfig, on_listening: Callable[[str, str | None], None])
 
     Called on: the main thread of a process.
     """
-    logs.configure(config.logs)
     check_exposure(config.server.listen, config.security, "server.listen")
+    if config.metrics.listen:
+        check_exposure(config.metrics.listen, config.security, "metrics.listen")
+    logs.configure(config.logs)
     node = Node(config.server)
     try:
         asyncio.run(_serve(node, config, on_listening))

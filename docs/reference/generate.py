@@ -1,6 +1,6 @@
-"""A mkdocs hook: writes the reference of the command line and of the configuration from the code, at every build.
+"""A mkdocs hook: writes the reference of the command line and of the configurations from the code, at every build.
 
-A page holds `<!-- generated: cli -->` or `<!-- generated: configuration -->` where the text goes.
+A page holds `<!-- generated: cli -->` or the like where the text goes.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ from pydantic_core import PydanticUndefined
 
 from mfdist.config import RunConfig
 from mfdist.launch.cli.app import app
+from mfdist.table_server.config import ServerConfig
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill a page's marker; called by mkdocs for each page."""
-    for marker, write in (("cli", _cli), ("configuration", _configuration)):
+    for marker, write in (("cli", _cli), ("configuration", _configuration), ("table server", _table_server)):
         place = f"<!-- generated: {marker} -->"
         if place in markdown:
             markdown = markdown.replace(place, "\n".join(write()))
@@ -28,6 +29,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _configuration() -> Iterator[str]:
     yield from _section(RunConfig, "")
+
+
+def _table_server() -> Iterator[str]:
+    yield from _section(ServerConfig, "")
 
 
 def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
