@@ -16,6 +16,11 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def at_most_registers(count: int) -> dict[str, int]:
+    """Return the launch option that keeps a thread to so many registers, which only NVIDIA's compiler takes."""
+    return {} if torch.version.hip else {"maxnreg": count}
+
+
 def next_power_of_2(size: int) -> int:
     """Return the least power of two that is at least `size`, which must be positive."""
     return 1 << (size - 1).bit_length()

@@ -5,26 +5,31 @@
 3. Each row's program sums what is left of its run and adds the pieces. The row itself stays in registers, so the same
    read of grad_output gives score · grad_output for the row and ⟨grad_output, row⟩ for the lookup's score.
 
-Steps 2 and 3 go over one slice of columns after the other, so that more of grad_output stays in the second-level cache.
+Rows wider than a warp's registers are taken one slice of columns after the other.
 No atomics: every sum has one program and a fixed order, so results repeat bit for bit.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_order import Order, order_by_row
+from mfdist.kernels.row_gradient.triton_order import Order, lookup_of, order_by_row, score_of
 from mfdist.kernels.row_id_check import error_word
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, device_of, must_check, next_power_of_2
 
 #: Columns to a warp: what its registers hold, and nothing waits for another warp.
 _COLUMNS_EACH = 1024
-#: Where runs are short, the rows themselves leave grad_output less of the second-level cache: half of it at a time.
-_SHORT_RUN = 32
-_COLUMNS_OF_SHORT_RUNS = 512
+#: Registers to a thread of that many columns in bf16 or fp16; more would leave room for fewer warps.
+_REGISTERS = 96
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
 PIECE = 128
+_NARROW_BYTES = 2
+#: A slice of so many bits of grad_output goes through shared memory, so many lookups at a time.
+_COPIED_BITS: tl.constexpr = tl.constexpr(1024 * 16)
+_STAGES: tl.constexpr = tl.constexpr(4)
 
 
 def row_gradient(
@@ -43,15 +48,14 @@ def row_gradient(
     word = error_word(name, limit, is_code=code_stride > 0)
     with device_of(table):
         is_checked = must_check(row_ids, limit)
-        order = order_by_row(row_ids, grad_scores, word, num_rows, code_stride, is_checked=is_checked)
-        _sum(table, row_ids, scores, grad_output, order, grad_table, grad_scores, code_stride)
+        order = order_by_row(row_ids, scores, grad_scores, word, num_rows, code_stride, is_checked=is_checked)
+        _sum(table, row_ids, grad_output, order, grad_table, grad_scores, code_stride)
     return grad_table, grad_scores
 
 
 def _sum(
     table: Tensor,
     row_ids: Tensor,
-    scores: Tensor,
     grad_output: Tensor,
     order: Order,
     grad_table: Tensor,
@@ -60,72 +64,80 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    columns = slice_columns(dim, is_short=has_short_runs(row_ids.numel(), num_rows))
+    columns = slice_columns(dim)
     num_pieces = row_ids.numel() // PIECE
-    pieces = scores.new_empty(num_pieces, columns)
-    bounds = (order.lookups, order.starts, order.ends)
+    pieces = grad_scores.new_empty(num_pieces, columns)
+    options = warp_options(columns, grad_output)
     for first in range(0, dim, columns):
         constants = (row_ids.shape[1], PIECE, columns, first > 0, True)
         if num_pieces:
             sum_piece[(num_pieces,)](
-                table, row_ids, scores, grad_output, *bounds, row_ids, pieces, grad_scores,
-                dim, code_stride, first, num_rows, *constants, False, num_warps=1, **LAUNCH_OPTIONS,
+                table, row_ids, grad_output, *order, pieces, grad_scores,
+                dim, code_stride, first, num_rows, *constants, **options,
             )  # fmt: skip
         _sum_row[(num_rows,)](
-            table, scores, grad_output, *bounds, pieces, grad_table, grad_scores,
-            dim, first, *constants, num_warps=1, **LAUNCH_OPTIONS,
-        )  # fmt: skip
+            table, grad_output, *order, pieces, grad_table, grad_scores, dim, first, *constants, **options
+        )
 
 
-def has_short_runs(num_lookups: int, num_rows: int) -> bool:
-    """Return whether rows are looked up so seldom that reading them counts beside reading grad_output."""
-    return num_lookups < _SHORT_RUN * num_rows
-
-
-def slice_columns(dim: int, *, is_short: bool) -> int:
+def slice_columns(dim: int) -> int:
     """Return the columns that one warp's program takes at a time."""
-    return min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
+    return min(_COLUMNS_EACH, next_power_of_2(dim))
+
+
+def warp_options(columns: int, grad_output: Tensor) -> dict[str, Any]:
+    """Return the launch options of programs of one warp that sum so many columns."""
+    is_full = columns == _COLUMNS_EACH and grad_output.itemsize == _NARROW_BYTES
+    return {"num_warps": 1, **LAUNCH_OPTIONS, **(at_most_registers(_REGISTERS) if is_full else {})}
 
 
 @triton.jit
 def sum_piece(
-    table, row_ids, scores, grad_output, order, starts, ends, runs, pieces, grad_scores,
-    D, S, first_column, NUM_RUNS,
+    table, row_ids, grad_output, words, starts, ends, pieces, grad_scores,
+    D, S, first_column, R,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
-    HAS_RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`.
-
-    Pieces count from where their run starts, so a run's pieces start in successive windows, and no window has two. The
-    last lookup of the window belongs to the piece, if there is one. HAS_RUNS: `runs` holds each lookup's run, which
-    otherwise has the row's number.
-    """
+    """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`."""
     window = tl.program_id(0).to(tl.int64)
     last = window * PIECE + PIECE - 1
-    if last < tl.load(ends + NUM_RUNS - 1):  # past it are bad ids
-        lookup = tl.load(order + last)
-        if lookup >= 0:  # within the order they leave gaps
+    if last < tl.load(ends + R - 1):  # past it are bad ids
+        word = tl.load(words + last)
+        if word != -1:  # within the order they leave gaps
+            lookup = lookup_of(word)
             row = tl.load(row_ids + lookup).to(tl.int64) + (lookup % K).to(tl.int64) * S
-            run = row
-            if HAS_RUNS:
-                run = tl.load(runs + last).to(tl.int64)
-            start = tl.load(starts + run).to(tl.int64)
-            end = tl.load(ends + run).to(tl.int64)
-            first = start + (last - start) // PIECE * PIECE
-            if (end - start >= 2 * PIECE) & (first + PIECE <= end):
-                c = first_column + tl.arange(0, COLUMNS)
-                is_column = c < D
-                values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
-                total = sum_lookups(
-                    scores, grad_output, order, grad_scores, values, c, is_column,
-                    first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
-                )  # fmt: skip
-                tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
+            store_piece(
+                table, grad_output, words, pieces, grad_scores,
+                row, tl.load(starts + row).to(tl.int64), tl.load(ends + row).to(tl.int64), window, D, first_column,
+                K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def store_piece(
+    table, grad_output, words, pieces, grad_scores,
+    row, start, end, window, D, first_column,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of the piece that starts in a window, if there is one.
+
+    Pieces count from where their run starts, so a run's pieces start in successive windows, and no window has two. The
+    last lookup of the window, which is one of the row in [start, end), belongs to the piece.
+    """
+    first = start + (window * PIECE + PIECE - 1 - start) // PIECE * PIECE
+    if (end - start >= 2 * PIECE) & (first + PIECE <= end):
+        c = first_column + tl.arange(0, COLUMNS)
+        is_column = c < D
+        values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+        total = sum_lookups(
+            grad_output, words, grad_scores, values, c, is_column,
+            first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        )  # fmt: skip
+        tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
 
 
 @triton.jit
 def _sum_row(
-    table, scores, grad_output, order, starts, ends, pieces, grad_table, grad_scores,
+    table, grad_output, words, starts, ends, pieces, grad_table, grad_scores,
     D, first_column,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +150,7 @@ def _sum_row(
     values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
     cut = cut_pieces(start, end, PIECE)
     total = sum_lookups(
-        scores, grad_output, order, grad_scores, values, c, is_column,
+        grad_output, words, grad_scores, values, c, is_column,
         cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
     )  # fmt: skip
     total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
@@ -163,45 +175,56 @@ def add_pieces(total, pieces, start, cut, PIECE: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def sum_lookups(
-    scores, grad_output, order, grad_scores, values, c, is_column,
+    grad_output, words, grad_scores, values, c, is_column,
     start, end, D,
     K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order.
 
     Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice
-    left there. While one lookup is summed, what belongs to the next one and the number of the one after are on their
-    way; past the end the last one is read once more, which the first-level cache answers.
+    left there. While one lookup is summed, what belongs to the next one is on its way: to registers, with the number of
+    the one after, or to shared memory, several lookups ahead, where wide slices leave registers for few warps.
     """
     IS_BEGUN: tl.constexpr = HAS_PRODUCTS and IS_ADDED
-    lookup = _lookup_at(order, start, end)
-    next_lookup = _lookup_at(order, start + 1, end)
-    score, grads, product = _parts_of(scores, grad_output, grad_scores, lookup, c, is_column, D, K, IS_BEGUN)
+    IS_COPIED: tl.constexpr = COLUMNS * grad_output.dtype.element_ty.primitive_bitwidth == _COPIED_BITS
     total = tl.zeros([COLUMNS], tl.float32)
-    for entry in range(start, end):
-        next_score, next_grads, next_product = _parts_of(
-            scores, grad_output, grad_scores, next_lookup, c, is_column, D, K, IS_BEGUN
-        )
-        later_lookup = _lookup_at(order, entry + 2, end)
-        wide = grads.to(tl.float32)
-        total += wide * score
-        if HAS_PRODUCTS:
-            tl.store(grad_scores + lookup, product + tl.sum(wide * values, axis=0))
-        lookup, score, grads, product = next_lookup, next_score, next_grads, next_product
-        next_lookup = later_lookup
+    if IS_COPIED:
+        for place in tl.range(start, end, num_stages=_STAGES):
+            word = tl.load(words + place)
+            grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN)
+            total = _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS)
+    else:
+        word = _word_at(words, start, end)
+        next_word = _word_at(words, start + 1, end)
+        grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN)
+        for place in range(start, end):
+            next_grads, next_product = _parts_of(grad_output, grad_scores, next_word, c, is_column, D, K, IS_BEGUN)
+            later_word = _word_at(words, place + 2, end)
+            total = _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS)
+            word, grads, product, next_word = next_word, next_grads, next_product, later_word
     return total
 
 
 @triton.jit
-def _lookup_at(order, entry, end):
-    """Return the lookup at a place before `end`, or the last one; of an empty run, any that may be read."""
-    return tl.maximum(tl.load(order + tl.maximum(tl.minimum(entry, end - 1), 0)), 0)
+def _word_at(words, place, end):
+    """Return the word at a place before `end`, or the last one; of an empty run, any that may be read."""
+    word = tl.load(words + tl.maximum(tl.minimum(place, end - 1), 0))
+    return tl.where(word == -1, 0, word)
 
 
 @triton.jit
-def _parts_of(scores, grad_output, grad_scores, lookup, c, is_column, D, K: tl.constexpr, IS_BEGUN: tl.constexpr):
-    """Return a lookup's score, its grad_output, and its score gradient so far."""
-    score = tl.load(scores + lookup)
+def _parts_of(grad_output, grad_scores, word, c, is_column, D, K: tl.constexpr, IS_BEGUN: tl.constexpr):
+    """Return a lookup's grad_output, and its score gradient so far."""
+    lookup = lookup_of(word)
     grads = tl.load(grad_output + (lookup // K).to(tl.int64) * D + c, mask=is_column, other=0.0)
     product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
-    return score, grads, product
+    return grads, product
+
+
+@triton.jit
+def _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS: tl.constexpr):
+    """Return the total with one lookup added, and write its score gradient."""
+    wide = grads.to(tl.float32)
+    if HAS_PRODUCTS:
+        tl.store(grad_scores + lookup_of(word), product + tl.sum(wide * values, axis=0))
+    return total + wide * score_of(word)

@@ -2,8 +2,8 @@
 
 Codes are counted and placed, lookup k by lookup k, because only the codes are unordered: chunks of tokens are counted,
 each count becomes the place of the chunk's first token with that code, and every chunk places its tokens in their
-order. All it takes beside the order are the codes, turned to [K, N], and the counts. Row ids, which may lie anywhere,
-are sorted, as are codes so many that counters would outgrow the lookups.
+order. All it takes beside the order are codes and scores, turned to [K, N], and the counts. Row ids, which may lie
+anywhere, are sorted, as are codes so many that counters would outgrow the lookups.
 """
 
 from typing import Final, NamedTuple
@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfdist.errors import ConfigError
 from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 
+_MAX_LOOKUPS: Final = 2**32 - 1
 _INT32_MAX: Final = torch.iinfo(torch.int32).max
 #: Above it, counters outgrow the lookups.
 _MAX_COUNTED: Final = 4096
@@ -35,63 +37,102 @@ _KEYS_TOGETHER: Final = 1024
 
 
 class Order(NamedTuple):
-    """Lookups n · K + k in order, and where each row's run of them starts and ends.
+    """A word for each lookup, in order, and where each row's run of them starts and ends.
 
-    Without `rows` there is a run for each row of the table, empty or not. With it run i is of `rows[i]`, those past the
-    last are empty, and `runs` has the run of each place in the order. A lookup with a bad id is in no run; where
-    counting leaves its place empty, there is a -1.
+    The low half of a word is the lookup's number n · K + k, the high half the bits of its score: they are read
+    together, and writing two numbers to scattered places would take twice as long as writing one. A lookup with a bad
+    id is in no run; where counting leaves its place empty, there is a -1.
     """
 
-    lookups: Tensor
+    words: Tensor
     starts: Tensor
     ends: Tensor
-    rows: Tensor | None = None
-    runs: Tensor | None = None
+
+
+class SortedLookups(NamedTuple):
+    """The rows of all lookups in order, of which a bad id's is R, and their words."""
+
+    rows: Tensor
+    words: Tensor
 
 
 def order_by_row(
     row_ids: Tensor,
+    scores: Tensor,
     grad_scores: Tensor,
     error_word: Tensor,
     num_rows: int,
     code_stride: int,
     *,
     is_checked: bool,
-    is_brief: bool = False,
 ) -> Order:
     """Return the order of all lookups with good ids.
 
     Args:
         row_ids: [N, K], contiguous, not empty.
+        scores: [N, K], contiguous.
         grad_scores: [N, K], in which a bad id's place is set to NaN.
         error_word: gets a bad id.
         num_rows: R.
         code_stride: see `mfdist.kernels.gather_sum`.
         is_checked: ids may be bad.
-        is_brief: where the table has more rows than there are lookups, list the runs of those that are looked up.
 
     Returns:
-        Lookups, starts and ends in int32, or int64 where N · K needs it.
+        Starts and ends are in int32, or int64 where N · K needs it.
+
+    Raises:
+        ConfigError: there are 2**32 lookups or more.
     """
     if 0 < code_stride <= _MAX_COUNTED:
-        return _by_counting(row_ids, grad_scores, error_word, code_stride, is_checked=is_checked)
-    num_lookups = row_ids.shape[1]
-    keys = row_ids.new_empty(row_ids.numel(), dtype=_key_dtype(num_rows, is_checked=is_checked))
-    _make_keys[(triton.cdiv(row_ids.numel(), _KEYS_TOGETHER),)](
+        return _by_counting(row_ids, scores, grad_scores, error_word, code_stride, is_checked=is_checked)
+    rows, words = sort_by_row(row_ids, scores, grad_scores, error_word, num_rows, code_stride, is_checked=is_checked)
+    kind = _place_dtype(row_ids.numel())
+    bounds = words.new_zeros(num_rows + 1, dtype=kind)
+    numbers = torch.arange(num_rows, dtype=rows.dtype, device=rows.device)
+    torch.searchsorted(rows, numbers, right=True, out_int32=kind == torch.int32, out=bounds[1:])
+    return Order(words, bounds[:-1], bounds[1:])
+
+
+def sort_by_row(
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_scores: Tensor,
+    error_word: Tensor,
+    num_rows: int,
+    code_stride: int,
+    *,
+    is_checked: bool,
+) -> SortedLookups:
+    """Return all lookups in order, without going over the rows that are not looked up; see `order_by_row`."""
+    num_ids, num_lookups = _checked_count(row_ids), row_ids.shape[1]
+    keys = row_ids.new_empty(num_ids, dtype=_key_dtype(num_rows, is_checked=is_checked))
+    grid = (triton.cdiv(num_ids, _KEYS_TOGETHER),)
+    _make_keys[grid](
         row_ids, keys, grad_scores, error_word,
-        row_ids.numel(), num_lookups, code_stride, code_stride or num_rows, num_rows,
+        num_ids, num_lookups, code_stride, code_stride or num_rows, num_rows,
         _KEYS_TOGETHER, is_checked, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    by_row, lookups = torch.sort(keys, stable=True)
-    is_narrow = row_ids.numel() <= _INT32_MAX
-    if is_narrow:
-        lookups = lookups.int()
-    if is_brief and num_rows > row_ids.numel():
-        return _by_run(by_row, lookups, num_rows)
-    bounds = lookups.new_zeros(num_rows + 1)
-    rows = torch.arange(num_rows, dtype=keys.dtype, device=keys.device)
-    torch.searchsorted(by_row, rows, right=True, out_int32=is_narrow, out=bounds[1:])
-    return Order(lookups, bounds[:-1], bounds[1:])
+    rows, lookups = torch.sort(keys, stable=True)
+    _join_scores[grid](lookups, scores, num_ids, _KEYS_TOGETHER, **LAUNCH_OPTIONS)
+    return SortedLookups(rows, lookups)
+
+
+def _checked_count(row_ids: Tensor) -> int:
+    """Return N · K.
+
+    Raises:
+        ConfigError: it does not fit half a word.
+    """
+    if row_ids.numel() > _MAX_LOOKUPS:
+        raise ConfigError(
+            f"gradients on a GPU take at most {_MAX_LOOKUPS} lookups; got N · K = {row_ids.numel()} from "
+            f"{list(row_ids.shape)}; split the tokens"
+        )
+    return row_ids.numel()
+
+
+def _place_dtype(num_ids: int) -> torch.dtype:
+    return torch.int32 if num_ids <= _INT32_MAX else torch.int64
 
 
 def _key_dtype(num_rows: int, *, is_checked: bool) -> torch.dtype:
@@ -100,33 +141,25 @@ def _key_dtype(num_rows: int, *, is_checked: bool) -> torch.dtype:
     return next(kind for kind in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(kind).max)
 
 
-def _by_run(by_row: Tensor, lookups: Tensor, num_rows: int) -> Order:
-    """Return the order with a run for each different key, of which there are at most as many as lookups."""
-    num_lookups = lookups.numel()
-    is_last = torch.ones(num_lookups, dtype=torch.bool, device=by_row.device)
-    torch.ne(by_row[1:], by_row[:-1], out=is_last[:-1])
-    places = torch.cumsum(is_last, 0, dtype=lookups.dtype)
-    past = torch.full((1,), num_rows, dtype=by_row.dtype, device=by_row.device)
-    num_good = torch.searchsorted(by_row, past, out_int32=lookups.dtype == torch.int32)
-    rows, bounds = torch.empty_like(by_row), lookups.new_zeros(num_lookups + 1)
-    _list_runs[(triton.cdiv(num_lookups, _KEYS_TOGETHER),)](
-        by_row, is_last, places, num_good, rows, bounds[1:], num_lookups, _KEYS_TOGETHER, **LAUNCH_OPTIONS
-    )
-    return Order(lookups, bounds[:-1], bounds[1:], rows, places.sub_(is_last.to(places.dtype)))
-
-
 def _by_counting(
-    row_ids: Tensor, grad_scores: Tensor, error_word: Tensor, code_stride: int, *, is_checked: bool
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_scores: Tensor,
+    error_word: Tensor,
+    code_stride: int,
+    *,
+    is_checked: bool,
 ) -> Order:
     num_tokens, num_lookups = row_ids.shape
-    kind = torch.int32 if row_ids.numel() <= _INT32_MAX else torch.int64
+    kind = _place_dtype(_checked_count(row_ids))
     bins = max(_MIN_BINS, next_power_of_2(code_stride))
     chunk = max(_MIN_CHUNK, bins, next_power_of_2(triton.cdiv(num_tokens, _MAX_CHUNKS)))
     chunks = triton.cdiv(num_tokens, chunk)
     sizes = (num_tokens, num_lookups, code_stride)
     codes = row_ids.new_empty(num_lookups, num_tokens, dtype=torch.int16)
+    turned = scores.new_empty(num_lookups, num_tokens)
     _turn[(triton.cdiv(num_tokens, _TURNED_TOKENS), triton.cdiv(num_lookups, _TURNED_LOOKUPS))](
-        row_ids, codes, grad_scores, error_word, *sizes,
+        row_ids, scores, codes, turned, grad_scores, error_word, *sizes,
         _TURNED_TOKENS, _TURNED_LOOKUPS, is_checked, **LAUNCH_OPTIONS,
     )  # fmt: skip
     counts = row_ids.new_empty(num_lookups, chunks, code_stride, dtype=kind)
@@ -137,14 +170,14 @@ def _by_counting(
         counts, starts, ends, *sizes, chunks, next_power_of_2(chunks), together, num_warps=8, **LAUNCH_OPTIONS
     )
     is_held = bins <= _MAX_HELD
-    lookups = row_ids.new_empty(row_ids.numel(), dtype=kind)
+    words = row_ids.new_empty(row_ids.numel(), dtype=torch.int64)
     if is_checked:
-        lookups.fill_(-1)
+        words.fill_(-1)
     _place[(num_lookups, chunks)](
-        codes, counts, lookups, *sizes, chunks,
+        codes, counts, turned, words, *sizes, chunks,
         chunk, bins, _PLACED_TOGETHER_HELD if is_held else _PLACED_TOGETHER, is_held, num_warps=1, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    return Order(lookups, starts, ends)
+    return Order(words, starts, ends)
 
 
 @triton.jit
@@ -166,25 +199,38 @@ def _make_keys(
 
 
 @triton.jit
-def _list_runs(by_row, is_last, places, num_good, rows, ends, num_lookups, KEYS: tl.constexpr):
-    """Write the row and the end of each run of good keys, and give what is past the last run the end of all."""
-    i = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
-    good = tl.load(num_good)
-    num_runs = tl.load(places + good - 1, mask=good > 0, other=0)
-    is_end = (i < good) & tl.load(is_last + i, mask=i < good, other=0).to(tl.int1)
-    place = tl.load(places + i, mask=is_end, other=1) - 1
-    tl.store(rows + place, tl.load(by_row + i, mask=is_end, other=0), mask=is_end)
-    tl.store(ends + place, (i + 1).to(ends.dtype.element_ty), mask=is_end)
-    tl.store(ends + i, good, mask=(i >= num_runs) & (i < num_lookups))
+def _join_scores(words, scores, num_ids, IDS: tl.constexpr):
+    """Turn the lookups of an order into words, where they lie."""
+    at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
+    is_id = at < num_ids
+    lookup = tl.load(words + at, mask=is_id, other=0)
+    tl.store(words + at, _word_of(lookup, tl.load(scores + lookup, mask=is_id, other=0.0)), mask=is_id)
+
+
+@triton.jit
+def _word_of(lookup, score):
+    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | lookup
+
+
+@triton.jit
+def lookup_of(word):
+    """Return the lookup's number, in uint32: from it, other integers follow by cheaper operations than from int64."""
+    return word.to(tl.uint32)
+
+
+@triton.jit
+def score_of(word):
+    """Return the lookup's score."""
+    return (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _turn(
-    row_ids, codes, grad_scores, error_word,
+    row_ids, scores, codes, turned, grad_scores, error_word,
     N, K, S,
     TOKENS: tl.constexpr, LOOKUPS: tl.constexpr, IS_CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes as int16 [K, N], a bad one as -1."""
+    """Write the codes as int16 [K, N], a bad one as -1, and the scores in the same order."""
     n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(1).to(tl.int64) * LOOKUPS + tl.arange(0, LOOKUPS)
     is_code = (n < N)[:, None] & (k < K)[None, :]
@@ -194,7 +240,9 @@ def _turn(
         is_good = checked(ids, is_code, S, error_word)
         tl.store(grad_scores + at, float("nan"), mask=is_code & (is_good == 0))
         ids = tl.where(is_good, ids, -1)
-    tl.store(codes + k[None, :] * N + n[:, None], ids.to(tl.int16), mask=is_code)
+    to = k[None, :] * N + n[:, None]
+    tl.store(codes + to, ids.to(tl.int16), mask=is_code)
+    tl.store(turned + to, tl.load(scores + at, mask=is_code, other=0.0), mask=is_code)
 
 
 @triton.jit
@@ -230,11 +278,11 @@ def _bound(counts, starts, ends, N, K, S, CHUNKS, CHUNKS_UP: tl.constexpr, CODES
 
 @triton.jit
 def _place(
-    codes, counts, lookups,
+    codes, counts, turned, words,
     N, K, S, CHUNKS,
     CHUNK: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr, IS_HELD: tl.constexpr,
 ):  # fmt: skip
-    """Write the lookups k of one chunk of tokens to their places, TOKENS at a time, counting up where codes begin.
+    """Write the words of lookups k of one chunk of tokens to their places, counting up from where codes begin.
 
     The counters are held in registers, or lie in memory, where this program alone uses them and barriers keep its own
     threads in step.
@@ -248,13 +296,16 @@ def _place(
     i = tl.arange(0, TOKENS)
     n = chunk * CHUNK + i
     upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
+    upcoming_score = tl.load(turned + k * N + n, mask=n < N, other=0.0)
     for _ in range(0, tl.minimum(CHUNK, N - chunk * CHUNK), TOKENS):
         lookup = n.to(tl.int64) * K + k
         code = upcoming.to(tl.int32)
+        score = upcoming_score
         is_code = code >= 0
-        # The next codes are under way while these are placed.
+        # The next ones are under way while these are placed.
         n += TOKENS
         upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
+        upcoming_score = tl.load(turned + k * N + n, mask=n < N, other=0.0)
         is_same = code[:, None] == code[None, :]
         if IS_HELD:
             before = tl.sum((is_same & (i[:, None] < i[None, :])).to(tl.int32), axis=0)
@@ -270,4 +321,4 @@ def _place(
             tl.debug_barrier()
             tl.store(counters + code, begin + same, mask=is_code & (before == same - 1))
             tl.debug_barrier()
-        tl.store(lookups + begin + before, lookup.to(lookups.dtype.element_ty), mask=is_code)
+        tl.store(words + begin + before, _word_of(lookup, score), mask=is_code)

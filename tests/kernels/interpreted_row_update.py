@@ -12,7 +12,7 @@ from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
-from mfdist.kernels.row_update import RowRule, reference, triton_impl
+from mfdist.kernels.row_update import RowRule, reference, triton_impl, triton_windows
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.lookups import Lookup, make_lookup
 from tests.kernels.updates import LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
@@ -68,17 +68,35 @@ def updates() -> None:
     check(make_lookup(3, 20, 1, 100), adagrad)
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
-    # Slices of short runs, as many as there are steps in going over them.
-    gradients._COLUMNS_OF_SHORT_RUNS = 16
-    for rule in RULES:
-        check(make_lookup(20, 2, 8, 40), rule)
-    check(make_lookup(20, 2, 8, 24, dtype=torch.bfloat16), adagrad, torch.bfloat16)
     # Long runs, wide rows and few columns a warp, at small sizes.
-    triton_impl.PIECE, triton_impl._COLUMNS_EACH, gradients._COLUMNS_EACH = 8, 16, 16
+    triton_impl.PIECE, gradients._COLUMNS_EACH = 8, 16
     check(equal, adagrad)
     check(make_lookup(36, 2, 2, 40, is_compact=False), adagrad)
-    ordering._MAX_COUNTED = 1  # as for codes too many to count, and more rows than lookups
-    check(make_lookup(9, 2, 40, 33, id_dtype=torch.int32), adagrad)
+    ordering._MAX_COUNTED = 1  # as for codes too many to count
+    check(make_lookup(36, 2, 2, 40), sgd)
+
+
+def windows() -> None:
+    """Rows that are looked up seldom, on average; among them may be some that are not."""
+    sgd, adagrad, adam = RULES
+    triton_windows._WINDOW = 8
+    for rule in RULES:
+        check(make_lookup(20, 2, 80, 40), rule)
+        check(make_lookup(7, 3, 100, 24, dtype=torch.bfloat16, is_compact=False, id_dtype=torch.int32), rule)
+    check(make_lookup(1, 1, 2, 1), adagrad)
+    # As many slices as there are steps in going over them.
+    triton_windows._COLUMNS = triton_windows._WHOLE_COLUMNS = 16
+    for rule in RULES:
+        check(make_lookup(20, 2, 80, 40), rule)
+    check(make_lookup(20, 2, 40, 24, dtype=torch.bfloat16), adagrad, torch.bfloat16)
+    triton_windows.PIECE = 8
+    for counts in ([80], [1, 16, 15, 33, 14, 1], [7, 40, 1, 1, 31], [17] * 4, [1] * 20 + [60]):
+        lookup = make_lookup(sum(counts) // 2, 2, 40, 20, is_compact=False, id_dtype=torch.int64)
+        rows = torch.randperm(80)[: len(counts)]
+        ids = rows.repeat_interleave(torch.tensor(counts))[: lookup.row_ids.numel()]
+        lookup.row_ids.copy_(ids[torch.randperm(ids.numel())].view(-1, 2))
+        for rule in (sgd, adagrad) if len(counts) > 1 else (adam,):
+            check(lookup, rule)
 
 
 def rounding() -> None:
@@ -95,7 +113,7 @@ def rounding() -> None:
 
 def bad_ids() -> None:
     """A bad id changes no row, gives its score NaN, and is told of at the next call; so is a bad row."""
-    for num_rows in (12, 300):  # with a run for every row, and for those looked up
+    for num_rows in (12, 300):  # with a program for every row, and for windows of lookups
         for bad in (num_rows, -1):
             ids = torch.zeros(40, 2, dtype=torch.int64)
             ids[1, 1] = bad
@@ -144,4 +162,5 @@ def expect_error(start: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"updates": updates, "rounding": rounding, "bad_ids": bad_ids, "not_finite": not_finite}[sys.argv[1]]()
+    parts = (updates, windows, rounding, bad_ids, not_finite)
+    {part.__name__: part for part in parts}[sys.argv[1]]()

@@ -36,29 +36,30 @@ INT8 = {**LOOKUP, "table": "*i8", "scales": "*fp32"}
 FP8 = {**INT8, "table": "*u8"}
 GRADIENT = {"grad_output": "*bf16", "grad_table": "*bf16", "grad_scores": "*fp32", **LOOKUP}
 ORDER = {
-    "order": "*i32",
+    "words": "*i64",
+    "turned": "*fp32",
+    "starts": "*i32",
     "ends": "*i32",
     "pieces": "*fp32",
     "CHUNKS": "i32",
-    "NUM_RUNS": "i64",
-    "starts": "*i32",
-    "runs": "*i32",
+    "num_ids": "i64",
+    "R": "i64",
 }
-COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32", "lookups": "*i32"}
+COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
 SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True, "HAS_PRODUCTS": True}
 STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
 UPDATE = {
-    **GRADIENT,
-    **ORDER,
+    **SUMS,
     **STATES,
+    "M": "i64",
     "grads": "*bf16",
     "mean_squares": "*fp32",
+    "products": "*fp32",
     "squares": "*fp32",
-    "first_column": "i32",
-    "R": "i64",
     "column_offset": "i32",
 }
+ADAGRAD = {**UPDATE, "first": "*fp32"}
 WHOLE = {
     "K": 128,
     "PIECE": 512,
@@ -67,8 +68,8 @@ WHOLE = {
     "HAS_PRODUCTS": True,
     "IS_UPDATED": True,
     "SQUARES": 0,
-    "IS_SHORT": False,
 }
+IN_SLICES = {**WHOLE, "COLUMNS": 512, "IS_ADDED": True}
 STEP = dict.fromkeys(
     ("weight_decay", "eps", "beta1", "complement1", "log_beta1", "beta2", "complement2", "log_beta2"), "fp32"
 )
@@ -103,25 +104,27 @@ KERNELS = {
     ),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
-    "row_gradient.triton_impl.sum_piece": (SUMS, {**SLICE, "HAS_RUNS": True}),
+    "row_gradient.triton_impl.sum_piece": (SUMS, SLICE),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
-    "row_gradient.triton_order._list_runs": (
-        {"by_row": "*i32", "is_last": "*i1", "places": "*i32", "num_good": "*i32", "num_lookups": "i32", **UPDATE},
-        {"KEYS": 1024},
-    ),
+    "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, "COLUMNS": 1024}),
+    "row_gradient.triton_order._join_scores": (SUMS, {"IDS": 1024}),
     "row_update.triton_rule._prepare": (
         {"lr": "*fp32", "step": "*i64", "shared": "*fp32", "keys": "*i64", "seed": "i64", **STEP},
         {},
     ),
-    "row_update.triton_impl._update_looked_up by adagrad": (
-        {**UPDATE, "first": "*fp32"},
-        {**WHOLE, "RULE": 1, "HAS_ROWS": True},
+    "row_update.triton_impl._update_row by adagrad": (ADAGRAD, {**WHOLE, "RULE": 1}),
+    "row_update.triton_impl._update_row by adagrad in slices": (ADAGRAD, {**IN_SLICES, "RULE": 1, "SQUARES": 3}),
+    "row_update.triton_impl._update_row by adam": (UPDATE, {**WHOLE, "RULE": 2}),
+    "row_update.triton_windows._update_window by adagrad": (
+        ADAGRAD,
+        {**WHOLE, "RULE": 1, "IS_LAST_PRODUCT": True, "WINDOW": 32},
     ),
-    "row_update.triton_impl._update_looked_up by adagrad in slices": (
-        {**UPDATE, "first": "*fp32"},
-        {**WHOLE, "RULE": 1, "HAS_ROWS": True, "COLUMNS": 512, "IS_ADDED": True, "SQUARES": 3, "IS_SHORT": True},
+    "row_update.triton_windows._update_window by sgd in slices": (
+        UPDATE,
+        {**IN_SLICES, "RULE": 0, "IS_LAST_PRODUCT": False, "WINDOW": 32},
     ),
-    "row_update.triton_impl._update_looked_up by adam": (UPDATE, {**WHOLE, "RULE": 2, "HAS_ROWS": False}),
+    "row_update.triton_windows._update_long_run": (UPDATE, {**IN_SLICES, "RULE": 2}),
+    "row_update.triton_windows._sum_long_piece": ({**UPDATE, "rows": "*i64"}, SLICE),
     "row_update.triton_impl._update_given": (
         UPDATE,
         {"COLUMNS": 1024, "RULE": 2, "HAS_ROWS": True, "IS_DENSE": False, "HAS_SQUARES": True},
@@ -137,7 +140,12 @@ KERNELS = {
 }
 
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx950": ("hip", "gfx950", 64),
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -158,7 +166,7 @@ def test_compiling_for_a_gpu(name: str, target: str) -> None:
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(LAUNCH_OPTIONS))
-    if target == "gfx942":
+    if TARGETS[target][0] == "hip":
         assert compiled.asm["hsaco"]
         return
     assert compiled.asm["cubin"]

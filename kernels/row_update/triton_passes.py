@@ -1,0 +1,93 @@
+"""Passes of a fused update over slices of columns, and what a program does with one row's run of lookups in one.
+
+Rows wider than a slice take a pass for each. Row-wise Adagrad, which needs the square of a row's whole gradient, goes
+over the slices adding up squares, updates the last one when they are complete, and then goes over the others once more.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.row_gradient.triton_impl import add_pieces, cut_pieces, sum_lookups
+from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, load_constants, update_row
+
+#: What a pass does with the gradient's squares: uses its own, begins a sum, adds to it, completes it, or has used it.
+OWN, BEGUN, ADDED, COMPLETED, KNOWN = range(5)
+_OWNS: tl.constexpr = tl.constexpr(OWN)
+_BEGINS: tl.constexpr = tl.constexpr(BEGUN)
+_KNOWS: tl.constexpr = tl.constexpr(KNOWN)
+
+
+class Pass(NamedTuple):
+    """One pass over a slice of columns: what is done besides summing the rows' gradients."""
+
+    first_column: int
+    has_products: bool  # score gradients
+    is_updated: bool
+    squares: int
+    is_last_product: bool = False
+
+
+def passes(dim: int, columns: int, *, needs_squares: bool) -> list[Pass]:
+    """Return the passes that update all slices."""
+    *others, last = range(0, dim, columns)
+    if not others or not needs_squares:
+        return [Pass(first, True, True, OWN, first == last) for first in (*others, last)]
+    looks = [Pass(first, True, False, ADDED if first else BEGUN) for first in others]
+    return [*looks, Pass(last, True, True, COMPLETED, True), *(Pass(first, False, True, KNOWN) for first in others)]
+
+
+def two_states(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors, the table in place of states that the rule does not have."""
+    first, second = (*state, table, table)[:2]
+    return first, second
+
+
+@triton.jit
+def update_run(
+    table, first, second, grad_output, words, pieces, grad_scores, squares, shared, keys,
+    row, start, end, place, D, first_column, row_offset, column_offset,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Sum one row's run of lookups over a slice of columns, and update the slice by it; squares[place] is the row's."""
+    c = first_column + tl.arange(0, COLUMNS)
+    is_column = c < D
+    values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    accumulated = 0.0
+    if RULE == ROWWISE_ADAGRAD:  # before the sum, whose stores would keep it waiting
+        accumulated = tl.load(first + row)
+    cut = cut_pieces(start, end, PIECE)
+    gradient = sum_lookups(
+        grad_output, words, grad_scores, values, c, is_column,
+        cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+    )  # fmt: skip
+    gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
+    finish_row(
+        table, first, second, squares, row, place, c, is_column, values, gradient, accumulated,
+        load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE, IS_UPDATED, SQUARES,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_row(
+    table, first, second, squares, row, place, c, is_column, values, gradient, accumulated,
+    constants, D, row_offset, column_offset,
+    RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Do with a slice's gradient [COLUMNS] what the pass is for; squares[place] is the row's."""
+    known = tl.load(squares + place) if SQUARES > _BEGINS else 0.0
+    if SQUARES == _KNOWS:
+        # The state has them already; they only tell once more whether the row is to be left alone.
+        square = known * 0.0
+    else:
+        square = known + tl.sum(gradient * gradient, axis=0) / D
+        if SQUARES != _OWNS:
+            tl.store(squares + place, square)
+    if IS_UPDATED:
+        update_row(
+            table, first, second, row, c, is_column, values, gradient, square,
+            accumulated, constants, D, row_offset, column_offset, RULE,
+        )  # fmt: skip
