@@ -1,26 +1,27 @@
 """Row ids on the CPU: checked before any row is read, and read by the kernels in whichever width they came."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from mfdist.kernels.cpu_threads import jit_part
-from mfdist.kernels.lanes import at
-from mfdist.kernels.row_id_check import row_id_error
+from mfdist.kernels.row_id_check import can_be_bad, row_id_error
 
 
 class Ids(NamedTuple):
-    """Flat ids; the array of their own width holds them and the others are empty.
+    """Flat ids of some width, as bytes.
 
     One type for all widths, so that kernels are compiled once. Kernels' own tuples start with these fields, because
     numba takes no tuple within a tuple.
     """
 
     id_bytes: int
-    narrow_ids: Any
-    middle_ids: Any
-    wide_ids: Any
+    ids: Any
 
 
 def checked_ids(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> Ids:
@@ -30,20 +31,36 @@ def checked_ids(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> Ids
         RowIdError: an id is negative or not below `limit`.
     """
     ids: Any = row_ids.contiguous().numpy().reshape(-1)
-    size = ids.itemsize
-    if size > 1 or limit <= _MAX_BYTE:
+    if can_be_bad(row_ids, limit):
         # As an unsigned number a negative id is a very large one, so one comparison does for both ends.
-        unsigned = ids.view(np.uint8 if size == 1 else np.uint32 if size == 4 else np.uint64)
+        unsigned = ids.view(_UNSIGNED[ids.itemsize])
         if ids.size and unsigned.max() >= limit:
             first = int((unsigned >= limit).argmax())
             raise row_id_error(int(ids[first]), limit, name, is_code=is_code, lookup=first % row_ids.shape[1])
-    if size == 1:
-        return Ids(size, ids, _NO_MIDDLE, _NO_WIDE)
-    return Ids(size, _NO_NARROW, ids, _NO_WIDE) if size == 4 else Ids(size, _NO_NARROW, _NO_MIDDLE, ids)
+    return Ids(ids.itemsize, ids.view(np.uint8))
 
 
-_MAX_BYTE = 255
-_NO_NARROW, _NO_MIDDLE, _NO_WIDE = np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.int64)
+_UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _reader(bits: int) -> Callable[[Any, Any], Any]:
+    @intrinsic
+    def read(typing_context: Any, ids: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            first = builder.bitcast(data, ir.IntType(bits).as_pointer())
+            value = builder.load(builder.gep(first, [args[1]]))
+            value.align = bits // 8
+            return value if bits == types.int64.bitwidth else builder.zext(value, ir.IntType(types.int64.bitwidth))
+
+        return types.int64(ids, types.intp), generate
+
+    made: Callable[[Any, Any], Any] = read
+    return made
+
+
+#: Good ids, which are not negative, by their place among ids of so many bits.
+_read_8, _read_16, _read_32, _read_64 = (_reader(bits) for bits in (8, 16, 32, 64))
 
 
 @jit_part()
@@ -66,11 +83,14 @@ def find_rows(lookup: Any, low: Any, high: Any, first: Any, end: Any, origin: An
         row = (first - origin) * lookup.S
         if lookup.id_bytes == 1:
             for i in range(count):
-                rows[to + i] = row + i * lookup.S + np.int64(at(lookup.narrow_ids, start + i))
+                rows[to + i] = row + i * lookup.S + _read_8(lookup.ids, start + i)
+        elif lookup.id_bytes == 2:
+            for i in range(count):
+                rows[to + i] = row + i * lookup.S + _read_16(lookup.ids, start + i)
         elif lookup.id_bytes == 4:
             for i in range(count):
-                rows[to + i] = row + i * lookup.S + np.int64(at(lookup.middle_ids, start + i))
+                rows[to + i] = row + i * lookup.S + _read_32(lookup.ids, start + i)
         else:
             for i in range(count):
-                rows[to + i] = row + i * lookup.S + at(lookup.wide_ids, start + i)
+                rows[to + i] = row + i * lookup.S + _read_64(lookup.ids, start + i)
     return rows

@@ -7,7 +7,7 @@ from mfdist.errors import ConfigError
 
 #: What rows may be; fp64 on the CPU alone, where the reference computes it.
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_IDS = (torch.uint8, torch.int32, torch.int64)
+_IDS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 
 
 def check_lookup(

@@ -15,6 +15,8 @@ from mfdist.errors import RowIdError
 #: A word that holds this has seen no bad id.
 NOTHING = -(2**63)
 _MAX_WORDS = 4096
+#: Dtypes that hold no negative id, and how many others.
+_NUM_VALUES = {torch.uint8: 1 << 8, torch.uint16: 1 << 16}
 
 
 def row_id_error(row_id: int, limit: int, name: str, *, is_code: bool, lookup: int | None = None) -> RowIdError:
@@ -36,6 +38,25 @@ def row_id_error(row_id: int, limit: int, name: str, *, is_code: bool, lookup: i
     return RowIdError(
         f'row id {row_id}{at} is outside table "{name}" (num_rows={limit}); give ids from 0 to num_rows - 1'
     )
+
+
+def can_be_bad(row_ids: Tensor, limit: int) -> bool:
+    """Return whether an id's dtype can hold one that is not below `limit`."""
+    return limit < _NUM_VALUES.get(row_ids.dtype, limit + 1)
+
+
+def bad_id_error(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> RowIdError | None:
+    """Return the error for the first bad id of [N, K], or None; on a GPU it waits for the device."""
+    if not row_ids.numel() or not can_be_bad(row_ids, limit):
+        return None
+    if row_ids.dtype == torch.uint16:  # which torch neither compares nor finds the largest of
+        row_ids = row_ids.int()
+    low, high = (int(value) for value in torch.aminmax(row_ids))
+    if low >= 0 and high < limit:
+        return None
+    place = int(((row_ids < 0) | (row_ids >= limit)).flatten().nonzero()[0])
+    found = int(row_ids.flatten()[place])
+    return row_id_error(found, limit, name, is_code=is_code, lookup=place % row_ids.shape[1])
 
 
 class _PinnedWords:

@@ -24,8 +24,3 @@ def at_most_registers(count: int) -> dict[str, int]:
 def next_power_of_2(size: int) -> int:
     """Return the least power of two that is at least `size`, which must be positive."""
     return 1 << (size - 1).bit_length()
-
-
-def must_check(row_ids: Tensor, limit: int) -> bool:
-    """Return whether an id's dtype can hold one that is not below `limit`."""
-    return row_ids.dtype != torch.uint8 or limit <= 255

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
-from mfdist.kernels.row_id_check import row_id_error
+from mfdist.kernels.row_id_check import bad_id_error
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.spec import Region
 from mfdist.table_server.shard import Lookups
@@ -123,7 +123,5 @@ def _slots(owner: int, region: Region, row_ids: Tensor, scores: Tensor, slots: s
 
 def _check_ids(plan: TablePlan, row_ids: Tensor, code_stride: int) -> None:
     limit = code_stride or plan.num_rows
-    if row_ids.numel() and not 0 <= int(row_ids.min()) <= int(row_ids.max()) < limit:
-        place = int(((row_ids < 0) | (row_ids >= limit)).flatten().nonzero()[0])
-        found = int(row_ids.flatten()[place])
-        raise row_id_error(found, limit, plan.name, is_code=code_stride > 0, lookup=place % row_ids.shape[1])
+    if error := bad_id_error(row_ids, limit, plan.name, is_code=code_stride > 0):
+        raise error

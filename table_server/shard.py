@@ -153,6 +153,7 @@ class Shard:
         check_lookup(self.rows, ids, lookups.scores, stride, self.name)
         check_grad_output(self.rows, ids, contribution.grad_output, self.name)
         limit = stride or self.rows.shape[0]
+        ids = ids.int() if ids.dtype == torch.uint16 else ids  # torch does not compare uint16
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
             bad = ids[(ids < 0) | (ids >= limit)][0]
             what = "codes" if stride else "row ids"

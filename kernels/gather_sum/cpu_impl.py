@@ -61,9 +61,7 @@ class _Lookup(NamedTuple):
     """The arguments as kernels take them: the fields of `Ids`, flat arrays, sizes."""
 
     id_bytes: int
-    narrow_ids: Any
-    middle_ids: Any
-    wide_ids: Any
+    ids: Any
     table: Any
     scores: Any
     out: Any

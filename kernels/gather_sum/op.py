@@ -21,7 +21,7 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int 
 
     Args:
         table: [R, D], fp32, fp16 or bf16; R · D may exceed 2**31. On the CPU also fp64, computed by the reference.
-        row_ids: [N, K], uint8, int32 or int64; N and K may be 0; duplicates add up.
+        row_ids: [N, K], uint8, uint16, int32 or int64; N and K may be 0; duplicates add up.
         scores: [N, K], fp32.
         code_stride: 0 where `row_ids` are rows. S > 0 where they are codes in [0, S) and lookup k owns the rows from
             k · S on: R must be K · S, and no wider ids need be made.

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_id_check import error_word
+from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.triton_ids import checked
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32, weighted
 
 #: A row's part in one slice of columns: a line of the first-level cache.
@@ -63,7 +63,7 @@ def gather_sum(
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
     sizes: tuple[Any, ...] = (num_tokens, num_lookups, dim, code_stride, limit)
-    is_checked = must_check(row_ids, limit)
+    is_checked = can_be_bad(row_ids, limit)
     offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
     with device_of(table):
         if num_tokens <= _FEW_TOKENS:

@@ -48,9 +48,7 @@ class Lookup(NamedTuple):
     """The arguments as kernels take them: the fields of `Ids`, flat arrays, sizes."""
 
     id_bytes: int
-    narrow_ids: Any
-    middle_ids: Any
-    wide_ids: Any
+    ids: Any
     table: Any
     scores: Any
     grad: Any  # [N, D] fp32

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mfdist.kernels.lookup_arguments import check_grad_output, check_lookup
 from mfdist.kernels.ragged_gradient import ragged_gradient
-from mfdist.kernels.row_id_check import row_id_error
+from mfdist.kernels.row_id_check import bad_id_error
 
 
 def sparse_row_gradient(
@@ -34,13 +34,9 @@ def sparse_row_gradient(
     check_lookup(table, row_ids, scores, code_stride, name)
     check_grad_output(table, row_ids, grad_output, name)
     num_tokens, num_lookups = row_ids.shape
-    limit = code_stride or table.shape[0]
-    ids = row_ids.long()
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
-        place = int(((ids < 0) | (ids >= limit)).flatten().nonzero()[0])
-        found = int(ids.flatten()[place])
-        raise row_id_error(found, limit, name, is_code=code_stride > 0, lookup=place % num_lookups)
-    ids = ids + code_stride * torch.arange(num_lookups, device=ids.device)
+    if error := bad_id_error(row_ids, code_stride or table.shape[0], name, is_code=code_stride > 0):
+        raise error
+    ids = row_ids.long() + code_stride * torch.arange(num_lookups, device=row_ids.device)
     tokens = torch.arange(num_tokens, device=ids.device).repeat_interleave(num_lookups)
     rows, grads, grad_scores = ragged_gradient(table, ids.flatten(), tokens, scores.flatten(), grad_output, name)
     return rows, grads, grad_scores.view(num_tokens, num_lookups)

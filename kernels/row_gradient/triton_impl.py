@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mfdist.kernels.row_gradient.triton_order import Order, lookup_of, order_by_row, score_of
-from mfdist.kernels.row_id_check import error_word
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, device_of, must_check, next_power_of_2
+from mfdist.kernels.row_id_check import can_be_bad, error_word
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, device_of, next_power_of_2
 
 #: Columns to a warp: what its registers hold, and nothing waits for another warp.
 _COLUMNS_EACH = 1024
@@ -47,7 +47,7 @@ def row_gradient(
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
     with device_of(table):
-        is_checked = must_check(row_ids, limit)
+        is_checked = can_be_bad(row_ids, limit)
         order = order_by_row(row_ids, scores, grad_scores, word, num_rows, code_stride, is_checked=is_checked)
         _sum(table, row_ids, grad_output, order, grad_table, grad_scores, code_stride)
     return grad_table, grad_scores

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mfdist.kernels.row_gradient.triton_impl import PIECE, slice_columns, sum_piece, warp_options
 from mfdist.kernels.row_gradient.triton_order import order_by_row, sort_by_row
-from mfdist.kernels.row_id_check import error_word
+from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.row_update.rule import RowRule
 from mfdist.kernels.row_update.triton_passes import passes, two_states, update_run
 from mfdist.kernels.row_update.triton_rule import NUMBERS, ROWWISE_ADAGRAD, load_constants, step_constants, update_row
 from mfdist.kernels.row_update.triton_windows import SHORT_RUN, update_by_windows
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, must_check, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 
 #: Columns to a warp of a row's program where its gradient is given, and the most warps.
 _COLUMNS_EACH = 1024
@@ -45,7 +45,7 @@ def fused_row_update(
     grad_scores = torch.empty_like(scores)
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
-    is_checked = must_check(row_ids, limit)
+    is_checked = can_be_bad(row_ids, limit)
     lookup = (row_ids, scores, grad_scores, word, num_rows, code_stride)
     with device_of(table):
         constants = step_constants(lr, step, rule)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfdist.kernels.cpu_rows import flat
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
+from mfdist.kernels.sign_hash.codes import code_dtype
 
 _PARALLEL_WORK = 1 << 16
 _TOKENS_TOGETHER = 64
@@ -28,10 +29,10 @@ _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 
 
 def sign_hash(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return codes [N, K], uint8 or int32, and fp32 scores [N, K]; see `mfdist.kernels.sign_hash`."""
+    """Return codes [N, K], in `code_dtype`, and fp32 scores [N, K]; see `mfdist.kernels.sign_hash`."""
     num_tokens, dim = x.shape
     num_lookups = dim // bits
-    codes = torch.empty(num_tokens, num_lookups, dtype=torch.uint8 if bits <= 8 else torch.int32)
+    codes = torch.empty(num_tokens, num_lookups, dtype=code_dtype(bits))
     scores = torch.empty(num_tokens, num_lookups)
     if x.numel():
         arrays = (flat(x.float()), codes.numpy().reshape(-1), scores.numpy().reshape(-1))

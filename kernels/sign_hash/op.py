@@ -8,6 +8,7 @@ from torch import Tensor
 from mfdist.errors import ConfigError
 from mfdist.kernels import implementation
 from mfdist.kernels.sign_hash import reference
+from mfdist.kernels.sign_hash.codes import code_dtype
 
 _MAX_BITS = 24
 _SCORES = ("paper", "released")
@@ -36,10 +37,10 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
         temperature: t > 0.
 
     Returns:
-        Codes [N, K], K = d / bits, uint8 up to 8 bits and int32 beyond; and scores [N, K] in fp32, computed in fp32 and
-        differentiable, once, in x, through p and the norm alone. The slope of |z| at 0 is 0, as torch has it; 0.0 and
-        −0.0 both give bit 1. NaN gives bit 0, a NaN score, and NaN gradients in its chunk. ±inf gives a factor 1 of p
-        and no gradient to itself ("released": the score inf, and gradients that are not finite).
+        Codes [N, K], K = d / bits, uint8 up to 8 bits, uint16 up to 16 and int32 beyond; and scores [N, K] in fp32,
+        computed in fp32 and differentiable, once, in x, through p and the norm alone. The slope of |z| at 0 is 0, as
+        torch has it; 0.0 and −0.0 both give bit 1. NaN gives bit 0, a NaN score, and NaN gradients in its chunk. ±inf
+        gives a factor 1 of p and no gradient to itself ("released": the score inf, and gradients that are not finite).
 
     Raises:
         ConfigError: a value is out of range or `bits` does not divide d.
@@ -61,15 +62,11 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
     return codes, scores
 
 
-def _code_dtype(bits: int) -> torch.dtype:
-    return torch.uint8 if bits <= 8 else torch.int32
-
-
 @torch.library.impl("mfdist::sign_hash", "CPU")
 def _on_cpu(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         codes, scores = reference.sign_hash(x, bits, score, temperature)
-        return scores, codes.to(_code_dtype(bits))
+        return scores, codes.to(code_dtype(bits))
     codes, scores = implementation.on_cpu("sign_hash").sign_hash(x, bits, score, temperature)
     return scores, codes
 
@@ -97,7 +94,7 @@ def _gradient_on_gpu(x: Tensor, grad_scores: Tensor, bits: int, score: str, temp
 @torch.library.register_fake("mfdist::sign_hash")
 def _shapes_of(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1] // bits)
-    return x.new_empty(shape, dtype=_score_dtype(x)), x.new_empty(shape, dtype=_code_dtype(bits))
+    return x.new_empty(shape, dtype=_score_dtype(x)), x.new_empty(shape, dtype=code_dtype(bits))
 
 
 def _score_dtype(x: Tensor) -> torch.dtype:

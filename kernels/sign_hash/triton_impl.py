@@ -8,15 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfdist.kernels.sign_hash.codes import code_dtype
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 
 _BLOCK = 2048
 
 
 def sign_hash(x: Tensor, bits: int, score: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return codes [N, K], uint8 or int32, and fp32 scores [N, K]; see `mfdist.kernels.sign_hash`."""
+    """Return codes [N, K], in `code_dtype`, and fp32 scores [N, K]; see `mfdist.kernels.sign_hash`."""
     shape = (x.shape[0], x.shape[1] // bits)
-    codes = x.new_empty(shape, dtype=torch.uint8 if bits <= 8 else torch.int32)
+    codes = x.new_empty(shape, dtype=code_dtype(bits))
     scores = x.new_empty(shape, dtype=torch.float32)
     if codes.numel():
         width = next_power_of_2(bits)

@@ -107,9 +107,9 @@ class LookupTensors:
 
     @functools.cached_property
     def row_ids(self) -> list[Tensor]:
-        """Return ids [N, K] for several calls: uint8 or int32 codes, or int64 rows of a shared table."""
+        """Return ids [N, K] for several calls: uint8 or uint16 codes, or int64 rows of a shared table."""
         case = self.case
-        dtype = torch.int64 if case.is_shared else torch.uint8 if case.rows_each <= 256 else torch.int32
+        dtype = torch.int64 if case.is_shared else torch.uint8 if case.rows_each <= 256 else torch.uint16
         generator = self._generator(2)
         shape = (self.num_variants, case.num_tokens, case.num_lookups)
         if not case.is_skewed:

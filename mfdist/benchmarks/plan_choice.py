@@ -27,7 +27,7 @@ from mfdist.spec import TableSpec
 from mfdist.tables.sharded import ShardedTable
 from mfdist.testing.run_ranks import RankPool
 
-_CODES = {1: torch.uint8, 4: torch.int32, 8: torch.int64}
+_CODES = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
 _DEADLINE_S = 600.0
 
 

@@ -44,7 +44,7 @@ class TableConformance(ABC):
         rows, scores = torch.randn(20, row_dim).to(dtype), torch.randn(num_tokens, num_lookups)
         self._check(rows, torch.randint(0, 20, (num_tokens, num_lookups)), scores, code_stride=0)
 
-    @pytest.mark.parametrize("code_dtype", [torch.uint8, torch.int32, torch.int64])
+    @pytest.mark.parametrize("code_dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
     def test_codes_own_their_slots_rows(self, code_dtype: torch.dtype) -> None:
         """With a stride, the row of slot k is k·S + code."""
         rows, scores = torch.randn(5 * 16, 24), torch.randn(41, 5)

@@ -40,7 +40,9 @@ def test_codes_are_spread_evenly_over_normal_activations():
     assert counts.sum() == 64_000 and (counts - 1000).abs().max() < 200
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(1, torch.uint8), (8, torch.uint8), (9, torch.int32), (24, torch.int32)])
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(1, torch.uint8), (8, torch.uint8), (9, torch.uint16), (16, torch.uint16), (17, torch.int32)]
+)
 def test_codes_come_in_their_compact_form(bits, dtype):
     hash_ = SignHash(in_features=bits * 2, bits=bits)
     codes, scores = hash_(torch.ones(3, bits * 2))

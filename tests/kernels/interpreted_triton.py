@@ -42,6 +42,7 @@ def check_lookup(lookup: Lookup) -> None:
 def lookups() -> None:
     check_lookup(make_lookup(63, 3, 8, 40))
     check_lookup(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32))
+    check_lookup(make_lookup(37, 2, 9, 20, id_dtype=torch.uint16))
     check_lookup(make_lookup(40, 2, 8, 1, dtype=torch.float16, is_compact=False, id_dtype=torch.int64))
     check_lookup(make_lookup(3, 70, 1, 100))  # few tokens, more lookups than are read at a time
     for empty in (make_lookup(0, 3, 8, 8), make_lookup(5, 0, 8, 8)):
@@ -66,6 +67,7 @@ def lookups() -> None:
     check_lookup(few_rows)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check_lookup(few_rows)
+    check_lookup(make_lookup(35, 2, 3, 20, id_dtype=torch.uint16))
 
 
 def quantised() -> None:
@@ -114,7 +116,7 @@ def hashing() -> None:
         codes, scores = hashes.sign_hash(x, bits, score, 1.5)
         expected_codes, expected = oracles.sign_hash(x.double().numpy(), bits, score, 1.5)
         assert np.array_equal(codes.numpy(), expected_codes)
-        assert codes.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+        assert codes.dtype == (torch.uint8 if bits <= 8 else torch.uint16 if bits <= 16 else torch.int32)
         check(scores, expected)
         grad = torch.randn(37, 3)
         got = hashes.sign_hash_gradient(x, grad, bits, score, 1.5)

@@ -23,7 +23,7 @@ from tests.kernels.lookups import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ID_DTYPES = (torch.uint8, torch.int32, torch.int64)
+ID_DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 
 
 @pytest.mark.parametrize("is_compact", [True, False], ids=["codes", "ids"])

@@ -76,7 +76,7 @@ def test_a_frozen_table_still_gives_scores_a_gradient() -> None:
 def test_meta_tensors_have_the_results_shapes() -> None:
     codes, scores = sign_hash(torch.empty(7, 24, device="meta"), 12)
     assert codes.shape == scores.shape == (7, 2)
-    assert (codes.dtype, scores.dtype) == (torch.int32, torch.float32)
+    assert (codes.dtype, scores.dtype) == (torch.uint16, torch.float32)
     table = torch.empty(8192, 5, device="meta", dtype=torch.bfloat16)
     out = gather_sum(table, codes, scores, 4096)
     assert (out.shape, out.dtype) == ((7, 5), torch.bfloat16)

@@ -164,7 +164,10 @@ def test_what_cannot_be_quantised() -> None:
         ({"rows": QuantizedRows(torch.ones(8, 4), torch.ones(8))}, "with scales .R. in fp32"),
         ({"rows": QuantizedRows(torch.ones(8, 4, dtype=torch.int8), torch.ones(8).half())}, "with scales .R. in fp32"),
         ({"rows": QuantizedRows(torch.ones(8, 4, dtype=torch.int8), torch.ones(7))}, "one scale each"),
-        ({"row_ids": torch.zeros(2, 2, dtype=torch.int16)}, "rows in int8, float8_e4m3fn and ids in uint8, int32"),
+        (
+            {"row_ids": torch.zeros(2, 2, dtype=torch.int16)},
+            "rows in int8, float8_e4m3fn and ids in uint8",
+        ),
         ({"scores": torch.ones(2, 2).double()}, "scores must be fp32"),
         ({"dtype": torch.float64}, "summed to fp32, fp16 or bf16"),
     ],

@@ -17,12 +17,12 @@ SCORES = ("paper", "released")
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("bits", [1, 3, 8, 9, 24])
+@pytest.mark.parametrize("bits", [1, 3, 8, 9, 16, 24])
 @pytest.mark.parametrize("num_tokens", [0, 1, 100])
 def test_forward_and_gradient(num_tokens: int, bits: int, score: str) -> None:
     x = (2 * torch.randn(num_tokens, 3 * bits)).requires_grad_()
     codes, scores = sign_hash(x, bits, score)
-    assert codes.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+    assert codes.dtype == (torch.uint8 if bits <= 8 else torch.uint16 if bits <= 16 else torch.int32)
     expected_codes, expected = oracles.sign_hash(x.detach().double().numpy(), bits, score)
     assert np.array_equal(codes.numpy(), expected_codes)
     assert_is(scores, expected, torch.float32)

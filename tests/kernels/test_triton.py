@@ -11,7 +11,8 @@ import torch
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, must_check, next_power_of_2
+from mfdist.kernels.row_id_check import can_be_bad
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,10 @@ KERNELS = {
         {**GRADIENT, "row_ids": "*i64", "keys": "*i32", "num_ids": "i64", "R": "i64"},
         {"IDS": 1024, "IS_CHECKED": True},
     ),
-    "row_gradient.triton_order._turn": (COUNTING, {"TOKENS": 128, "LOOKUPS": 32, "IS_CHECKED": True}),
+    "row_gradient.triton_order._turn": (
+        {**COUNTING, "row_ids": "*u16"},
+        {"TOKENS": 128, "LOOKUPS": 32, "IS_CHECKED": True},
+    ),
     "row_gradient.triton_order._count": (COUNTING, {"CHUNK": 1024, "BINS": 256}),
     "row_gradient.triton_order._bound": (COUNTING, {"CHUNKS_UP": 16, "CODES": 256}),
     "row_gradient.triton_order._place": (COUNTING, {"CHUNK": 1024, "BINS": 256, "TOKENS": 32, "IS_HELD": True}),
@@ -130,8 +134,8 @@ KERNELS = {
         {"COLUMNS": 1024, "RULE": 2, "HAS_ROWS": True, "IS_DENSE": False, "HAS_SQUARES": True},
     ),
     "sign_hash.triton_impl._hash": (
-        {"x": "*bf16", "codes": "*u8", "scores": "*fp32", "num_chunks": "i32", "slope": "fp32"},
-        {"BITS": 8, "WIDTH": 8, "CHUNKS": 128, "IS_RELEASED": True},
+        {"x": "*bf16", "codes": "*u16", "scores": "*fp32", "num_chunks": "i32", "slope": "fp32"},
+        {"BITS": 10, "WIDTH": 16, "CHUNKS": 128, "IS_RELEASED": True},
     ),
     "sign_hash.triton_impl._gradient": (
         {"x": "*bf16", "grad_scores": "*fp32", "grad_x": "*bf16", "num_chunks": "i32", "slope": "fp32"},
@@ -185,8 +189,9 @@ def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPat
 def test_sizes_of_tiles() -> None:
     assert [next_power_of_2(size) for size in (1, 2, 3, 100, 1024)] == [1, 2, 4, 128, 1024]
     codes = torch.zeros(1, dtype=torch.uint8)
-    assert [must_check(codes, limit) for limit in (16, 255, 256)] == [True, True, False]
-    assert must_check(codes.int(), 1 << 20)
+    assert [can_be_bad(codes, limit) for limit in (16, 255, 256)] == [True, True, False]
+    assert [can_be_bad(codes.to(torch.uint16), limit) for limit in (65_535, 65_536)] == [True, False]
+    assert can_be_bad(codes.int(), 1 << 20)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ def measured(rank, plan_json, name, num_tokens, load, mesh_shape, optimizer=None
     generator = torch.Generator().manual_seed(rank)
     limit = load.code_stride or plan.num_rows
     ids = torch.randint(0, limit, (num_tokens, load.num_lookups), generator=generator)
-    ids = ids.to({1: torch.uint8, 4: torch.int32, 8: torch.int64}[load.id_bytes])
+    ids = ids.to({1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}[load.id_bytes])
     scores = torch.rand(num_tokens, load.num_lookups, generator=generator, requires_grad=True)
     kept = {}
 

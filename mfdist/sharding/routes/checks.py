@@ -1,11 +1,10 @@
 """What a rank checks of its own lookup before it tells the others of it."""
 
-import torch
 from torch import Tensor
 
 from mfdist.errors import MfdistError
 from mfdist.kernels.lookup_arguments import check_lookup
-from mfdist.kernels.row_id_check import row_id_error
+from mfdist.kernels.row_id_check import bad_id_error
 from mfdist.sharding.routes.route import LookupArguments
 
 
@@ -24,10 +23,6 @@ def refusal_of(
     except MfdistError as error:
         return error
     limit = stride or num_rows
-    if not row_ids.numel() or (row_ids.is_cuda and not must_look) or (row_ids.dtype == torch.uint8 and limit > 255):
+    if row_ids.is_cuda and not must_look:
         return None
-    low, high = (int(value) for value in torch.aminmax(row_ids))
-    if low >= 0 and high < limit:
-        return None
-    bad = ((row_ids < 0) | (row_ids >= limit)).nonzero()[0].tolist()
-    return row_id_error(int(row_ids[bad[0], bad[1]]), limit, name, is_code=stride > 0, lookup=bad[1])
+    return bad_id_error(row_ids, limit, name, is_code=stride > 0)
