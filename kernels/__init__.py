@@ -9,6 +9,7 @@ if __name__ != "mfdist.kernels":
     raise ImportError("this folder is imported as mfdist.kernels; `kernels` alone may be another project's package")
 
 from mfdist.kernels.gather_sum import gather_sum
+from mfdist.kernels.hashed_gather_sum import hashed_gather_sum
 from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_sum
 from mfdist.kernels.ragged_gradient import ragged_gradient
 from mfdist.kernels.row_gradient import row_gradient, sparse_row_gradient
@@ -22,6 +23,7 @@ __all__ = [
     "check_errors",
     "fused_row_update",
     "gather_sum",
+    "hashed_gather_sum",
     "quantize",
     "quantized_gather_sum",
     "ragged_gradient",

@@ -40,6 +40,7 @@ def checked_ids(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> Ids
     return Ids(ids.itemsize, ids.view(np.uint8))
 
 
+_WIDE_BITS = 64
 _UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -51,7 +52,7 @@ def _reader(bits: int) -> Callable[[Any, Any], Any]:
             first = builder.bitcast(data, ir.IntType(bits).as_pointer())
             value = builder.load(builder.gep(first, [args[1]]))
             value.align = bits // 8
-            return value if bits == types.int64.bitwidth else builder.zext(value, ir.IntType(types.int64.bitwidth))
+            return value if bits == _WIDE_BITS else builder.zext(value, ir.IntType(_WIDE_BITS))
 
         return types.int64(ids, types.intp), generate
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mfdist.addressing.sign_hash import SignHash
 from mfdist.errors import ConfigError
+from mfdist.kernels import hashed_gather_sum
 from mfdist.spec import TableSpec
 from mfdist.table import Table
 from mfdist.tables.local import LocalTable
@@ -98,13 +99,23 @@ class MemoryLayer(nn.Module):
             raise ConfigError(
                 f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}"
             )
-        codes, scores = self.hash(x.reshape(-1, self.in_features))
-        out: Tensor = self.table(codes, scores, code_stride=self.hash.code_stride)
+        out = self._look_up(x.reshape(-1, self.in_features))
         if not torch.is_autocast_enabled(x.device.type):
             out = out.to(x.dtype)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _look_up(self, x: Tensor) -> Tensor:
+        """Return the lookup of activations [N, d]; where no gradient is wanted and the rows are here, in one step."""
+        addressing = self.hash
+        rows = None if torch.is_grad_enabled() else self.table.resident_rows
+        if rows is not None:
+            settings = (addressing.bits, addressing.score, addressing.temperature)
+            return hashed_gather_sum(rows, x, *settings, self.table.spec.name)
+        codes, scores = addressing(x)
+        out: Tensor = self.table(codes, scores, code_stride=addressing.code_stride)
+        return out
 
     def extra_repr(self) -> str:
         """Return the sizes as shown by `print(model)`."""

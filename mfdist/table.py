@@ -57,6 +57,14 @@ class Table(nn.Module, ABC):
         weight.requires_grad_(optimizer is None)
         return self
 
+    @property
+    def resident_rows(self) -> Tensor | None:
+        """Return the rows [R, D] where all of them lie in this process as a lookup reads them, and else None.
+
+        What only reads may then look rows up without going through `forward`.
+        """
+        return None
+
     @abstractmethod
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the score-weighted sum of K rows for each token: out[n] = Σ_k scores[n, k] · row[id[n, k]].

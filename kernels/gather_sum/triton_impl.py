@@ -36,7 +36,7 @@ _PACKED_LOOKUPS = 32
 #: Elements of a streaming program, and its warps, by the bytes of each element.
 _STREAMED = {1: (512, 1), 2: (1024, 4), 4: (1024, 4)}
 _UNROLLED = 4
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 
 
 def gather_sum(
@@ -66,7 +66,7 @@ def gather_sum(
     is_checked = can_be_bad(row_ids, limit)
     offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
     with device_of(table):
-        if num_tokens <= _FEW_TOKENS:
+        if num_tokens <= FEW_TOKENS:
             lookups, columns, warps = few_tile(num_tokens, num_lookups, dim)
             _sum_few[(num_tokens, triton.cdiv(dim, columns))](
                 table, scales, row_ids, scores, out, word, *sizes,

@@ -22,8 +22,10 @@ _INT32_MAX: Final = torch.iinfo(torch.int32).max
 #: Above it, counters outgrow the lookups.
 _MAX_COUNTED: Final = 4096
 _MIN_CHUNK: Final = 1024
-#: All chunks' counts of a block of codes are summed by one program.
-_MAX_CHUNKS: Final = 32
+#: More tokens would not fit the registers of the program that counts them.
+_MAX_CHUNK: Final = 8192
+#: All chunks' counts of a block of codes are summed by one program; there are more chunks where tokens are very many.
+_WANTED_CHUNKS: Final = 32
 _CODES_TOGETHER: Final = 1024
 _MIN_BINS: Final = 128
 #: So many counters a warp keeps in its registers.
@@ -153,7 +155,8 @@ def _by_counting(
     num_tokens, num_lookups = row_ids.shape
     kind = _place_dtype(_checked_count(row_ids))
     bins = max(_MIN_BINS, next_power_of_2(code_stride))
-    chunk = max(_MIN_CHUNK, bins, next_power_of_2(triton.cdiv(num_tokens, _MAX_CHUNKS)))
+    chunk = min(_MAX_CHUNK, next_power_of_2(triton.cdiv(num_tokens, _WANTED_CHUNKS)))
+    chunk = max(_MIN_CHUNK, bins, chunk)
     chunks = triton.cdiv(num_tokens, chunk)
     sizes = (num_tokens, num_lookups, code_stride)
     codes = row_ids.new_empty(num_lookups, num_tokens, dtype=torch.int16)
@@ -165,9 +168,10 @@ def _by_counting(
     counts = row_ids.new_empty(num_lookups, chunks, code_stride, dtype=kind)
     _count[(num_lookups, chunks)](codes, counts, *sizes, chunks, chunk, bins, num_warps=2, **LAUNCH_OPTIONS)
     starts, ends = row_ids.new_empty(2, num_lookups * code_stride, dtype=kind)
-    together = min(bins, _CODES_TOGETHER)
+    chunks_up = next_power_of_2(chunks)
+    together = min(bins, max(1, _CODES_TOGETHER * _WANTED_CHUNKS // max(chunks_up, _WANTED_CHUNKS)))
     _bound[(num_lookups,)](
-        counts, starts, ends, *sizes, chunks, next_power_of_2(chunks), together, num_warps=8, **LAUNCH_OPTIONS
+        counts, starts, ends, *sizes, chunks, chunks_up, together, num_warps=8, **LAUNCH_OPTIONS
     )
     is_held = bins <= _MAX_HELD
     words = row_ids.new_empty(row_ids.numel(), dtype=torch.int64)

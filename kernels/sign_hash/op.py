@@ -48,6 +48,13 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
     Cost: N·d elements read, N·K codes and scores written.
     Source: MemoryFormer (arXiv 2411.12992), equations 4–10.
     """
+    check_hash(x, bits, score, temperature)
+    scores, codes = _sign_hash(x, bits, score, temperature)
+    return codes, scores
+
+
+def check_hash(x: Tensor, bits: int, score: str, temperature: float) -> None:
+    """Raise ConfigError unless a value is in range and the activations can be cut into chunks of `bits`."""
     if x.ndim != 2 or not x.is_floating_point():
         raise ConfigError(
             f"sign_hash takes floating-point activations [N, d]; got {list(x.shape)} in {x.dtype}; flatten them"
@@ -58,8 +65,6 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
         raise ConfigError(f'score must be one of {", ".join(_SCORES)}; got "{score}"')
     if not temperature > 0:
         raise ConfigError(f"temperature must be positive; got {temperature}")
-    scores, codes = _sign_hash(x, bits, score, temperature)
-    return codes, scores
 
 
 @torch.library.impl("mfdist::sign_hash", "CPU")

@@ -57,8 +57,16 @@ def _hash(
     BITS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, IS_RELEASED: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
-    i = tl.arange(0, WIDTH)
     is_chunk = chunk < num_chunks
+    code, score = hash_chunks(x, chunk, is_chunk, slope, BITS, WIDTH, IS_RELEASED)
+    tl.store(codes + chunk, code.to(codes.dtype.element_ty), mask=is_chunk)
+    tl.store(scores + chunk, score, mask=is_chunk)
+
+
+@triton.jit
+def hash_chunks(x, chunk, is_chunk, slope, BITS: tl.constexpr, WIDTH: tl.constexpr, IS_RELEASED: tl.constexpr):
+    """Return the codes, in int32, and the scores of a block of chunks, each BITS activations of x."""
+    i = tl.arange(0, WIDTH)
     is_bit = (i < BITS)[None, :]
     z = tl.load(x + chunk[:, None] * BITS + i[None, :], mask=is_chunk[:, None] & is_bit, other=0.0).to(tl.float32)
     place = tl.where(i < BITS, 1 << tl.maximum(BITS - 1 - i, 0), 0)
@@ -67,8 +75,7 @@ def _hash(
     score = 1.0 / tl.reduce(tl.where(is_bit, 1.0 + tail, 1.0), 1, _times)
     if IS_RELEASED:
         score = score * tl.sum(tl.abs(z), axis=1)
-    tl.store(codes + chunk, code.to(codes.dtype.element_ty), mask=is_chunk)
-    tl.store(scores + chunk, score, mask=is_chunk)
+    return code, score
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from mfdist.benchmarks import exact
 from mfdist.benchmarks.contender import Comparison, Contender, Distance, Outputs
 from mfdist.benchmarks.lookup_case import FLOATS, num_variants
 from mfdist.benchmarks.timing import Work
-from mfdist.kernels import gather_sum, sign_hash
+from mfdist.kernels import hashed_gather_sum
 from mfdist.kernels.sign_hash import reference
 
 _SCORE = "paper"
@@ -77,8 +77,7 @@ def _memory(case: BlockCase, device: str) -> Contender:
     def call(number: int) -> Outputs:
         outputs = []
         for x, bits, table in layers:
-            codes, scores = sign_hash(x[number % len(x)], bits, _SCORE)
-            outputs.append(gather_sum(table, codes, scores, 1 << bits))
+            outputs.append(hashed_gather_sum(table, x[number % len(x)], bits, _SCORE))
         return tuple(outputs)
 
     return Contender(

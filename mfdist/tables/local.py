@@ -43,6 +43,14 @@ class LocalTable(Table):
         if self.row_state is not None:
             self.row_state.reset()
 
+    @property
+    def resident_rows(self) -> Tensor | None:
+        """Return the rows, unless autocast has lookups read them in another dtype."""
+        weight: Tensor = self.weight
+        kind = weight.device.type
+        is_cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype
+        return None if is_cast else weight
+
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the lookup; see `Table.forward`."""
         weight: Tensor = self.weight

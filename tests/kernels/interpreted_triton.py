@@ -12,6 +12,7 @@ import torch
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.gather_sum import triton_impl as sums
+from mfdist.kernels.hashed_gather_sum import triton_impl as hashed
 from mfdist.kernels.quantize import QuantizedRows, quantize, reference
 from mfdist.kernels.ragged_gradient import triton_impl as ragged
 from mfdist.kernels.row_gradient import triton_impl as gradients
@@ -121,6 +122,11 @@ def hashing() -> None:
         grad = torch.randn(37, 3)
         got = hashes.sign_hash_gradient(x, grad, bits, score, 1.5)
         check(got, oracles.sign_hash_gradient(x.double().numpy(), grad.double().numpy(), bits, score, 1.5))
+    for num_tokens, bits, num_lookups, dim, dtype in ((3, 8, 3, 40, torch.float32), (2, 5, 140, 33, torch.bfloat16)):
+        check_hashed(torch.randn(num_tokens, num_lookups * bits).to(dtype), bits, dim)
+    hashed._TILES = ()
+    check_hashed(torch.randn(3, 70 * 4), 4, 100)
+    check_hashed(torch.randn(40, 2 * 4), 4, 8)  # hashed first, then looked up
     special = torch.tensor([[0.0, -0.0, float("nan"), -1.0, float("inf"), 1.0]])
     codes, scores = hashes.sign_hash(special, 2, "paper", 1.0)
     assert codes.tolist() == [[3, 0, 3]]
@@ -128,6 +134,14 @@ def hashing() -> None:
     slopes = hashes.sign_hash_gradient(special, torch.ones(1, 3), 2, "paper", 1.0)
     assert slopes[0, :2].tolist() == [0.0, 0.0]
     assert slopes.isnan().tolist() == [[False, False, True, True, False, False]]
+
+
+def check_hashed(x: torch.Tensor, bits: int, dim: int) -> None:
+    num_lookups = x.shape[1] // bits
+    table = torch.randn(num_lookups << bits, dim).to(x.dtype)
+    codes, scores = oracles.sign_hash(x.double().numpy(), bits, "released", 0.7)
+    expected = oracles.gather_sum(table.double().numpy(), codes, scores, 1 << bits)
+    check(hashed.hashed_gather_sum(table, x, bits, "released", 0.7, "t"), expected)
 
 
 def bad_ids() -> None:
@@ -171,6 +185,6 @@ def expect_error(start: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    sums._FEW_TOKENS = 32  # shapes here are small, and both kernels are to be met
+    sums.FEW_TOKENS = hashed.FEW_TOKENS = 32  # shapes here are small, and both kernels are to be met
     parts = (lookups, ragged_lookups, quantised, hashing, bad_ids)
     {part.__name__: part for part in parts}[sys.argv[1]]()

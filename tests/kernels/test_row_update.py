@@ -340,3 +340,32 @@ def test_on_a_gpu(make: Callable[..., Lookup], dtype: torch.dtype, rule: RowRule
         expected_scores, expected = reference_update(before, lookup, rule)
         assert relative_error(grad_scores.cpu().numpy(), expected_scores.numpy()) <= TOLERANCES["float32"]
         assert_close(got, expected)
+
+
+@pytest.mark.gpu
+@every_rule
+@pytest.mark.parametrize("rows_each", [8, 400], ids=["often", "seldom"])
+def test_a_captured_graph_updates_by_what_its_arguments_hold(rows_each: int, rule: RowRule) -> None:
+    lookup = make_lookup(100, 5, rows_each, 300, dtype=torch.bfloat16, id_dtype=torch.uint16)
+    ids, scores, grads = lookup.row_ids.cuda(), lookup.scores.cuda(), lookup.grad_output.cuda()
+    lr, step = LR.cuda(), STEP.cuda()
+    before = make_updated(lookup.table, rule)
+    eager, captured = (Updated(before.table.cuda(), [each.cuda() for each in before.state]) for _ in range(2))
+
+    def call(got: Updated) -> Tensor:
+        return fused_row_update(got.table, got.state, ids, scores, grads, rule, lr, step, code_stride=rows_each)
+
+    call(Updated(before.table.cuda(), [each.cuda() for each in before.state]))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad_scores = call(captured)
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(grad_scores, call(eager))
+        assert all(
+            torch.equal(one, two)
+            for one, two in zip([captured.table, *captured.state], [eager.table, *eager.state], strict=True)
+        )
+        lr.mul_(0.5)
+        step.add_(1)
+        ids.copy_(lookup.row_ids.flip(0))

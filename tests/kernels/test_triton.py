@@ -137,6 +137,10 @@ KERNELS = {
         {"x": "*bf16", "codes": "*u16", "scores": "*fp32", "num_chunks": "i32", "slope": "fp32"},
         {"BITS": 10, "WIDTH": 16, "CHUNKS": 128, "IS_RELEASED": True},
     ),
+    "hashed_gather_sum.triton_impl._sum_hashed": (
+        {**LOOKUP, "x": "*bf16", "slope": "fp32"},
+        {"BITS": 10, "WIDTH": 16, "IS_RELEASED": True, "LOOKUPS": 64, "COLUMNS": 32},
+    ),
     "sign_hash.triton_impl._gradient": (
         {"x": "*bf16", "grad_scores": "*fp32", "grad_x": "*bf16", "num_chunks": "i32", "slope": "fp32"},
         {"BITS": 10, "WIDTH": 16, "CHUNKS": 64, "IS_RELEASED": False},

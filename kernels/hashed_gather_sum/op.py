@@ -1,0 +1,95 @@
+"""hashed_gather_sum as a torch operator: dispatch by device and shapes for the compiler; it has no gradient."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from mfdist.errors import ConfigError
+from mfdist.kernels import implementation
+from mfdist.kernels.gather_sum import reference as sums
+from mfdist.kernels.lookup_arguments import ROW_DTYPES
+from mfdist.kernels.sign_hash import reference as hashes
+from mfdist.kernels.sign_hash.op import check_hash
+
+torch.library.define(
+    "mfdist::hashed_gather_sum",
+    "(Tensor table, Tensor x, int bits, str score, float temperature, str name) -> Tensor",
+)
+_hashed_gather_sum = torch.ops.mfdist.hashed_gather_sum.default
+
+
+def hashed_gather_sum(
+    table: Tensor, x: Tensor, bits: int, score: str = "paper", temperature: float = 1.0, name: str = "table"
+) -> Tensor:
+    """Return gather_sum of the codes and scores that sign_hash gives, without writing them where tokens are few.
+
+    Args:
+        table: [K·2^bits, D], as for `gather_sum`.
+        x: [N, d], as for `sign_hash`, and so are `bits`, `score` and `temperature`; K = d / bits. fp64 only
+            where the table is.
+        bits: activations a chunk.
+        score: "paper" or "released".
+        temperature: t > 0.
+        name: what errors call the table.
+
+    Returns:
+        [N, D] in table.dtype. It is for inference: a backward through it is an error.
+
+    Raises:
+        ConfigError: a value is out of range, or shapes, dtypes or devices do not fit together.
+        NotImplementedError: by a backward.
+
+    Cost: N·d and N·K·D elements read, N·D written. On a GPU one kernel for few tokens; otherwise what sign_hash and
+        gather_sum cost.
+    """
+    check_hash(x, bits, score, temperature)
+    num_rows = x.shape[1] // bits << bits
+    if table.ndim != 2 or table.shape[0] != num_rows or table.device != x.device:
+        raise ConfigError(
+            f"the table must be [K · 2^bits, D] = [{num_rows}, D] on {x.device}; got {list(table.shape)} on "
+            f'{table.device} for table "{name}"'
+        )
+    if table.dtype not in ROW_DTYPES or (x.dtype == torch.float64 and table.dtype != torch.float64):
+        raise ConfigError(
+            "a table's rows must be in fp32, fp16 or bf16, or in fp64, as they must be where the activations are; got "
+            f'{table.dtype} and {x.dtype} for table "{name}"'
+        )
+    out: Tensor = _hashed_gather_sum(table, x, bits, score, temperature, name)
+    return out
+
+
+@torch.library.impl("mfdist::hashed_gather_sum", "CPU")
+def _on_cpu(table: Tensor, x: Tensor, bits: int, score: str, temperature: float, name: str) -> Tensor:
+    if table.dtype == torch.float64:
+        return sums.gather_sum(table, *hashes.sign_hash(x, bits, score, temperature), 1 << bits)
+    codes, scores = implementation.on_cpu("sign_hash").sign_hash(x, bits, score, temperature)
+    made: Tensor = implementation.on_cpu("gather_sum").gather_sum(table, codes, scores, 1 << bits, name)
+    return made
+
+
+@torch.library.impl("mfdist::hashed_gather_sum", "CUDA")
+def _on_gpu(table: Tensor, x: Tensor, bits: int, score: str, temperature: float, name: str) -> Tensor:
+    made: Tensor = implementation.on_gpu("hashed_gather_sum").hashed_gather_sum(
+        table, x, bits, score, temperature, name
+    )
+    return made
+
+
+@torch.library.register_fake("mfdist::hashed_gather_sum")
+def _shape_of(table: Tensor, x: Tensor, bits: int, score: str, temperature: float, name: str) -> Tensor:
+    return table.new_empty(x.shape[0], table.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.name = inputs[-1]
+
+
+def _no_gradient(ctx: Any, grad_output: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        f'hashed_gather_sum is for inference and has no backward; got one through table "{ctx.name}"; '
+        "call sign_hash and gather_sum"
+    )
+
+
+torch.library.register_autograd("mfdist::hashed_gather_sum", _no_gradient, setup_context=_keep)

@@ -1,0 +1,70 @@
+"""hashed_gather_sum on a GPU: for few tokens, every program hashes the chunks whose rows it is about to read.
+
+That is the same work in each of a token's programs, but little of it, and it saves a launch: at decode a launch takes
+about as long as a lookup. Codes made in place need no check. Many tokens are hashed once, and looked up after.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.gather_sum.triton_impl import FEW_TOKENS, gather_sum
+from mfdist.kernels.sign_hash.triton_impl import hash_chunks, sign_hash
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
+from mfdist.kernels.triton_rows import as_fp32
+
+#: A token's outputs → lookups and columns that a program reads at a time, and its warps: measured on an H100.
+_TILES = (
+    (1 << 10, (128, 16, 4)),
+    (1 << 12, (512, 32, 8)),
+    (1 << 13, (512, 32, 4)),
+    (1 << 14, (256, 32, 4)),
+    (3 << 13, (64, 64, 2)),
+    (1 << 16, (128, 64, 4)),
+)
+_LARGE_TILE = (32, 64, 2)
+
+
+def hashed_gather_sum(table: Tensor, x: Tensor, bits: int, score: str, temperature: float, name: str) -> Tensor:
+    """Return [N, D] in table.dtype; see `mfdist.kernels.hashed_gather_sum`."""
+    num_tokens, num_lookups, dim = x.shape[0], x.shape[1] // bits, table.shape[1]
+    if not 0 < num_tokens <= FEW_TOKENS or not num_lookups * dim:
+        codes, scores = sign_hash(x, bits, score, temperature)
+        return gather_sum(table, codes, scores, 1 << bits, name)
+    table, x = table.contiguous(), x.contiguous()
+    out = table.new_empty(num_tokens, dim)
+    lookups, columns, warps = tile(num_tokens, num_lookups, dim)
+    with device_of(table):
+        _sum_hashed[(triton.cdiv(dim, columns), num_tokens)](
+            table, x, out, num_lookups, dim, -2 / temperature,
+            bits, next_power_of_2(bits), score == "released", lookups, columns, num_warps=warps, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def tile(num_tokens: int, num_lookups: int, dim: int) -> tuple[int, int, int]:
+    """Return lookups and columns that a program reads at a time, and its warps."""
+    num_sums = num_tokens * dim
+    most, columns, warps = next((sizes for limit, sizes in _TILES if num_sums <= limit), _LARGE_TILE)
+    lookups = min(most, next_power_of_2(num_lookups))
+    return lookups, min(columns, next_power_of_2(dim)), min(warps, max(2, lookups // 32))
+
+
+@triton.jit
+def _sum_hashed(
+    table, x, out, K, D, slope,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, IS_RELEASED: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum K rows for one token in COLUMNS columns, LOOKUPS of them hashed and read at a time, added up at the end."""
+    n = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = c < D
+    totals = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
+    for first in range(0, K, LOOKUPS):
+        k = first + tl.arange(0, LOOKUPS)
+        is_lookup = k < K
+        code, score = hash_chunks(x, n * K + k, is_lookup, slope, BITS, WIDTH, IS_RELEASED)
+        row = code.to(tl.int64) + (k.to(tl.int64) << BITS)
+        rows = tl.load(table + row[:, None] * D + c[None, :], mask=is_lookup[:, None] & is_column[None, :], other=0)
+        totals += as_fp32(rows) * tl.where(is_lookup, score, 0.0)[:, None]
+    tl.store(out + n * D + c, tl.sum(totals, axis=0).to(out.dtype.element_ty), mask=is_column)
