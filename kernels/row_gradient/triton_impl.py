@@ -22,6 +22,10 @@ from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, devi
 
 #: Columns to a warp: what its registers hold, and nothing waits for another warp.
 _COLUMNS_EACH = 1024
+#: Where runs are short, the rows themselves leave grad_output less of the second-level cache: half of it at a time,
+#: if it is in fp32.
+_SHORT_RUN = 32
+_COLUMNS_OF_SHORT_RUNS = 512
 #: Registers to a thread of that many columns in bf16 or fp16; more would leave room for fewer warps.
 _REGISTERS = 96
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
@@ -64,7 +68,7 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    columns = slice_columns(dim)
+    columns = slice_columns(dim, is_short=has_short_runs(row_ids, num_rows, grad_output))
     num_pieces = row_ids.numel() // PIECE
     pieces = grad_scores.new_empty(num_pieces, columns)
     options = warp_options(columns, grad_output)
@@ -80,9 +84,14 @@ def _sum(
         )
 
 
-def slice_columns(dim: int) -> int:
+def has_short_runs(row_ids: Tensor, num_rows: int, grad_output: Tensor) -> bool:
+    """Return whether rows are looked up so seldom that reading them counts beside reading a wide grad_output."""
+    return grad_output.itemsize > _NARROW_BYTES and row_ids.numel() < _SHORT_RUN * num_rows
+
+
+def slice_columns(dim: int, *, is_short: bool) -> int:
     """Return the columns that one warp's program takes at a time."""
-    return min(_COLUMNS_EACH, next_power_of_2(dim))
+    return min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
 
 
 def warp_options(columns: int, grad_output: Tensor) -> dict[str, Any]:
@@ -147,13 +156,15 @@ def _sum_row(
     is_column = c < D
     start = tl.load(starts + row)
     end = tl.load(ends + row)
-    values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    cut = cut_pieces(start, end, PIECE)
-    total = sum_lookups(
-        grad_output, words, grad_scores, values, c, is_column,
-        cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
-    )  # fmt: skip
-    total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    if end > start:
+        values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        cut = cut_pieces(start, end, PIECE)
+        total = sum_lookups(
+            grad_output, words, grad_scores, values, c, is_column,
+            cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        )  # fmt: skip
+        total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
     tl.store(
         grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column, eviction_policy="evict_first"
     )

@@ -170,9 +170,7 @@ def _by_counting(
     starts, ends = row_ids.new_empty(2, num_lookups * code_stride, dtype=kind)
     chunks_up = next_power_of_2(chunks)
     together = min(bins, max(1, _CODES_TOGETHER * _WANTED_CHUNKS // max(chunks_up, _WANTED_CHUNKS)))
-    _bound[(num_lookups,)](
-        counts, starts, ends, *sizes, chunks, chunks_up, together, num_warps=8, **LAUNCH_OPTIONS
-    )
+    _bound[(num_lookups,)](counts, starts, ends, *sizes, chunks, chunks_up, together, num_warps=8, **LAUNCH_OPTIONS)
     is_held = bins <= _MAX_HELD
     words = row_ids.new_empty(row_ids.numel(), dtype=torch.int64)
     if is_checked:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import PIECE, slice_columns, sum_piece, warp_options
+from mfdist.kernels.row_gradient.triton_impl import PIECE, has_short_runs, slice_columns, sum_piece, warp_options
 from mfdist.kernels.row_gradient.triton_order import order_by_row, sort_by_row
 from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.row_update.rule import RowRule
@@ -54,12 +54,14 @@ def fused_row_update(
             update_by_windows(table, state, grad_output, lookups, grad_scores, constants, offsets, NUMBERS[rule.kind])
             return grad_scores
         order = order_by_row(*lookup, is_checked=is_checked)
-        columns = slice_columns(dim)
+        needs_squares = rule.kind == "rowwise_adagrad"
+        is_short = has_short_runs(row_ids, num_rows, grad_output) and not needs_squares
+        columns = slice_columns(dim, is_short=is_short)
         num_pieces = row_ids.numel() // PIECE
         options = warp_options(columns, grad_output)
         pieces = scores.new_empty(num_pieces, columns)
         squares = scores.new_empty(num_rows if dim > columns else 0)
-        for part in passes(dim, columns, needs_squares=rule.kind == "rowwise_adagrad"):
+        for part in passes(dim, columns, needs_squares=needs_squares):
             tile = (row_ids.shape[1], PIECE, columns, part.first_column > 0, part.has_products)
             if num_pieces:
                 sum_piece[(num_pieces,)](

@@ -68,6 +68,9 @@ def updates() -> None:
     check(make_lookup(3, 20, 1, 100), adagrad)
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
+    gradients._COLUMNS_OF_SHORT_RUNS = 16
+    for rule in RULES:
+        check(make_lookup(20, 2, 4, 40), rule)
     # Long runs, wide rows and few columns a warp, at small sizes.
     triton_impl.PIECE, gradients._COLUMNS_EACH = 8, 16
     check(equal, adagrad)

@@ -54,7 +54,7 @@ def lookups() -> None:
     check_lookup(make_lookup(6, 2, 2, 1000, dtype=torch.bfloat16))  # slices that go through shared memory
     # As for a table whose slices fit no cache, many tokens and long runs.
     sums._SLICE_BYTES = 0
-    gradients._COLUMNS_EACH = 32
+    gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32
     gradients.PIECE = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
     ordering._PLACED_TOGETHER_HELD = ordering._PLACED_TOGETHER = 8
