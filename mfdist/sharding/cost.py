@@ -214,8 +214,12 @@ def _lookup_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
 
 def _is_fetched(plan: TablePlan, topology: Topology) -> bool:
     """Return whether rows come to the tokens, and not sums."""
-    is_across = plan.kind == "grid" and not plan.code_stride and topology.num_hosts > 1
-    return (plan.kind == "row_wise" or is_across) and not plan.pooled
+    return _is_by_rows(plan, topology) and not plan.pooled
+
+
+def _is_by_rows(plan: TablePlan, topology: Topology) -> bool:
+    """Return whether rows are cut anywhere, so that owners list the gradients of those that were read."""
+    return plan.kind == "row_wise" or (plan.kind == "grid" and not plan.code_stride and topology.num_hosts > 1)
 
 
 def _fetched_s(
@@ -258,7 +262,7 @@ def _update_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
         rows = rows * min(1.0, touched / plan.num_rows)
         moved = 2 * item_bytes + 2 * state
     else:
-        if not (load.code_stride or _is_fetched(plan, topology)):
+        if not (load.code_stride or _is_by_rows(plan, topology)):
             passing = workload.micro_batches * float(rows.max()) / topology.pass_rows_per_s
         if plan.kind != "replicated":  # whose gradient is what its first exchange sends
             passing += workload.micro_batches * fresh_s(float(np.max(rows * held.columns)) * item_bytes, topology)
