@@ -31,7 +31,8 @@ def bench_checkpoint(
     Example: mfdist bench checkpoint --dir runs --megabytes 2000
 
     Loads are cold. Shares are of the plain file's speed, what `dd conv=fsync` would show, in the same round. Then a
-    save in the background is measured: how long training stands still for it, beside a copy of the same memory.
+    save in the background is measured: how long training stands still for it, beside a copy of the same memory, and how
+    much longer its steps take meanwhile, for steps of one thread and of all.
     """
     sizes = _sizes(ranks)
     if not folder.is_dir():
@@ -48,17 +49,19 @@ def bench_checkpoint(
         found.append(outcome)
         typer.echo(_line(outcome))
     scratch = scratch_folder(folder)
+    stalls: list[Stall] = []
     try:
-        stall = measure_stall(scratch, num_bytes=num_bytes, rounds=rounds)
+        for stall in measure_stall(scratch, num_bytes=num_bytes, rounds=rounds):
+            stalls.append(stall)
+            typer.echo(_told(stall))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    typer.echo(_told(stall))
     if json_file is not None:
         document = {
             "machine": {"cpu": machine.cpu(), "disk": machine.disk(folder)},
             "versions": machine.versions(),
             "results": [asdict(outcome) for outcome in found],
-            "background": asdict(stall),
+            "background": [asdict(stall) for stall in stalls],
         }
         json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
     return failures.DONE
@@ -80,8 +83,9 @@ def _line(outcome: "Outcome") -> str:
 
 
 def _told(stall: "Stall") -> str:
+    threads = f"{stall.num_threads} thread{'s' if stall.num_threads > 1 else ''}"
     return (
-        f"in the background: training stands still for {stall.stall_s * 1e3:.0f} ms, a copy of the memory takes "
-        f"{stall.copy_s * 1e3:.0f} ms, the save {stall.save_s * 1e3:.0f} ms; meanwhile a step takes "
+        f"in the background, steps of {threads}: training stands still for {stall.stall_s * 1e3:.0f} ms, a copy of the "
+        f"memory takes {stall.copy_s * 1e3:.0f} ms, the save {stall.save_s * 1e3:.0f} ms; meanwhile a step takes "
         f"{stall.step_while_saving_s / stall.step_s:.2f} times as long"
     )
