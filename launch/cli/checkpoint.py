@@ -64,9 +64,8 @@ def inspect(path: StepPath, as_json: AsJson = False) -> None:
     for array in arrays:
         shape = " × ".join(map(str, array["shape"])) or "one number"
         size = quantities.num_bytes(array["num_bytes"])
-        typer.echo(
-            f"  {array['path']:<{width}}  {array['dtype']:<9} {shape:<16} {size:>9} in {array['num_files']} files"
-        )
+        files_of_it = "1 file" if array["num_files"] == 1 else f"{array['num_files']} files"
+        typer.echo(f"  {array['path']:<{width}}  {array['dtype']:<9} {shape:<16} {size:>9} in {files_of_it}")
     for key, value in attributes.items():
         typer.echo(f"  {key}: {value if isinstance(value, dict) else str(value).splitlines()[0] + ' …'}")
 

@@ -24,8 +24,8 @@ from mfdist.errors import ConfigError
 if TYPE_CHECKING:
     from mfdist.checkpoint.state import CheckpointState
 
-#: Leaves saving a thirtieth of a processor that training keeps busy; at 19, the least, saves hardly end on a full host.
-_NICENESS = 15
+#: Leaves saving a tenth of a processor that training keeps busy; at 19, the least, saves hardly end on a full host.
+_NICENESS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
