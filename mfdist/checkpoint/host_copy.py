@@ -21,12 +21,15 @@ class HostCopy:
     def take(self, state: CheckpointState) -> CheckpointState:
         """Return the state with copies of its tensors, which the next call overwrites; its own may change then."""
         used: dict[str, Tensor] = {}
+        devices: set[torch.device] = set()
 
         def copied(key: str, tensor: Tensor) -> Tensor:
             kept = self._kept.get(key)
             if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
                 kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             used[key] = kept.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            if tensor.is_cuda:
+                devices.add(tensor.device)
             return kept
 
         def all_copied(key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,8 +67,8 @@ class HostCopy:
             attributes=state.attributes,
         )
         self._kept = used
-        if any(tensor.is_pinned() for tensor in used.values()):
-            torch.cuda.synchronize()
+        for device in devices:
+            torch.cuda.synchronize(device)
         return taken
 
 

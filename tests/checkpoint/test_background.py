@@ -61,6 +61,41 @@ def test_tensors_may_change_once_save_has_returned(
     assert 0 < saved.stall_s <= saved.save_s
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_on_a_gpu_may_change_once_save_has_returned(
+    directory: CheckpointDirectory, gate: threading.Event
+) -> None:
+    def state_of(step: int) -> CheckpointState:
+        generator = torch.Generator("cuda").manual_seed(step)
+        weight = torch.randn(65536, 512, device="cuda", generator=generator)
+        sums = weight.square().sum(dim=1)  # may still be under way when `save` is called
+        table = TableState(weight=weight.bfloat16(), optimizer={"exp_avg": weight, "sum": sums})
+        return CheckpointState(step=step, tables={"t": table}, dense={"bias": weight[:3].clone()}, attributes={})
+
+    copy = HostCopy()
+    taken = copy.take(state_of(1)).tables["t"].weight
+    assert taken.is_pinned()
+    assert copy.take(state_of(1)).tables["t"].weight.data_ptr() == taken.data_ptr()
+    with BackgroundSaver(directory) as saver:
+        for step in (1, 2):
+            gate_is_open = gate.is_set()
+            expected, state = state_of(step), state_of(step)
+            saver.save(state)
+            for tensor in (state.tables["t"].weight, *state.tables["t"].optimizer.values(), state.dense["bias"]):
+                tensor.fill_(float("nan"))
+            torch.cuda.synchronize()
+            assert gate_is_open or directory.steps() == []
+            gate.set()
+            saver.wait()
+            loaded = directory.load(step, device="cuda")
+            assert loaded.tables["t"].weight.is_cuda
+            assert loaded.tables["t"].weight.equal(expected.tables["t"].weight)
+            assert loaded.dense["bias"].equal(expected.dense["bias"])
+            for name, tensor in expected.tables["t"].optimizer.items():
+                assert loaded.tables["t"].optimizer[name].equal(tensor), name
+
+
 def test_a_committed_save_is_told_once(directory: CheckpointDirectory, small_state: State) -> None:
     with BackgroundSaver(directory) as saver:
         saver.save(small_state(1))
