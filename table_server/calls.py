@@ -1,5 +1,6 @@
 """One call of an RPC, from its arrival to its end, whatever its kind."""
 
+import functools
 import time
 import urllib.parse
 from typing import Any
@@ -62,6 +63,7 @@ class Call:
         return {"method": self.name, "client": self.client.name if self.client else None, "host": self.host}
 
 
+@functools.lru_cache(maxsize=1024)  # a connection's calls all have the same
 def host_of(peer: str) -> str:
     """Return the host of a peer such as `ipv4:10.0.0.7:4411` or `ipv6:%5B::1%5D:4411`; unix sockets are one host."""
     family, _, address = urllib.parse.unquote(peer).partition(":")

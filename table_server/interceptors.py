@@ -22,7 +22,7 @@ from mfdist.table_server.sections import LimitsConfig, Surroundings
 from mfdist.table_server.status import status_of
 from mfdist.table_server.traces import Spans, open_spans
 
-_DRAIN_BYTES, _DRAIN_S = 64 * 2**20, 1.0
+_DRAIN_BYTES, _DRAIN_S, _DRAIN_PAUSE_S = 64 * 2**20, 1.0, 0.25
 
 _logger = logging.getLogger(__name__)
 
@@ -67,8 +67,10 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         async def answer(raw: AsyncIterator[bytes], context: Any) -> bytes | None:
             call = Call(method, context.peer())
             async with self._answering(call, context, raw):
-                requests = self._requests(call, handler, raw, context)
-                argument = requests if handler.request_streaming else await _only(requests, call)
+                if handler.request_streaming:
+                    argument: Any = self._requests(call, handler, raw, context)
+                else:
+                    argument = await self._request(call, handler, raw, context, await context.read())
                 if not handler.response_streaming:
                     behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
                     return _serialized(call, handler, await behaviour(argument, context))
@@ -136,16 +138,22 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
             _logger.debug("answered", extra={"fields": fields})
 
     async def _requests(self, call: Call, handler: Any, raw: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
-        parse = handler.request_deserializer
         async for data in raw:
-            try:
-                self._admission.check_size(call, len(data))
-                request = parse(data) if parse is not None else data
-            except DecodeError:
-                await self._refuse(call, context, raw, _malformed(call, f"got {len(data)} bytes that are not"))
-            except Refusal as refusal:
-                await self._refuse(call, context, raw, refusal)
-            yield request
+            yield await self._request(call, handler, raw, context, data)
+
+    async def _request(
+        self, call: Call, handler: Any, raw: AsyncIterator[bytes], context: Any, data: bytes | object
+    ) -> Any:
+        """Return a message that is within the limits and one of the protocol; else answer, and raise."""
+        try:
+            if not isinstance(data, bytes):
+                raise _malformed(call, "got none, or one far over limits.max_message_mib")
+            self._admission.check_size(call, len(data))
+            return handler.request_deserializer(data) if handler.request_deserializer is not None else data
+        except DecodeError:
+            await self._refuse(call, context, raw, _malformed(call, "got bytes that are not"))
+        except Refusal as refusal:
+            await self._refuse(call, context, raw, refusal)
 
     async def _refuse(self, call: Call, context: Any, raw: AsyncIterator[bytes], refusal: Refusal) -> None:
         """Answer in mid-stream, whatever the servicer makes of the exception that this raises."""
@@ -160,20 +168,15 @@ async def _drain(raw: AsyncIterator[bytes]) -> None:
 
     gRPC's asyncio client loses a status that comes while it writes: it says INTERNAL, "Internal error from Core".
     """
-    num_bytes = 0
+    num_bytes, now = 0, asyncio.get_running_loop().time
+    end = now() + _DRAIN_S
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_S):
+        async with asyncio.timeout(_DRAIN_PAUSE_S) as patience:
             async for data in raw:
                 num_bytes += len(data)
-                if num_bytes > _DRAIN_BYTES:
+                if num_bytes > _DRAIN_BYTES or now() > end:
                     return
-
-
-async def _only(requests: AsyncIterator[Any], call: Call) -> Any:
-    """Return the message of a call that has one."""
-    async for request in requests:
-        return request
-    raise _malformed(call, "got none, or one far over limits.max_message_mib")
+                patience.reschedule(now() + _DRAIN_PAUSE_S)
 
 
 def _malformed(call: Call, problem: str) -> Refusal:

@@ -85,21 +85,35 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._children: dict[str, _OfMethod] = {}
         self.registry.register(_Asked(observed))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
 
     def began(self, method: str) -> None:
         """Count a request that arrived; `finished` must follow."""
-        self._in_flight.labels(method).inc()
+        self._of(method).in_flight.inc()
 
     def finished(self, method: str, code: str, elapsed_s: float, request_bytes: int, reply_bytes: int) -> None:
         """Count a request's end, with the name of its status code and the bytes of its messages."""
-        self._in_flight.labels(method).dec()
+        children = self._of(method)
+        children.in_flight.dec()
         self._requests.labels(method, code).inc()
-        self._seconds.labels(method).observe(elapsed_s)
-        self._request_bytes.labels(method).inc(request_bytes)
-        self._reply_bytes.labels(method).inc(reply_bytes)
+        children.seconds.observe(elapsed_s)
+        children.request_bytes.inc(request_bytes)
+        children.reply_bytes.inc(reply_bytes)
+
+    def _of(self, method: str) -> "_OfMethod":
+        """Return a method's children; looking them up one by one is what counting would spend most of its time on."""
+        children = self._children.get(method)
+        if children is None:
+            children = self._children[method] = _OfMethod(
+                self._in_flight.labels(method),
+                self._seconds.labels(method),
+                self._request_bytes.labels(method),
+                self._reply_bytes.labels(method),
+            )
+        return children
 
     def refused(self, reason: str) -> None:
         """Count a refusal: token, right, rate, in_flight, size or malformed."""
@@ -158,6 +172,13 @@ class MetricsPage:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(_REPLY_DEADLINE_S)
+
+
+class _OfMethod(NamedTuple):
+    in_flight: Gauge
+    seconds: Histogram
+    request_bytes: Counter
+    reply_bytes: Counter
 
 
 class _Asked(Collector):
