@@ -159,7 +159,7 @@ def prune(
         write_json({"path": str(path), "is_dry_run": is_dry_run, "deleted": outdated, "kept": kept})
         return
     verb = "would delete" if is_dry_run else "deleted"
-    typer.echo(f"{verb} {len(outdated)} of {len(numbers)} steps; {', '.join(map(str, kept)) or 'none'} stay")
+    typer.echo(f"{verb} {len(outdated)} of {len(numbers)} steps; kept: {', '.join(map(str, kept)) or 'none'}")
 
 
 def described(info: "StepInfo") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Saving while training goes on: it waits for a copy in host memory, the disk is a thread's affair.
 
 The thread's work is copies by numpy, checksums, and waiting for the disk, all of which leave Python free for training.
-It takes the processor time that training leaves, and little more where that is none: then a save takes longer, and
-training does not. Ranks talk through the store given to the directory, never through training's own collectives.
+It takes the processor time that training leaves, and little more where that is none: a save takes longer there, so that
+training need not. Ranks talk through the store given to the directory, never through training's own collectives.
 """
 
 import os

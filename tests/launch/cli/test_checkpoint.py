@@ -87,7 +87,7 @@ def test_prune_deletes_and_says_what_stays(mfdist, finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished[0], run_dir)
     code, out, _ = mfdist("checkpoint", "prune", run_dir, "--keep-last", "1", "--dry-run")
-    assert (code, out) == (0, "would delete 1 of 2 steps; 12 stay\n")
+    assert (code, out) == (0, "would delete 1 of 2 steps; kept: 12\n")
     assert len(json.loads(mfdist("checkpoint", "list", run_dir, "--json")[1])["checkpoints"]) == 2
     kept_all = mfdist("checkpoint", "prune", run_dir, "--keep-last", "1", "--keep-every", "5", "--json")[1]
     assert json.loads(kept_all)["kept"] == [10, 12]
