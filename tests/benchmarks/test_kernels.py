@@ -120,5 +120,5 @@ def test_ids_fit_their_tables(device: str) -> None:
     for case in CASES[device].values():
         one = LookupCase(3, case.num_lookups, case.rows_each, 1, case.is_shared, case.is_skewed)
         ids = LookupTensors(one, "cpu").row_ids[0]
-        assert int(ids.max()) < case.rows_each and (ids.dtype == torch.int64) == case.is_shared
+        assert int(ids.long().max()) < case.rows_each and (ids.dtype == torch.int64) == case.is_shared
         assert case.num_rows == case.rows_each * (1 if case.is_shared else case.num_lookups)
