@@ -17,6 +17,8 @@ from mfdist.table_server.proto import table_v1_pb2 as pb
 BLOCK_BYTES = 2 << 20
 #: What a server and a client accept, with room for one row or token that is wider than a block.
 MAX_MESSAGE_BYTES = 16 << 20
+#: Of a dimension; a tensor without elements may claim any.
+_MAX_LENGTH = 1 << 31
 
 DTYPES: dict[pb.DType, torch.dtype] = {
     pb.FLOAT32: torch.float32,
@@ -102,6 +104,8 @@ def unpacked(messages: Sequence[pb.Tensor], what: str) -> Tensor:
                 f"{what} must be a tensor of one dtype and width in all messages; got shape {list(shape)} after "
                 f"{list(messages[0].shape)}"
             )
+        if len(shape) > 2 or max(shape) >= _MAX_LENGTH:
+            raise ConfigError(f"{what} must have one or two dimensions below 2**31; got shape {list(shape)}")
         rows += shape[0]
     row_bytes = dtype.itemsize * math.prod(tail)
     data = [message.data for message in messages]

@@ -17,7 +17,7 @@ from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.ranks import OneRank, Ranks, StoreRanks
 from mfdist.checkpoint.state import CheckpointState, TableShard, TableState
 from mfdist.checkpoint.step_info import StepInfo
-from mfdist.errors import ConfigError, ConsistencyError, UnavailableError
+from mfdist.errors import ConfigError, ConsistencyError, MfdistError, UnavailableError
 from mfdist.optim import RowOptimizer
 from mfdist.table_server.config import ServerSection
 from mfdist.table_server.contribution import push_of
@@ -122,6 +122,7 @@ class Node:
 
         Raises:
             ConsistencyError: it is there with other values.
+            ConfigError: there is no memory for it.
         """
         async with self._admin:
             if (known := self._lives.get(spec.table.name)) is not None:
@@ -134,7 +135,7 @@ class Node:
                         f"{spec}; drop it first, or give the new one another name"
                     )
                 return known, True
-            shard = await self.run(Shard, spec)
+            shard = await self.run(_drawn, spec)
             name = await self.run(self.store.add, spec)
             life = self._lives[spec.table.name] = replace(self._life(Held(shard, name, {}, {})), is_as_drawn=True)
             return life, False
@@ -316,6 +317,18 @@ class Node:
         updates.steps.update(held.steps)
         updates.kept.update(held.kept)
         return Life(held.life, updates, held.shard.version)
+
+
+def _drawn(spec: ShardSpec) -> Shard:
+    try:
+        return Shard(spec)
+    except MfdistError:
+        raise
+    except (RuntimeError, MemoryError):  # torch's, where it gets no memory
+        raise ConfigError(
+            f"a shard must fit into the server's memory; got {spec.region.shape} in {spec.table.dtype} for table "
+            f'"{spec.table.name}"; spread it over more servers'
+        ) from None
 
 
 def _held(life: Life) -> Held:

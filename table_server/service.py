@@ -9,7 +9,7 @@ import grpc
 
 from mfdist import __version__
 from mfdist.errors import ConfigError
-from mfdist.table_server.codec import blocks, dtype_of, packed, unpacked
+from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, dtype_of, packed, unpacked
 from mfdist.table_server.contribution import contribution_of, lookups_of, push_of
 from mfdist.table_server.messages import optimizer_of, shard_message, shard_of
 from mfdist.table_server.metrics import Metrics
@@ -231,4 +231,11 @@ def _status(life: Life) -> pb.ShardStatus:
 
 def _sums(shard: Shard, first: pb.LookupRequest, request: pb.LookupRequest) -> pb.Tensor:
     dtype = dtype_of(first.reply_dtype, "reply_dtype") if first.reply_dtype else shard.spec.table.dtype
-    return packed(shard.lookup(lookups_of([request.lookups], first.code_stride, first.first_slot)), dtype)
+    lookups = lookups_of([request.lookups], first.code_stride, first.first_slot)
+    # A few bytes can ask for any number of sums, and all would have to lie in memory.
+    if (num_bytes := lookups.length * shard.rows.shape[1] * dtype.itemsize) > MAX_MESSAGE_BYTES:
+        raise ConfigError(
+            f"the sums of one message must fit into one of {MAX_MESSAGE_BYTES} bytes; got {lookups.length} tokens, "
+            f"{num_bytes} bytes; send them in more messages"
+        )
+    return packed(shard.lookup(lookups), dtype)
