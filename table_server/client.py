@@ -192,8 +192,18 @@ class RemoteTable(Table):
         return await gathered([self._sums_of(part) for part in parts])
 
     async def _sums_of(self, part: Part) -> Tensor:
-        server, width = self._server(part.server), part.region.shape[1]
-        item_bytes = max(width * self.spec.dtype.itemsize, _item_bytes(part.lookups))
+        server, requests = self._server(part.server), self.lookup_messages(part)
+        requests[0].min_version = 0 if server.is_asynchronous else self._num_steps
+
+        async def call(left_s: float) -> list[pb.Tensor]:
+            replies = server.stub.Lookup(sending(requests), timeout=left_s, wait_for_ready=True)
+            return [reply.sums async for reply in replies]
+
+        return unpacked(await server.repeated(call), "sums").to(self.spec.dtype)
+
+    def lookup_messages(self, part: Part) -> list[pb.LookupRequest]:
+        """Return the messages that ask a server for its part of a lookup."""
+        item_bytes = max(part.region.shape[1] * self.spec.dtype.itemsize, _item_bytes(part.lookups))
         cuts = cut(part.lookups, blocks(part.lookups.length, item_bytes))
         requests = [pb.LookupRequest(lookups=_message(piece)) for _, piece in cuts]
         first = requests[0]
@@ -203,13 +213,7 @@ class RemoteTable(Table):
             part.lookups.first_slot,
         )
         first.reply_dtype = dtype_code(self.plan.forward_dtype)
-        first.min_version = 0 if server.is_asynchronous else self._num_steps
-
-        async def call(left_s: float) -> list[pb.Tensor]:
-            replies = server.stub.Lookup(sending(requests), timeout=left_s, wait_for_ready=True)
-            return [reply.sums async for reply in replies]
-
-        return unpacked(await server.repeated(call), "sums").to(self.spec.dtype)
+        return requests
 
     async def _push(self, parts: Sequence[Part], grad_output: Tensor, lr: float) -> list[Tensor]:
         """Push the gradient of a lookup's sums; return the scores' gradients, while the push goes on to disk."""

@@ -107,6 +107,9 @@ def optimizer_of(message: pb.RowOptimizer) -> RowOptimizer:
         ConfigError: there is none, or a number is out of range.
     """
     lr, weight_decay, seed = message.lr, message.weight_decay, message.seed
+    for number in (lr, weight_decay, message.eps):
+        if abs(number) > torch.finfo(torch.float32).max:
+            raise ConfigError(f"a row optimiser's numbers must be finite in fp32; got {number}")
     if message.rule == pb.RowOptimizer.SGD:
         return RowSGD(lr=lr, weight_decay=weight_decay, seed=seed)
     if message.rule == pb.RowOptimizer.ROWWISE_ADAGRAD:

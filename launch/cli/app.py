@@ -9,6 +9,7 @@ from mfdist import __version__
 from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_plan import bench_plan
+from mfdist.launch.cli.bench_server import bench_server
 from mfdist.launch.cli.bench_sharding import bench_sharding
 from mfdist.launch.cli.checkpoint_convert import export_checkpoint, import_checkpoint
 from mfdist.launch.cli.doctor import doctor
@@ -37,6 +38,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 bench.app.command("plan")(bench_plan)
 bench.app.command("checkpoint")(bench_checkpoint)
 bench.app.command("sharding")(bench_sharding)
+bench.app.command("server")(bench_server)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)
 app.command()(serve)

@@ -1,0 +1,319 @@
+"""Table servers measured: each a process of its own, beside a gRPC server that does nothing and the local lookup.
+
+Results are compared before anything is timed. What is compared takes turns, because machines are shared.
+"""
+
+import asyncio
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import torch
+from torch import Tensor
+
+from mfdist.errors import ConsistencyError, UnavailableError
+from mfdist.optim import RowSGD
+from mfdist.sharding.kinds import column_wise
+from mfdist.spec import TableSpec
+from mfdist.table_server.client import RemoteTable
+from mfdist.table_server.codec import MAX_MESSAGE_BYTES, packed
+from mfdist.table_server.config import ServerConfig, ServerSection
+from mfdist.table_server.connection import TableServers
+from mfdist.table_server.proto import table_v1_pb2 as pb
+from mfdist.table_server.proto.table_v1_pb2_grpc import (
+    TableServiceServicer,
+    TableServiceStub,
+    add_TableServiceServicer_to_server,
+)
+from mfdist.table_server.routing import parts_of
+from mfdist.table_server.sections import LogsConfig
+from mfdist.table_server.server import serve
+from mfdist.tables.local import LocalTable
+
+_START_S = 60.0
+_IN_FLIGHT = 32
+_OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A lookup: tokens, slots a token, rows a slot, row width."""
+
+    name: str
+    num_tokens: int
+    num_slots: int
+    stride: int
+    row_dim: int
+
+
+CASES = (Case("decode", 64, 64, 256, 512), Case("tiny-train", 4096, 64, 256, 512))
+
+
+@dataclass(frozen=True)
+class LookupResult:
+    """Median seconds of a lookup, and what share of the others' speed it has, turn by turn."""
+
+    case: str
+    server_s: float
+    grpc_s: float
+    local_s: float
+    share_of_grpc: float
+    share_of_local: float
+    request_bytes: int
+    reply_bytes: int
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """64-token lookups, at full load and at half of it."""
+
+    requests_per_s: float
+    p50_s: float
+    p99_s: float
+    memory_growth: float  # of the server while it was fully loaded; a share
+
+
+@dataclass(frozen=True)
+class LogResult:
+    """Pushes to 32 tables at once, with a log and without."""
+
+    logged_per_s: float
+    unlogged_per_s: float
+    cost: float  # share of time that the log adds, median over turns
+    push_bytes: int
+
+
+def measure_lookups(seconds: float) -> Iterator[LookupResult]:
+    """Yield every case's result.
+
+    Raises:
+        ConsistencyError: a server's sums are not those of the local lookup.
+    """
+    with _running(_serve_table) as address, _running(_serve_nothing) as idle, TableServers([address]) as servers:
+        for case in CASES:
+            yield _lookup(case, servers, idle, seconds)
+
+
+def measure_load(seconds: float) -> LoadResult:
+    """Return throughput, latency under half of it, and the server's growth."""
+    with _running(_serve_table) as address, TableServers([address]) as servers:
+        remote, _, codes, scores = _made(CASES[0], servers)
+        parts = parts_of(remote.plan, codes, scores, CASES[0].stride)
+        process = psutil.Process(_process_at(address))
+
+        async def full(for_s: float) -> int:
+            until, count = time.perf_counter() + for_s, 0
+
+            async def one() -> None:
+                nonlocal count
+                while time.perf_counter() < until:
+                    await remote._sums(parts)
+                    count += 1
+
+            await asyncio.gather(*(one() for _ in range(8)))
+            return count
+
+        async def half(rate: float, for_s: float) -> list[float]:
+            times: list[float] = []
+
+            async def one(due: float) -> None:
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                began = time.perf_counter()
+                await remote._sums(parts)
+                times.append(time.perf_counter() - began)
+
+            begin = time.perf_counter()
+            await asyncio.gather(*(one(begin + number / rate) for number in range(int(for_s * rate))))
+            return sorted(times)
+
+        servers.wait(full(seconds / 2))
+        before = process.memory_info().rss
+        rate = servers.wait(full(seconds)) / seconds
+        growth = process.memory_info().rss / before - 1
+        times = servers.wait(half(rate / 2, seconds))
+        return LoadResult(rate, times[len(times) // 2], times[int(0.99 * len(times))], growth)
+
+
+def measure_log(folder: Path, rounds: int, pushes: int = 10) -> LogResult:
+    """Return what the log costs where 32 tables are pushed to at once.
+
+    Args:
+        folder: on the disk that the log is to be on.
+        rounds: turns of each.
+        pushes: to each table in a turn.
+    """
+    case = Case("push", 256, 16, 64, 256)
+    times: dict[str, list[float]] = {"log": [], "checkpoint": []}
+    with (
+        _running(_serve_table, folder=folder) as logged,
+        _running(_serve_table, folder=folder, durability="checkpoint") as unlogged,
+        TableServers([logged]) as one,
+        TableServers([unlogged]) as other,
+    ):
+        both = {"log": one, "checkpoint": other}
+        tables = {
+            name: [_trained(case, servers, f"t{number}") for number in range(_IN_FLIGHT)]
+            for name, servers in both.items()
+        }
+        _, codes, scores = _drawn(case)
+        grad = torch.randn(case.num_tokens, case.row_dim)
+        for turn in range(rounds + 1):
+            for name in both if turn % 2 else reversed(both):
+                began = time.perf_counter()
+                both[name].wait(_push_all(tables[name], case, codes, scores, grad, pushes))
+                both[name].flush()
+                if turn:
+                    times[name].append(time.perf_counter() - began)
+        for mine, theirs in zip(*tables.values(), strict=True):
+            if not torch.equal(mine.rows(), theirs.rows()):
+                raise ConsistencyError("rows must be the same with a log and without; they are not: report this")
+        number = pushes * _IN_FLIGHT
+        cost = statistics.median(with_log / without - 1 for with_log, without in zip(*times.values(), strict=True))
+        size = grad.numel() * 4 + codes.numel() + scores.numel() * 4
+        return LogResult(
+            number / statistics.median(times["log"]), number / statistics.median(times["checkpoint"]), cost, size
+        )
+
+
+async def _push_all(
+    tables: list[RemoteTable], case: Case, codes: Tensor, scores: Tensor, grad: Tensor, pushes: int
+) -> None:
+    async def one(table: RemoteTable) -> None:
+        parts = parts_of(table.plan, codes, scores, case.stride)
+        for _ in range(pushes):
+            await table._push(parts, grad, 0.01)
+
+    await asyncio.gather(*(one(table) for table in tables))
+
+
+def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> LookupResult:
+    remote, local, codes, scores = _made(case, servers)
+    parts = parts_of(remote.plan, codes, scores, case.stride)
+    with torch.no_grad():
+        expected = local(codes, scores, code_stride=case.stride)
+        if not torch.equal(remote(codes, scores, code_stride=case.stride), expected):
+            raise ConsistencyError(
+                f"a server's sums must be the local lookup's; those of {case.name} are not: report this"
+            )
+    requests = remote.lookup_messages(parts[0])
+    reply = pb.LookupReply(sums=packed(expected[: max(1, case.num_tokens // len(requests))]))
+    channel = grpc.insecure_channel(idle, options=_OPTIONS)
+    stub = TableServiceStub(channel)  # type: ignore[no-untyped-call]
+    stub.Write(iter([pb.WriteRequest(values=reply.sums)]))  # what it answers every message with
+    calls: dict[str, Callable[[], Any]] = {
+        "server": lambda: servers.wait(remote._sums(parts)),
+        "grpc": lambda: list(stub.Lookup(iter(requests))),
+        "local": lambda: local(codes, scores, code_stride=case.stride),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + seconds
+    with torch.no_grad():
+        while len(times["local"]) < 8 or time.perf_counter() < until:
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - began)
+    channel.close()
+    taken = {name: times[name][2:] for name in times}  # the first warm up
+    share = {
+        name: statistics.median(other / own for other, own in zip(taken[name], taken["server"], strict=True))
+        for name in ("grpc", "local")
+    }
+    return LookupResult(
+        case=case.name,
+        server_s=statistics.median(taken["server"]),
+        grpc_s=statistics.median(taken["grpc"]),
+        local_s=statistics.median(taken["local"]),
+        share_of_grpc=share["grpc"],
+        share_of_local=share["local"],
+        request_bytes=sum(request.ByteSize() for request in requests),
+        reply_bytes=len(requests) * reply.ByteSize(),
+    )
+
+
+def _drawn(case: Case) -> tuple[TableSpec, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    spec = TableSpec(name=case.name, num_rows=case.num_slots * case.stride, row_dim=case.row_dim, dtype=torch.float32)
+    codes = torch.randint(0, case.stride, (case.num_tokens, case.num_slots), generator=generator).to(torch.uint8)
+    return spec, codes, torch.randn(case.num_tokens, case.num_slots, generator=generator)
+
+
+def _made(case: Case, servers: TableServers) -> tuple[RemoteTable, LocalTable, Tensor, Tensor]:
+    spec, codes, scores = _drawn(case)
+    remote, local = RemoteTable(column_wise(spec, [0]), servers, seed=1), LocalTable(spec)
+    with torch.no_grad():
+        local.weight.copy_(remote.rows())
+    return remote, local, codes, scores
+
+
+def _trained(case: Case, servers: TableServers, name: str) -> RemoteTable:
+    spec = TableSpec(name=name, num_rows=case.num_slots * case.stride, row_dim=case.row_dim, dtype=torch.float32)
+    return RemoteTable(column_wise(spec, [0]), servers, seed=1, fuse=RowSGD(lr=0.01))
+
+
+def _process_at(address: str) -> int:
+    port = int(address.rpartition(":")[2])
+    for child in psutil.Process().children(recursive=True):
+        if any(each.laddr.port == port and each.status == "LISTEN" for each in child.net_connections("tcp")):
+            return int(child.pid)
+    raise UnavailableError(f"a server must listen at {address}; no child of this process does")
+
+
+@contextmanager
+def _running(target: Callable[..., None], folder: Path | None = None, **settings: Any) -> Iterator[str]:
+    context = multiprocessing.get_context("spawn")
+    said, theirs = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="mfdist-bench-", dir=folder) as data:
+        process = context.Process(target=target, args=(theirs, data, settings), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            if not said.poll(_START_S):
+                raise UnavailableError(f"a server must start within {_START_S:g} s; it did not")
+            yield said.recv()
+        finally:
+            process.kill()
+            process.join()
+
+
+def _serve_table(said: Connection, data: str, settings: dict[str, Any]) -> None:
+    section = ServerSection(data=Path(data), **settings)
+    quiet = LogsConfig(level="warning")
+    serve(ServerConfig(server=section, logs=quiet), lambda address, _: said.send(address))
+
+
+class _Nothing(TableServiceServicer):
+    """Answers each message of a lookup with what it was last told to answer."""
+
+    def __init__(self) -> None:
+        self._reply = pb.LookupReply()
+
+    async def Write(self, requests: AsyncIterator[pb.WriteRequest], context: Any) -> pb.WriteReply:
+        async for request in requests:
+            self._reply = pb.LookupReply(sums=request.values)
+        return pb.WriteReply()
+
+    async def Lookup(self, requests: AsyncIterator[pb.LookupRequest], context: Any) -> AsyncIterator[pb.LookupReply]:
+        async for _ in requests:
+            yield self._reply
+
+
+def _serve_nothing(said: Connection, data: str, settings: dict[str, Any]) -> None:
+    async def run() -> None:
+        server = grpc.aio.server(options=_OPTIONS)
+        add_TableServiceServicer_to_server(_Nothing(), server)  # type: ignore[no-untyped-call]
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        said.send(f"127.0.0.1:{port}")
+        await server.wait_for_termination()
+
+    asyncio.run(run())
