@@ -111,7 +111,12 @@ def unpacked(messages: Sequence[pb.Tensor], what: str) -> Tensor:
     data = [message.data for message in messages]
     for message, received in zip(messages, data, strict=True):
         _check_bytes(message, received, message.shape[0] * row_bytes, what)
-    values = torch.from_numpy(np.frombuffer(bytearray(b"".join(data)), np.uint8)).view(dtype).view(rows, *tail)
+    whole = torch.empty(sum(map(len, data)), dtype=torch.uint8)
+    joined, at = whole.numpy(), 0
+    for received in data:
+        joined[at : at + len(received)] = np.frombuffer(received, np.uint8)
+        at += len(received)
+    values = whole.view(dtype).view(rows, *tail)
     if not messages[0].row_scales:
         return values
     scales = b"".join(message.row_scales for message in messages)
