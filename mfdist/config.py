@@ -1,7 +1,7 @@
 """The configuration of a run: typed, frozen, validated, read from TOML and written back to it.
 
 A run is described by one TOML file with the tables `[model]`, `[data]`, `[optimizer.dense]`, `[optimizer.tables]`,
-`[training]`, `[sharding]` and `[checkpoint]`. Presets are such files, shipped in `mfdist/presets/`.
+`[training]`, `[sharding]`, `[servers]` and `[checkpoint]`. Presets are such files, shipped in `mfdist/presets/`.
 """
 
 import difflib
@@ -218,6 +218,26 @@ class ShardingConfig(_Section):
         return self
 
 
+class ServersConfig(_Section):
+    """Table servers that hold the rows instead of the ranks; see `mfdist serve`."""
+
+    addresses: tuple[str, ...] = Field((), description="HOST:PORT of each server; empty: the ranks hold the rows")
+    kind: Literal["auto", "whole", "row_wise", "column_wise", "table_wise"] = Field(
+        "auto", description="how tables are cut; whole: not, each lies on one server; auto: as the rule and sizes allow"
+    )
+    forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
+        None, description="what sums travel as; by default what rows are kept in"
+    )
+    backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
+    deadline_s: Positive = Field(300.0, description="longest wait for a server, its restart included")
+    token_file: Path | None = Field(None, description="file with this client's token alone")
+    ca: Path | None = Field(None, description="PEM of the authority of the servers' certificates; turns TLS on")
+    certificate: Path | None = Field(None, description="this client's certificate, PEM, for mutual TLS")
+    private_key: Path | None = Field(None, description="its key, PEM")
+    server_name: str = Field("", description="name in the servers' certificates, where it is not that of the address")
+    insecure: bool = Field(False, description="talk to any address without TLS")
+
+
 class RunConfig(_Section):
     """Everything that decides a run's numbers."""
 
@@ -227,6 +247,7 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     sharding: ShardingConfig = ShardingConfig()
+    servers: ServersConfig = ServersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
@@ -250,6 +271,23 @@ class RunConfig(_Section):
             raise ValueError(
                 "training.micro_batches must be 1 where tables are fused, because each backward updates them; "
                 f"got micro_batches={self.training.micro_batches}; set optimizer.tables.fused=false to add gradients up"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_servers(self) -> Self:
+        if not self.servers.addresses:
+            return self
+        if self.model.kind == "memory" and not self.optimizer.tables.is_fused:
+            raise ValueError(
+                "rows on servers are trained there, by a row optimiser; got "
+                f'optimizer.tables.rule="{self.optimizer.tables.rule}"; take sgd, rowwise_adagrad or adam, fused'
+            )
+        if self.sharding.plan is not None or self.sharding.kind != "auto":
+            raise ValueError("rows lie on servers or on ranks; got servers.addresses and a [sharding]; leave one out")
+        if self.checkpoint.url:
+            raise ValueError(
+                "servers save in the run's folder, which they share with it; got checkpoint.url; leave it out"
             )
         return self
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from mfdist.launch.cli.progress import RunProgress
 
 if TYPE_CHECKING:
     from mfdist.training.run import RunDirectory
+    from mfdist.training.table_home import TableHome
 
 #: What the help says of the shipped presets; a test holds the names to mfdist.config.preset_names().
 PRESETS = {
@@ -113,11 +114,23 @@ def _train(run: "RunDirectory", overrides: Sequence[str], *, is_first: bool, as_
     progress = RunProgress()
     stream = sys.stderr if as_json else sys.stdout
     try:
-        with showing(stream, progress, is_quiet=is_quiet) if is_first else nullcontext(ignore) as observer:
-            stopped = train_run(run, overrides=overrides, observer=observer)
+        with (
+            _table_home(run.config_with(overrides)) as table_home,
+            showing(stream, progress, is_quiet=is_quiet) if is_first else nullcontext(ignore) as observer,
+        ):
+            stopped = train_run(run, overrides=overrides, observer=observer, table_home=table_home)
     except KeyboardInterrupt:
         resume = f"mfdist train --resume {wording.quoted(run.path)}"
         return failures.fail(f"stopped without saving; go on from the last checkpoint: {resume}")
     if as_json and is_first:
         write_json(progress.summary())
     return failures.DONE if stopped.reason == "finished" else failures.FAILED
+
+
+def _table_home(config: RunConfig) -> AbstractContextManager["TableHome | None"]:
+    """Return where the tables lie, to be let go at the end; None: in the ranks."""
+    if not config.servers.addresses or config.model.kind != "memory":
+        return nullcontext()
+    from mfdist.table_server.run_tables import ServedTables
+
+    return closing(ServedTables(config))

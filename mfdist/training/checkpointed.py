@@ -1,5 +1,7 @@
 """A trained model as a run's checkpoint holds it, ready for use."""
 
+from dataclasses import replace
+
 from mfdist.errors import CheckpointError
 from mfdist.models import Transformer, build_model
 from mfdist.training.device import choose_device
@@ -28,6 +30,8 @@ def load_run_model(
     if data_fingerprint is not None:
         check_data(state, data_fingerprint)
     device = choose_device("cpu" if run.config.training.device == "cpu" else "auto")  # a GPU's run reads anywhere
+    if served := [info for info in run.served_tables.steps() if info.step == state.step]:
+        state = replace(state, tables=run.served_tables.load(served[0].step).tables)
     model = build_model(config_of(state).model, device="meta").to_empty(device=device)
     load_model(model, state)
     return model.eval().requires_grad_(False), state.step

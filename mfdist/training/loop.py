@@ -34,6 +34,7 @@ from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
 from mfdist.training.state import capture, check_config, check_data, held_regions, load_training
 from mfdist.training.step import TrainStep
+from mfdist.training.table_home import TableHome
 from mfdist.training.twin import time_dense_twin
 from mfdist.training.world import World, joined
 from mfdist.training.writing import writing
@@ -42,7 +43,13 @@ PROFILE_EVERY = 50  # steps between measurements of the lookups' share
 NUM_SAMPLE_TOKENS = 100
 
 
-def train(run: RunDirectory, *, overrides: Sequence[str] = (), observer: Observer = ignore) -> Stopped:
+def train(
+    run: RunDirectory,
+    *,
+    overrides: Sequence[str] = (),
+    observer: Observer = ignore,
+    table_home: TableHome | None = None,
+) -> Stopped:
     """Train a run from its last committed step, or from the start, to its configured number of steps.
 
     SIGINT and SIGTERM finish the step, save, and end it early; the run goes on when `train` is called again.
@@ -51,6 +58,7 @@ def train(run: RunDirectory, *, overrides: Sequence[str] = (), observer: Observe
         run: from `RunDirectory.create` or `open`.
         overrides: `section.key=value` changes to a run that is continued, stored once training can go on with them.
         observer: told every event.
+        table_home: where the tables lie, if not in the ranks.
 
     Returns:
         Where and why training stopped.
@@ -79,7 +87,7 @@ def train(run: RunDirectory, *, overrides: Sequence[str] = (), observer: Observe
                 each(event)
 
         stack.enter_context(_determinism(config.training.is_deterministic))
-        session = _Session.prepare(run, checkpoints, config, world, tell)
+        session = _Session.prepare(run, checkpoints, config, world, tell, table_home)
         # From here on there is something to save. Told from inside the handler: to the caller alone, since a file may
         # be half way through a line.
         request = stack.enter_context(stop_on_signals(lambda message: observer(Warned(message=message))))
@@ -124,6 +132,7 @@ class _Session:
         train_step: TrainStep,
         first_step: int,
         twin_tokens_per_s: float | None,
+        table_home: TableHome | None,
     ) -> None:
         self.run_directory = run
         self.config = config
@@ -137,10 +146,17 @@ class _Session:
         self._batches = _batches(config, store, world)
         self._train_step = train_step
         self._twin_tokens_per_s = twin_tokens_per_s
+        self._table_home = table_home
 
     @classmethod
     def prepare(
-        cls, run: RunDirectory, checkpoints: CheckpointDirectory, config: RunConfig, world: World, tell: Observer
+        cls,
+        run: RunDirectory,
+        checkpoints: CheckpointDirectory,
+        config: RunConfig,
+        world: World,
+        tell: Observer,
+        table_home: TableHome | None,
     ) -> "_Session":
         """Read the text, build the model, and load the last commit where there is one.
 
@@ -167,14 +183,21 @@ class _Session:
             twin = timed[-1]["tokens_per_s"] if timed else time_dense_twin(config, batches, device, tell)
         torch.manual_seed(config.training.seed)
         with device:
-            model = build_model(config.model, table_device=None if world.is_alone else "meta")
+            is_here = world.is_alone and table_home is None
+            model = build_model(config.model, table_device=None if is_here else "meta")
+        if table_home is not None:
+            table_home.move_in(model, world)
         spread = world.spread(model, config)
         optimizer = RunOptimizer(model, config.optimizer, seed=config.training.seed, world=world)
         if state is not None:
             load_training(model, optimizer, checkpoints.load(state.step, tables=(), shards=held_regions(model)))
+            if table_home is not None:
+                table_home.load(run, state.step, world)
+        elif table_home is not None:
+            table_home.check_new()
         train_step = TrainStep(model, optimizer, config.training, device, world=world, spread=spread)
         first_step = 0 if state is None else state.step
-        return cls(run, checkpoints, config, world, store, model, optimizer, train_step, first_step, twin)
+        return cls(run, checkpoints, config, world, store, model, optimizer, train_step, first_step, twin, table_home)
 
     def started(self) -> Started:
         """Return what is told before the first step."""
@@ -260,6 +283,8 @@ class _Session:
         )
 
     def _captured(self, step: int) -> CheckpointState:
+        if self._table_home is not None:  # first: what commits the step must find its tables there
+            self._table_home.save(self.run_directory, step, self._world)
         return capture(
             self._model, self._optimizer, step=step, config=self.config, data_fingerprint=self._store.fingerprint
         )

@@ -4,6 +4,7 @@ RUN/config.toml              the resolved configuration
 RUN/metrics.jsonl            one JSON object an event
 RUN/tokenizer.json           the tokenizer the model was trained with
 RUN/checkpoints/step-…/      one zarr store a committed step
+RUN/tables/step-…/           the same steps' tables, where these lie on table servers
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _MAY_CHANGE = (
     "optimizer.",
     "checkpoint.",
     "sharding.",
+    "servers.",
     "training.steps",
     "training.device",
     "training.precision",
@@ -39,6 +41,9 @@ _MAY_CHANGE = (
 
 # Among those, what decides which states the tables' optimiser keeps, and where the checkpoints are found.
 _STAYS = ("optimizer.tables.rule", "optimizer.tables.state_dtype", "checkpoint.url")
+
+#: Where in a run's folder table servers save.
+SERVED_TABLES = "tables"
 
 # What data.source and data.tokenizer may be besides paths.
 _NAMES = ("python-stdlib", "bytes", "bpe")
@@ -116,6 +121,11 @@ class RunDirectory:
         """Read the resolved configuration."""
         return parse_config(self.config_path.read_text("utf-8"), origin=str(self.config_path))
 
+    @property
+    def served_tables(self) -> CheckpointDirectory:
+        """Return where table servers save this run's tables, which has no steps if the ranks hold them."""
+        return CheckpointDirectory(self.path / SERVED_TABLES)
+
     def _checkpoints_under(self, config: RunConfig | None) -> CheckpointDirectory:
         url = "" if config is None else config.checkpoint.url
         return CheckpointDirectory(url or self.path / "checkpoints")
@@ -160,6 +170,12 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         if value not in _NAMES and not value.startswith("hf:"):
             changed[key] = str(Path(value).expanduser().absolute())
     made = config.model_copy(update={"data": config.data.model_copy(update=changed)})
+    paths = {
+        key: value.expanduser().absolute()
+        for key in ("token_file", "ca", "certificate", "private_key")
+        if (value := getattr(config.servers, key)) is not None
+    }
+    made = made.model_copy(update={"servers": config.servers.model_copy(update=paths)})
     if config.sharding.plan is None:
         return made
     plan = config.sharding.plan.expanduser().absolute()

@@ -116,7 +116,7 @@ class World:
         """Shard the model's tables over the ranks, in place, and let DDP average the other gradients."""
         if self.is_alone:
             return self.alone(model)
-        if config.model.kind == "memory":
+        if config.model.kind == "memory" and not config.servers.addresses:
             spread_tables(model, config, self.world_size, self.num_hosts)
         wrapped = torch.nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
