@@ -346,7 +346,7 @@ def _meeting(directory: Path, rank: int, world_size: int, name: str) -> Ranks:
         raise ConfigError(
             f"a save of several servers needs a name of letters and digits for them to meet; got {name!r}"
         )
-    from torch.distributed.distributed_c10d import FileStore  # type: ignore[attr-defined]
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     try:
         directory.mkdir(parents=True, exist_ok=True)

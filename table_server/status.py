@@ -53,4 +53,4 @@ def _class_of(kind: str) -> type[MfdistError]:
     classes: list[type[MfdistError]] = [MfdistError]
     for known in classes:
         classes += known.__subclasses__()
-    return next((known for known in classes if known.kind == kind and "kind" in vars(known)), InternalError)
+    return next((known for known in reversed(classes) if vars(known).get("kind") == kind), InternalError)

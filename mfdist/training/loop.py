@@ -133,6 +133,7 @@ class _Session:
         first_step: int,
         twin_tokens_per_s: float | None,
         table_home: TableHome | None,
+        is_new: bool,
     ) -> None:
         self.run_directory = run
         self.config = config
@@ -147,6 +148,7 @@ class _Session:
         self._train_step = train_step
         self._twin_tokens_per_s = twin_tokens_per_s
         self._table_home = table_home
+        self._is_new = is_new
 
     @classmethod
     def prepare(
@@ -197,7 +199,20 @@ class _Session:
             table_home.check_new()
         train_step = TrainStep(model, optimizer, config.training, device, world=world, spread=spread)
         first_step = 0 if state is None else state.step
-        return cls(run, checkpoints, config, world, store, model, optimizer, train_step, first_step, twin, table_home)
+        return cls(
+            run,
+            checkpoints,
+            config,
+            world,
+            store,
+            model,
+            optimizer,
+            train_step,
+            first_step,
+            twin,
+            table_home,
+            state is None,
+        )
 
     def started(self) -> Started:
         """Return what is told before the first step."""
@@ -225,6 +240,9 @@ class _Session:
         step = saved = self.first_step
         timings: list[_Timing] = []
         with RunSaver(self._checkpoints, checkpoint, tell) as saver:
+            if self._is_new and self._table_home is not None:
+                # Rows elsewhere outlive this process: should it die before the first commit, they go back to this one.
+                saver.save(self._captured(step))
             while step < training.steps and not self._world.any(request.reason is not None):
                 event, timing = self._step(step)
                 step += 1
