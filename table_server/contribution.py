@@ -25,7 +25,10 @@ def lookups_of(messages: Sequence[pb.Lookups], code_stride: int, first_slot: int
         return Lookups(row_ids, scores, code_stride=code_stride, first_slot=first_slot)
     tokens, before = [], 0
     for message in messages:
-        tokens.append(unpacked([message.tokens], "tokens") + before)
+        part = unpacked([message.tokens], "tokens")
+        if part.dtype != torch.int32:
+            raise ConfigError(f"tokens of listed lookups must be int32; got {part.dtype}")
+        tokens.append(part + before)
         before += message.num_tokens
     return Lookups(row_ids, scores, torch.cat(tokens), before, code_stride, first_slot)
 
