@@ -3,31 +3,20 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mfdist.launch import machine, quantities
+from mfdist.launch.check import Check, CheckFailed, attempt
+from mfdist.launch.connection_checks import connection_checks
 
 _OLDEST_TORCH = (2, 11)
 _LEAST_DISK_BYTES = 1 << 30
 _LEAST_MEMORY_BYTES = 1 << 30
+_PROBE_BYTES = 64 << 20
+_LEAST_WRITE_BYTES_PER_S = 50e6  # a checkpoint of the demo, 0.5 GB, then takes ten seconds
 _TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """What one check found."""
-
-    name: str
-    ok: bool
-    detail: str
-    remedy: str = ""  # empty where all is well
-    is_essential: bool = True  # without it nothing trains; else something is lost or slower
-
-
-class _Failed(Exception):
-    """A check found what it looks for; carries what to say instead of a traceback."""
 
 
 def checks(folder: Path, cache: Path) -> Iterator[Check]:
@@ -37,37 +26,31 @@ def checks(folder: Path, cache: Path) -> Iterator[Check]:
         folder: where runs would be written; made by nobody here, only tried.
         cache: where tokenised text would be kept.
     """
-    yield _attempt("packages", _packages, "pip install --upgrade mfdist")
-    yield _attempt("memory", _memory, "stop other programs, or give this process more memory", is_essential=False)
-    yield _attempt("disk", lambda: _disk(folder), "free some space, or name a folder on another disk with --at")
-    yield _attempt("cache", lambda: _cache(cache), "set XDG_CACHE_HOME, or data.cache_dir, to a folder you can write")
-    yield _attempt("cpu kernels", lambda: _kernels("cpu"), "pip install --upgrade numba numpy; if it stays, report it")
-    yield _attempt("checkpoint", lambda: _checkpoint(folder), "name a folder that you can write with --at")
-    yield _attempt("file locks", lambda: _locks(folder), "put runs on a local disk, or on a file system with locks")
-    yield _attempt("gpu", _gpu, "install a CUDA build of torch, or the driver it asks for", is_essential=False)
+    yield attempt("packages", _packages, "pip install --upgrade mfdist")
+    yield attempt("memory", _memory, "stop other programs, or give this process more memory", is_essential=False)
+    yield attempt("disk", lambda: _disk(folder), "free some space, or name a folder on another disk with --at")
+    yield attempt(
+        "disk speed", lambda: _disk_speed(folder), "name a folder on a faster disk with --at", is_essential=False
+    )
+    yield attempt("cache", lambda: _cache(cache), "set XDG_CACHE_HOME, or data.cache_dir, to a folder you can write")
+    yield attempt("cpu kernels", lambda: _kernels("cpu"), "pip install --upgrade numba numpy; if it stays, report it")
+    yield attempt("checkpoint", lambda: _checkpoint(folder), "name a folder that you can write with --at")
+    yield attempt("file locks", lambda: _locks(folder), "put runs on a local disk, or on a file system with locks")
+    yield attempt("gpu", _gpu, "install a CUDA build of torch, or the driver it asks for", is_essential=False)
     if machine.gpus():
-        yield _attempt("gpu kernels", lambda: _kernels("cuda"), "pip install triton", is_essential=False)
-
-
-def _attempt(name: str, check: Callable[[], str], remedy: str, *, is_essential: bool = True) -> Check:
-    try:
-        return Check(name=name, ok=True, detail=check(), is_essential=is_essential)
-    except _Failed as failure:
-        detail = str(failure)
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding, and the other checks still matter
-        detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return Check(name=name, ok=False, detail=detail, remedy=remedy, is_essential=is_essential)
+        yield attempt("gpu kernels", lambda: _kernels("cuda"), "pip install triton", is_essential=False)
+    yield from connection_checks(folder)
 
 
 def _packages() -> str:
     missing = [name for name in machine.REQUIRED if machine.versions()[name] is None]
     if missing:
-        raise _Failed(f"not installed: {', '.join(missing)}")
+        raise CheckFailed(f"not installed: {', '.join(missing)}")
     import torch
 
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if release < _OLDEST_TORCH:
-        raise _Failed(f"torch must be {'.'.join(map(str, _OLDEST_TORCH))} or newer; got {torch.__version__}")
+        raise CheckFailed(f"torch must be {'.'.join(map(str, _OLDEST_TORCH))} or newer; got {torch.__version__}")
     return f"all {len(machine.REQUIRED)} are there; torch {torch.__version__}"
 
 
@@ -75,7 +58,7 @@ def _memory() -> str:
     found = machine.memory()
     available = found["available_bytes"] or 0
     if available < _LEAST_MEMORY_BYTES:
-        raise _Failed(
+        raise CheckFailed(
             f"{quantities.num_bytes(available)} free; the demo needs about {quantities.num_bytes(_LEAST_MEMORY_BYTES)}"
         )
     limit = found["limit_bytes"]
@@ -88,8 +71,23 @@ def _disk(folder: Path) -> str:
     free = shutil.disk_usage(machine.existing_parent(folder)).free
     if free < _LEAST_DISK_BYTES:
         needed = quantities.num_bytes(_LEAST_DISK_BYTES)
-        raise _Failed(f"{quantities.num_bytes(free)} free in {folder}; the demo needs about {needed}")
+        raise CheckFailed(f"{quantities.num_bytes(free)} free in {folder}; the demo needs about {needed}")
     return f"{quantities.num_bytes(free)} free in {folder}"
+
+
+def _disk_speed(folder: Path) -> str:
+    block = os.urandom(1 << 20)  # nothing that a disk could compress
+    with tempfile.NamedTemporaryFile(prefix=".mfdist-doctor-", dir=machine.existing_parent(folder)) as file:
+        start = time.monotonic()
+        for _ in range(_PROBE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        speed = _PROBE_BYTES / (time.monotonic() - start)
+    found = f"{quantities.num_bytes(_PROBE_BYTES)} written and synced at {speed / 1e6:.0f} MB/s"
+    if speed < _LEAST_WRITE_BYTES_PER_S:
+        raise CheckFailed(f"{found}; checkpoints will take long below {_LEAST_WRITE_BYTES_PER_S / 1e6:.0f} MB/s")
+    return found
 
 
 def _cache(cache: Path) -> str:
@@ -127,11 +125,11 @@ def _kernels(device: str) -> str:
         ("table gradient", got_weight.grad, expected_weight.grad),
     ):
         if ours is None or theirs is None:
-            raise _Failed(f"there is no {name}")
+            raise CheckFailed(f"there is no {name}")
         right = theirs.detach()
         error = float((ours.detach().cpu().reshape(right.shape) - right).norm() / right.norm())
         if not error <= _TOLERANCE:  # so written that NaN fails too
-            raise _Failed(f"the {name} is off by {error:.1e} of its size; at most {_TOLERANCE:.0e} is right")
+            raise CheckFailed(f"the {name} is off by {error:.1e} of its size; at most {_TOLERANCE:.0e} is right")
     return "compile, and agree with plain torch forward and backward"
 
 
@@ -150,9 +148,9 @@ def _checkpoint(folder: Path) -> str:
         directory.save(state)
         damages = directory.verify()
         if damages:
-            raise _Failed(f"what was written is not what is read: {damages[0]}")
+            raise CheckFailed(f"what was written is not what is read: {damages[0]}")
         if not torch.equal(directory.load().tables["layer"].weight, weight):
-            raise _Failed("a table came back with other values")
+            raise CheckFailed("a table came back with other values")
     return f"written, synced and read back in {folder}"
 
 
@@ -168,7 +166,7 @@ def _locks(folder: Path) -> str:
             return f"work in {folder}"
         finally:
             os.close(second)
-    raise _Failed(f"two processes can lock one file in {folder}; a run could be written by both")
+    raise CheckFailed(f"two processes can lock one file in {folder}; a run could be written by both")
 
 
 def _gpu() -> str:
@@ -179,5 +177,5 @@ def _gpu() -> str:
         import torch
 
         build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
-        raise _Failed(f"there is an NVIDIA driver, but torch {torch.__version__} {build} and finds no GPU")
+        raise CheckFailed(f"there is an NVIDIA driver, but torch {torch.__version__} {build} and finds no GPU")
     return "none; training uses the CPU"

@@ -24,7 +24,18 @@ REQUIRED = (
     "typer",
     "rich",
 )
-OPTIONAL = ("triton", "datasets", "pyarrow", "obstore", "safetensors", "tensorboard")
+OPTIONAL = (
+    "triton",
+    "ray",
+    "grpcio",
+    "protobuf",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "obstore",
+    "safetensors",
+    "tensorboard",
+)
 
 _VECTOR_FLAGS = ("sse4_2", "avx", "fma", "f16c", "amx", "asimd", "sve")
 _CGROUP_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -51,6 +51,7 @@ DOORS = {
         "mfdist.checkpoint.dcp_format",
         "mfdist.checkpoint.dense_shard",
         "mfdist.checkpoint.ranks",
+        "mfdist.launch.connection_checks",
         "mfdist.parallelize",
         "mfdist.sharding.",
         "mfdist.table_server.node",

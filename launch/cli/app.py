@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mfdist import __version__
+from mfdist.launch.build import build_facts
 from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_plan import bench_plan
@@ -49,16 +49,28 @@ app.command()(doctor)
 def run(arguments: Sequence[str]) -> int:
     """Run the command line on `arguments` and return its exit code."""
     command = typer.main.get_command(app)
-    return failures.run(lambda: command.main(args=list(arguments), prog_name="mfdist", standalone_mode=False))
+    given = list(arguments)
+    ours = given[: given.index("--")] if "--" in given else given
+    wants_traceback = "--debug" in ours  # before the verb or behind it: people add it to the line that failed
+    words = [word for word in ours if word != "--debug"] + given[len(ours) :]
+    return failures.run(
+        lambda: command.main(args=words, prog_name="mfdist", standalone_mode=False), wants_traceback=wants_traceback
+    )
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version, where it comes from, and exit.", is_eager=True)
+    ] = False,
+    debug: Annotated[  # taken from the arguments before they are parsed, see `run`
+        bool, typer.Option("--debug", help="Show the traceback of every failure; also behind a command.")
+    ] = False,
 ) -> None:
     if version:
-        typer.echo(f"mfdist {__version__}")
+        for line in build_facts():
+            typer.echo(line)
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mfdist.launch import checkup, machine, quantities
+from mfdist.launch.check import Check
 from mfdist.launch.cli import failures
 from mfdist.launch.cli.json_output import write_json
 
@@ -42,7 +43,7 @@ def doctor(
     return failures.DONE if ok else failures.FAILED
 
 
-def _show(console: Console, check: checkup.Check) -> None:
+def _show(console: Console, check: Check) -> None:
     mark, style = (
         ("ok", "green") if check.ok else ("FAILED", "bold red") if check.is_essential else ("warning", "yellow")
     )

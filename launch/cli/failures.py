@@ -28,12 +28,17 @@ class Terminated(SystemExit):
     """SIGTERM arrived outside of training; unwinds so that temporary files go and the terminal is given back."""
 
 
-def run(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code; failures become one line on stderr."""
+def run(command: Callable[[], object], *, wants_traceback: bool = False) -> int:
+    """Run a command and return its exit code; failures become one line on stderr.
+
+    Args:
+        command: returns the exit code, or what is no integer and counts as done.
+        wants_traceback: show the traceback of failures that a user can mend, too.
+    """
     _survive_any_encoding()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = command()
+        result = _traced(command) if wants_traceback else command()
         if result == _INTERRUPTED:
             return fail(_STOPPED)
         return result if isinstance(result, int) else DONE
@@ -59,6 +64,14 @@ def run(command: Callable[[], object]) -> int:
     finally:
         _let_go(sys.stdout)
         _let_go(sys.stderr)
+
+
+def _traced(command: Callable[[], object]) -> object:
+    try:
+        return command()
+    except (MfdistError, OSError, MemoryError, _UsageError):
+        traceback.print_exc()
+        raise
 
 
 def fail(message: str, code: int = FAILED) -> int:

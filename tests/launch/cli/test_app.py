@@ -3,8 +3,11 @@
 import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+import typer
 
 import mfdist
 import mfdist.config
@@ -22,8 +25,30 @@ def words(text):
     return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
-def test_version(capsys):
-    assert ended(capsys, "--version") == (0, f"mfdist {mfdist.__version__}\n", "")
+def test_version_says_what_is_running(capsys):
+    code, out, err = ended(capsys, "--version")
+    assert (code, err) == (0, "")
+    version, origin, libraries = out.splitlines()
+    assert version == f"mfdist {mfdist.__version__}"
+    assert str(Path(mfdist.__file__).parents[1]) in origin
+    assert f"torch {metadata.version('torch')}" in libraries
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "train", "dmeo", "--out", "x"], ["train", "dmeo", "--out", "x", "--debug"]]
+)
+def test_debug_shows_the_traceback_of_what_a_user_can_mend(capsys, arguments):
+    code, _, err = ended(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("Traceback")
+    assert "ConfigError" in err
+    assert err.splitlines()[-1].startswith("mfdist: ")
+
+
+def test_debug_behind_two_dashes_is_left_to_the_command(capsys):
+    code, _, err = ended(capsys, "train", "--", "--debug")
+    assert code == 2
+    assert "Traceback" not in err
 
 
 def test_no_verb_shows_the_help_and_is_misuse(capsys):
@@ -32,19 +57,16 @@ def test_no_verb_shows_the_help_and_is_misuse(capsys):
     assert "mfdist train demo --out" in words(out + err)
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        ["train"],
-        ["generate"],
-        ["evaluate"],
-        ["checkpoint", "list"],
-        ["checkpoint", "verify"],
-        ["plan"],
-        ["bench", "plan"],
-        ["doctor"],
-    ],
-)
+def verbs(command, path=()):
+    """Yield the words of every verb that does something."""
+    children = getattr(command, "commands", {})
+    if not children:
+        yield [*path]
+    for name, child in children.items():
+        yield from verbs(child, (*path, name))
+
+
+@pytest.mark.parametrize("verb", [*verbs(typer.main.get_command(app.app))], ids=" ".join)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_verb_has_help_with_an_example(capsys, verb, flag):
     code, out, err = ended(capsys, *verb, flag)
