@@ -57,10 +57,10 @@ def _gloo() -> str:
 
     def rank(number: int, path: str) -> None:
         try:
-            store = dist.PrefixStore("doctor", dist.FileStore(path, 2))
+            store = dist.FileStore(path, 2)  # type: ignore[attr-defined]
             group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=_DEADLINE_S))
             value = torch.tensor([float(number + 1)])
-            group.allreduce([value]).wait()
+            group.allreduce([value]).wait()  # type: ignore[attr-defined]
             sums.append(value.item())
         except RuntimeError as error:
             troubles.append(" ".join(str(error).split()))
@@ -89,7 +89,7 @@ def _nccl() -> str:
 
     if not dist.is_available() or not dist.is_nccl_available():
         raise CheckFailed(f"torch {torch.__version__} has no NCCL; ranks on GPUs cannot speak to each other")
-    version = ".".join(str(part) for part in torch.cuda.nccl.version())
+    version = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
     count = torch.cuda.device_count()
     return f"{version}, for {count} GPU{'s' if count > 1 else ''}"
 
