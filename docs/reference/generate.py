@@ -1,4 +1,4 @@
-"""A mkdocs hook: writes the reference of the command line and of the configurations from the code, at every build.
+"""A mkdocs hook: writes references of commands, configurations, errors and the protocol from the code, at every build.
 
 A page holds `<!-- generated: cli -->` or the like where the text goes.
 """
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from mfdist import errors, table_server
 from mfdist.config import RunConfig
 from mfdist.launch.cli.app import app
 from mfdist.table_server.config import ServerConfig
@@ -20,7 +21,7 @@ from mfdist.table_server.config import ServerConfig
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill a page's marker; called by mkdocs for each page."""
-    for marker, write in (("cli", _cli), ("configuration", _configuration), ("table server", _table_server)):
+    for marker, write in _WRITERS.items():
         place = f"<!-- generated: {marker} -->"
         if place in markdown:
             markdown = markdown.replace(place, "\n".join(write()))
@@ -131,3 +132,28 @@ def _option_default(parameter: Any) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _errors() -> Iterator[str]:
+    yield from ["| error | also a | kind | exit code | gRPC status | means |", "|---|---|---|---|---|---|"]
+    for error in vars(errors).values():
+        if not isinstance(error, type) or not issubclass(error, errors.MfdistError) or error is errors.MfdistError:
+            continue
+        code, status = errors.OUTCOMES[error.kind]
+        also = ", ".join(f"`{base.__name__}`" for base in error.__bases__)
+        meaning = _cell((error.__doc__ or "").strip())
+        yield f"| `{error.__name__}` | {also} | `{error.kind}` | {code} | `{status}` | {meaning} |"
+
+
+def _protocol() -> Iterator[str]:
+    yield from ["```protobuf", _PROTOCOL.read_text("utf-8").strip(), "```"]
+
+
+_PROTOCOL = Path(table_server.__file__).parent / "proto" / "table_v1.proto"
+_WRITERS = {
+    "cli": _cli,
+    "configuration": _configuration,
+    "table server": _table_server,
+    "errors": _errors,
+    "protocol": _protocol,
+}
