@@ -26,6 +26,9 @@ def bench_plan(
     is_shared: Annotated[
         bool, typer.Option("--shared", help="Count processor time: other work shares this machine.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda with a GPU each rank, or auto for GPUs where there are several.")
+    ] = "auto",
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the last world's figures, for mfdist plan --topology.")
     ] = None,
@@ -43,12 +46,13 @@ def bench_plan(
     for option, file in (("--save", save), ("--json", json_file)):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"{option} must name a file in a folder that is there; got {file}")
+    device = _device(device, sizes[-1], is_shared=is_shared)
     from mfdist.benchmarks.plan_choice import chosen_cases, compare
 
-    cases = chosen_cases(case or ())
+    cases = chosen_cases(device, case or ())
     found: list[Choice] = []
     figures: dict[int, Topology] = {}
-    for topology, choice in compare(sizes, cases, turns=turns, is_shared=is_shared):
+    for topology, choice in compare(device, sizes, cases, turns=turns, is_shared=is_shared):
         if choice.world_size not in figures:
             figures[choice.world_size] = topology
             typer.echo(_told(topology))
@@ -57,7 +61,7 @@ def bench_plan(
     if save is not None:
         save.write_text(figures[max(figures)].to_json(), "utf-8")
     if json_file is not None:
-        json_file.write_text(to_json(_document(found, figures, is_shared), indent=1) + "\n", "utf-8")
+        json_file.write_text(to_json(_document(found, figures, device, is_shared), indent=1) + "\n", "utf-8")
     slow = [f"{choice.case} on {choice.world_size} ranks" for choice in found if choice.loss > _LARGEST_LOSS]
     if slow:
         return failures.fail(
@@ -71,6 +75,20 @@ def _sizes(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 1 for part in parts):
         raise ConfigError(f'--world takes numbers of ranks from 2 on, such as 2,4; got "{text}"')
     return sorted({int(part) for part in parts})
+
+
+def _device(asked: str, most_ranks: int, *, is_shared: bool) -> str:
+    if asked not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f'--device must be auto, cpu or cuda; got "{asked}"')
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    device = asked if asked != "auto" else "cuda" if num_gpus >= most_ranks and not is_shared else "cpu"
+    if device == "cuda" and is_shared:
+        raise ConfigError("processor time says nothing of a GPU's; got --shared and --device cuda; leave one out")
+    if device == "cuda" and most_ranks > num_gpus:
+        raise ConfigError(f"each rank needs a GPU of its own; got --world {most_ranks} and {num_gpus} GPUs")
+    return device
 
 
 def _told(topology: "Topology") -> str:
@@ -90,9 +108,10 @@ def _line(choice: "Choice") -> str:
     return f"  {choice.case}: chose {choice.chosen}, {choice.loss:.0%} slower than the fastest; {kinds}"
 
 
-def _document(found: "list[Choice]", figures: "dict[int, Topology]", is_shared: bool) -> dict[str, Any]:
+def _document(found: "list[Choice]", figures: "dict[int, Topology]", device: str, is_shared: bool) -> dict[str, Any]:
     return {
         "machine": machine.cpu(),
+        "gpus": machine.gpus() if device == "cuda" else [],
         "versions": machine.versions(),
         "is_shared": is_shared,
         "topologies": [asdict(topology) for topology in figures.values()],

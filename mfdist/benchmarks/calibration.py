@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mfdist.kernels import gather_sum, row_gradient
 from mfdist.sharding.cost import price_table
@@ -23,12 +24,39 @@ from mfdist.sharding.workload import TableLoad, Workload
 from mfdist.spec import TableSpec
 from mfdist.tables.sharded import ShardedTable
 
-_COPY_BYTES = 32 << 20
-_SMALL_BYTES, _LARGE_BYTES = 1 << 10, 4 << 20  # to each other rank
-_NUM_IDS = 200_000
-_LOOKUPS = (512, 16, 256)  # tokens, lookups, columns
-_SLOT_ROWS, _FAR_ROWS, _FEW_COLUMNS = 256, 100_000, 32
 _TURNS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """How much is moved to measure a rate: enough to leave the caches and to hide what starting takes.
+
+    Args:
+        copy_bytes: of a copy.
+        small_bytes, large_bytes: to each other rank.
+        num_ids: to sort.
+        lookups: tokens, lookups a token, columns.
+        slot_rows: of a table that stays in the cache.
+        far_rows: of one that does not.
+        few_columns: of that one where a pass over rows is measured, not their bytes.
+    """
+
+    copy_bytes: int
+    small_bytes: int = 1 << 10
+    large_bytes: int
+    num_ids: int
+    lookups: tuple[int, int, int]
+    slot_rows: int = 256
+    far_rows: int
+    few_columns: int = 32
+
+
+_SIZES = {
+    "cpu": _Sizes(copy_bytes=32 << 20, large_bytes=4 << 20, num_ids=200_000, lookups=(512, 16, 256), far_rows=100_000),
+    "cuda": _Sizes(
+        copy_bytes=1 << 30, large_bytes=256 << 20, num_ids=8_000_000, lookups=(16384, 32, 1024), far_rows=1_000_000
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +64,35 @@ class _Bench:
     """All ranks of an exchange in step with each other."""
 
     exchange: Exchange
+    device: torch.device
     turns: int
     clock: Callable[[], float]
+
+    @property
+    def sizes(self) -> _Sizes:
+        return _SIZES[self.device.type]
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Return the quickest time of `work`, begun by all ranks together each time; the median over ranks."""
         work()
         taken = []
         for _ in range(self.turns):
+            self.finish()
             self.begin("start").wait()
             began = self.clock()
             work()
+            self.finish()
             taken.append(self.clock() - began)
         opened = self.begin("result", [round(min(taken) * 1e9)])
         return statistics.median(counts[0] for counts in opened.wait()) * 1e-9
 
     def begin(self, what: str, counts: tuple[int, ...] | list[int] = ()) -> Opened:
         return self.exchange.open(Call(table=what, kind="calibration", phase="check"), list(counts))
+
+    def finish(self) -> None:
+        """Wait for what a GPU has been asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def calibrate(
@@ -61,30 +101,33 @@ def calibrate(
     """Return `base` with the figures of the ranks of one host; the same on all ranks.
 
     Args:
-        exchanges: over a mesh of one axis, on the CPU.
+        exchanges: over a mesh of one axis; what is measured is its device.
         base: what is not measured: memory, links between hosts, the dense part's rate; its world size is replaced.
         turns: how often each figure is measured.
         clock: seconds; `time.process_time` counts this process's work alone, where other work shares the cores.
 
     Called on: all ranks of the mesh.
     """
-    exchange = exchanges.everyone
-    bench = _Bench(exchange=exchange, turns=turns, clock=clock)
-    copy, clone = bench.seconds(_copying()), bench.seconds(_cloning())
-    sort = bench.seconds(_sorting())
-    num_tokens, num_lookups, row_dim = _LOOKUPS
+    exchange, device = exchanges.everyone, exchanges.device
+    bench = _Bench(exchange=exchange, device=device, turns=turns, clock=clock)
+    sizes = bench.sizes
+    copy, clone = bench.seconds(_copying(bench)), bench.seconds(_cloning(bench))
+    sort = bench.seconds(_sorting(bench))
+    num_tokens, num_lookups, row_dim = sizes.lookups
     looked_up = num_tokens * num_lookups * row_dim * 4
-    cached = bench.seconds(_training()) / 3  # a pass forward and two backward
-    memory, passing = bench.seconds(_looking_up()), bench.seconds(_passing())
+    cached = bench.seconds(_training(bench)) / 3  # a pass forward and two backward
+    memory, passing = bench.seconds(_looking_up(bench)), bench.seconds(_passing(bench))
+    passed = 4 * sizes.far_rows * sizes.few_columns * copy / (2 * sizes.copy_bytes)
     found = replace(
         base,
         name="measured",
         world_size=exchange.world_size,
         num_hosts=1,
-        copy_bytes_per_s=2 * _COPY_BYTES / copy,
-        fresh_bytes_per_s=_COPY_BYTES / max(clone - copy, 1e-9),
-        sort_ids_per_s=_NUM_IDS / sort,
-        pass_rows_per_s=_FAR_ROWS / max(passing - 4 * _FAR_ROWS * _FEW_COLUMNS * copy / (2 * _COPY_BYTES), 1e-9),
+        copy_bytes_per_s=2 * sizes.copy_bytes / copy,
+        # The allocator of a GPU keeps what it is given back.
+        fresh_bytes_per_s=sizes.copy_bytes / max(clone - copy, 1e-9) if device.type == "cpu" else 0.0,
+        sort_ids_per_s=sizes.num_ids / sort,
+        pass_rows_per_s=sizes.far_rows / max(passing - passed, 1e-9),
         cached_lookup_bytes_per_s=looked_up / cached,
         lookup_bytes_per_s=min(looked_up / memory, looked_up / cached),
     )
@@ -94,9 +137,10 @@ def calibrate(
 def _with_links(base: Topology, bench: _Bench) -> Topology:
     exchange, num_peers = bench.exchange, bench.exchange.world_size - 1
     tags = bench.seconds(lambda: bench.begin("tags").wait())
-    small, large = (bench.seconds(_sending(bench, size)) for size in (_SMALL_BYTES, _LARGE_BYTES))
+    few, many = bench.sizes.small_bytes, bench.sizes.large_bytes
+    small, large = bench.seconds(_sending(bench, few)), bench.seconds(_sending(bench, many))
     # The model adds packing, which these sends do not do; what is left over is the link's.
-    bytes_per_s = (_LARGE_BYTES - _SMALL_BYTES) * num_peers / max(large - small, 1e-9)
+    bytes_per_s = (many - few) * num_peers / max(large - small, 1e-9)
     inside = Link(bytes_per_s=bytes_per_s, latency_s=max(small - tags, 1e-9) / num_peers)
     return replace(
         base,
@@ -111,63 +155,71 @@ def _with_calls(base: Topology, bench: _Bench, exchanges: MeshExchanges) -> Topo
     world_size = bench.exchange.world_size
     spec = TableSpec(name="tiny", num_rows=1, row_dim=world_size)
     plan = column_wise(spec, world_size)
-    table = ShardedTable(plan, exchanges)
-    ids, scores = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, requires_grad=True)
-    grad = torch.ones(1, world_size)
+    table = ShardedTable(plan, exchanges, device=bench.device)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=bench.device)
+    scores = torch.ones(1, 1, device=bench.device, requires_grad=True)
+    grad = torch.ones(1, world_size, device=bench.device)
     taken = bench.seconds(lambda: table(ids, scores).backward(grad))
     work = Workload(batch_tokens=world_size, loads={"tiny": TableLoad(num_lookups=1)}, rule="sgd")
     cost = price_table(plan, base, work)
     return replace(base, collective_s=max(0.0, taken - cost.step_s) / len(cost.transfers))
 
 
-def _copying() -> Callable[[], object]:
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
+def _copying(bench: _Bench) -> Callable[[], object]:
+    source = torch.zeros(bench.sizes.copy_bytes, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def _cloning() -> Callable[[], object]:
+def _cloning(bench: _Bench) -> Callable[[], object]:
     """Return a copy to a buffer that is new each time."""
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
+    source = torch.zeros(bench.sizes.copy_bytes, dtype=torch.uint8, device=bench.device)
     return source.clone
 
 
-def _sorting() -> Callable[[], object]:
-    ids = torch.randint(0, 1 << 20, (_NUM_IDS,), generator=torch.Generator().manual_seed(0))
+def _sorting(bench: _Bench) -> Callable[[], object]:
+    ids = torch.randint(0, 1 << 20, (bench.sizes.num_ids,), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(bench.device)
     return lambda: torch.sort(ids, stable=True)
 
 
-def _training() -> Callable[[], object]:
+def _training(bench: _Bench) -> Callable[[], object]:
     """Return a lookup and its gradient in a table of slots that stay in the cache."""
-    num_tokens, num_lookups, row_dim = _LOOKUPS
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(_SLOT_ROWS * num_lookups, row_dim, generator=generator)
-    codes = torch.randint(0, _SLOT_ROWS, (num_tokens, num_lookups), generator=generator).to(torch.uint8)
-    scores = torch.rand(num_tokens, num_lookups, generator=generator)
-    return lambda: row_gradient(table, codes, scores, gather_sum(table, codes, scores, _SLOT_ROWS), _SLOT_ROWS)
+    _, num_lookups, row_dim = bench.sizes.lookups
+    stride = bench.sizes.slot_rows
+    table = torch.randn(stride * num_lookups, row_dim, device=bench.device)
+    codes, scores = _drawn(bench, stride)
+    codes = codes.to(torch.uint8)
+    return lambda: row_gradient(table, codes, scores, gather_sum(table, codes, scores, stride), stride)
 
 
-def _looking_up() -> Callable[[], object]:
+def _looking_up(bench: _Bench) -> Callable[[], object]:
     """Return a lookup of rows far apart."""
-    num_tokens, num_lookups, row_dim = _LOOKUPS
-    generator = torch.Generator().manual_seed(0)
-    table = torch.zeros(_FAR_ROWS, row_dim)
-    ids = torch.randint(0, _FAR_ROWS, (num_tokens, num_lookups), generator=generator)
-    scores = torch.rand(num_tokens, num_lookups, generator=generator)
+    table = torch.zeros(bench.sizes.far_rows, bench.sizes.lookups[2], device=bench.device)
+    ids, scores = _drawn(bench, bench.sizes.far_rows)
     return lambda: gather_sum(table, ids, scores)
 
 
-def _passing() -> Callable[[], object]:
+def _passing(bench: _Bench) -> Callable[[], object]:
     """Return a gradient of many narrow rows, few of which were read."""
-    table = torch.zeros(_FAR_ROWS, _FEW_COLUMNS)
-    ids = torch.arange(0, _FAR_ROWS, _FAR_ROWS // 64)[:, None]
-    scores, grad = torch.ones(ids.shape), torch.ones(ids.shape[0], _FEW_COLUMNS)
+    far_rows, few_columns = bench.sizes.far_rows, bench.sizes.few_columns
+    table = torch.zeros(far_rows, few_columns, device=bench.device)
+    ids = torch.arange(0, far_rows, far_rows // 64, device=bench.device)[:, None]
+    scores = torch.ones(ids.shape, device=bench.device)
+    grad = torch.ones(ids.shape[0], few_columns, device=bench.device)
     return lambda: row_gradient(table, ids, scores, grad)
+
+
+def _drawn(bench: _Bench, limit: int) -> tuple[Tensor, Tensor]:
+    """Return row ids below a limit, and scores."""
+    generator, shape = torch.Generator().manual_seed(0), bench.sizes.lookups[:2]
+    ids = torch.randint(0, limit, shape, generator=generator)
+    return ids.to(bench.device), torch.rand(shape, generator=generator).to(bench.device)
 
 
 def _sending(bench: _Bench, size: int) -> Callable[[], object]:
     exchange = bench.exchange
-    payload = torch.zeros(size * exchange.world_size, dtype=torch.uint8)
+    payload = torch.zeros(size * exchange.world_size, dtype=torch.uint8, device=bench.device)
     sizes = [size] * exchange.world_size
 
     def work() -> None:

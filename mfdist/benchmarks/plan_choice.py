@@ -21,13 +21,14 @@ from mfdist.sharding.layout import candidates
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.planner import choose_plan
 from mfdist.sharding.table_plan import TablePlan
-from mfdist.sharding.topology import Topology, cpu
+from mfdist.sharding.topology import Topology, cpu, h100
 from mfdist.sharding.workload import TableLoad, Workload
 from mfdist.spec import TableSpec
 from mfdist.tables.sharded import ShardedTable
 from mfdist.testing.run_ranks import RankPool
 
 _CODES = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 _DEADLINE_S = 600.0
 
 
@@ -77,31 +78,41 @@ def _case(name: str, rows: int, row_dim: int, load: TableLoad, tokens: int) -> C
     )
 
 
-#: A MemoryFormer's projection, its second feed-forward layer, few rows of a large table, a table smaller than a batch.
-CASES = (
-    _case("qkv", 16 * 256, 384, TableLoad(num_lookups=16, code_stride=256, id_bytes=1), 1024),
-    _case("ffn2", 32 * 1024, 384, TableLoad(num_lookups=32, code_stride=1024, id_bytes=4), 1024),
-    _case("n-grams", 100_000, 128, TableLoad(num_lookups=4), 512),
-    _case("tiny", 128, 32, TableLoad(num_lookups=8), 2048),
-)
+#: Device → a MemoryFormer's projection, its second feed-forward layer, few rows of a large table, a table smaller than
+#: a batch.
+CASES = {
+    "cpu": (
+        _case("qkv", 16 * 256, 384, TableLoad(num_lookups=16, code_stride=256, id_bytes=1), 1024),
+        _case("ffn2", 32 * 1024, 384, TableLoad(num_lookups=32, code_stride=1024, id_bytes=4), 1024),
+        _case("n-grams", 100_000, 128, TableLoad(num_lookups=4), 512),
+        _case("tiny", 128, 32, TableLoad(num_lookups=8), 2048),
+    ),
+    "cuda": (
+        _case("qkv", 128 * 256, 3072, TableLoad(num_lookups=128, code_stride=256, id_bytes=1), 4096),
+        _case("ffn2", 128 * 1024, 1024, TableLoad(num_lookups=128, code_stride=1024, id_bytes=4), 4096),
+        _case("n-grams", 4_000_000, 256, TableLoad(num_lookups=16), 4096),
+        _case("tiny", 4096, 64, TableLoad(num_lookups=8), 16384),
+    ),
+}
 
 
-def chosen_cases(patterns: Sequence[str]) -> list[Case]:
+def chosen_cases(device: str, patterns: Sequence[str]) -> list[Case]:
     """Return the cases whose names match a shell pattern, all where there is none.
 
     Raises:
         ConfigError: no case matches.
     """
-    found = [case for case in CASES if not patterns or any(fnmatch(case.name, pattern) for pattern in patterns)]
+    found = [case for case in CASES[device] if not patterns or any(fnmatch(case.name, pattern) for pattern in patterns)]
     if not found:
-        names = ", ".join(case.name for case in CASES)
+        names = ", ".join(case.name for case in CASES[device])
         raise ConfigError(f"a case must be one of {names}; got {', '.join(patterns)}")
     return found
 
 
 def compare(
+    device: str,
     world_sizes: Sequence[int],
-    cases: Sequence[Case] = CASES,
+    cases: Sequence[Case],
     *,
     turns: int = 15,
     is_shared: bool = False,
@@ -109,57 +120,65 @@ def compare(
     """Yield each case's choice, with the figures it was made by.
 
     Args:
+        device: cpu or cuda, of which each rank needs one.
         world_sizes, cases: every case is tried at each world size.
         turns: how often each kind is timed.
-        is_shared: count processor time, calibration included.
+        is_shared: count processor time, calibration included; it says nothing of a GPU's.
     """
     with RankPool() as pool:
         for world_size in world_sizes:
-            found = pool.run(calibrated, world_size, is_shared, timeout_s=_DEADLINE_S)[0]
+            found = pool.run(
+                calibrated, world_size, device, is_shared, timeout_s=_DEADLINE_S, backend=_BACKENDS[device]
+            )[0]
             for case in cases:
-                yield found, _compare(pool, case, found, turns, is_shared)
+                yield found, _compare(pool, device, case, found, turns, is_shared)
 
 
-def calibrated(rank: int, is_shared: bool) -> Topology:
+def calibrated(rank: int, device: str, is_shared: bool) -> Topology:
     """Return this machine's figures for as many ranks as there are; called on all ranks."""
-    exchanges = MeshExchanges(init_device_mesh("cpu", (dist.get_world_size(),)))
-    return calibrate(exchanges, cpu(1), clock=_clock(is_shared))
+    exchanges = MeshExchanges(init_device_mesh(device, (dist.get_world_size(),)))
+    base = cpu(1) if device == "cpu" else h100(1, memory_bytes=torch.cuda.mem_get_info()[1])
+    return calibrate(exchanges, base, clock=_clock(is_shared))
 
 
-def timed(rank: int, case: Case, plans: Sequence[TablePlan], turns: int, is_shared: bool) -> list[float]:
+def timed(rank: int, device: str, case: Case, plans: Sequence[TablePlan], turns: int, is_shared: bool) -> list[float]:
     """Return the quickest step by each plan, on this rank; called on all ranks."""
-    exchanges = MeshExchanges(init_device_mesh("cpu", (dist.get_world_size(),)))
-    tables = [ShardedTable(plan, exchanges) for plan in plans]
+    exchanges = MeshExchanges(init_device_mesh(device, (dist.get_world_size(),)))
+    tables = [ShardedTable(plan, exchanges, device=exchanges.device) for plan in plans]
     generator = torch.Generator().manual_seed(rank)
     shape = (case.tokens_a_rank, case.load.num_lookups)
     ids = torch.randint(0, case.load.code_stride or case.spec.num_rows, shape, generator=generator)
-    ids = ids.to(_CODES[case.load.id_bytes])
-    scores = torch.rand(shape, generator=generator, requires_grad=True)
-    grad = torch.rand(case.tokens_a_rank, case.spec.row_dim, generator=generator)
+    ids = ids.to(exchanges.device, _CODES[case.load.id_bytes])
+    scores = torch.rand(shape, generator=generator).to(exchanges.device).requires_grad_()
+    grad = torch.rand(case.tokens_a_rank, case.spec.row_dim, generator=generator).to(exchanges.device)
     clock = _clock(is_shared)
     taken: list[list[float]] = [[] for _ in tables]
     for _ in range(turns + 1):  # the first compiles
         for table, times in zip(tables, taken, strict=True):
+            _finish(device)
             dist.barrier()
+            _finish(device)
             began = clock()
             table(ids, scores, code_stride=case.load.code_stride).backward(grad)
             weight = table.weight
             assert weight.grad is not None
             with torch.no_grad():
                 weight.add_(weight.grad, alpha=-0.01)
+            _finish(device)
             times.append(clock() - began)
             weight.grad = None
     return [min(times[1:]) for times in taken]
 
 
-def _compare(pool: RankPool, case: Case, machine: Topology, turns: int, is_shared: bool) -> Choice:
+def _compare(pool: RankPool, device: str, case: Case, machine: Topology, turns: int, is_shared: bool) -> Choice:
     workload = case.workload(machine.world_size)
     predicted = {}
     plans: list[TablePlan] = []
     for plan in candidates(case.spec, machine, workload):
         predicted[_name(plan)] = price_table(plan, machine, workload).step_s
         plans.append(plan)
-    times = pool.run(timed, machine.world_size, case, plans, turns, is_shared, timeout_s=_DEADLINE_S)
+    asked = (device, case, plans, turns, is_shared)
+    times = pool.run(timed, machine.world_size, *asked, timeout_s=_DEADLINE_S, backend=_BACKENDS[device])
     chosen = choose_plan([case.spec], machine, workload).tables[0]
     return Choice(
         case=case.name,
@@ -170,6 +189,12 @@ def _compare(pool: RankPool, case: Case, machine: Topology, turns: int, is_share
         },
         predicted_s=predicted,
     )
+
+
+def _finish(device: str) -> None:
+    """Wait for what a GPU has been asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _clock(is_shared: bool) -> Callable[[], float]:

@@ -3,16 +3,19 @@
     python -m tests.distributed.nccl_suite                       # worlds 1, 2, 4, … up to all GPUs
     python -m tests.distributed.nccl_suite --device cpu --world 1,2,4
 
-It runs, for each world size: the conformance suite of every table for every kind of sharding; a comparison of each kind
-with one table on one device; the fullest moment of a rank's memory, against its share of the table and what the plan
-announced; a table larger than one GPU's memory, where there are several; and `mfdist bench sharding`. What fails is
-told and the rest goes on; the exit code is 1 then. `--only` runs some parts, `--json` writes everything found.
+It runs, for each world size: plain all-to-alls of many sizes; the conformance suite of every table for every kind of
+sharding; a comparison of each kind with one table on one device; the fullest moment of a rank's memory, against its
+share of the table and what the plan announced; a table larger than one GPU's memory, where there are several; training
+under torchrun, saved midway and resumed on half the ranks; `mfdist bench sharding`; and `mfdist bench plan`, predicted
+beside measured. What fails is told and the rest goes on; the exit code is 1 then. `--only` runs some parts, `--json`
+writes everything found.
 """
 
 import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import asdict
@@ -20,16 +23,20 @@ from pathlib import Path
 
 import torch
 
+from mfdist.benchmarks import plan_choice
 from mfdist.benchmarks.sharding import chosen, compare
 from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
+from tests.distributed.suite_training import resumed_on_fewer
 
-PARTS = ("conformance", "equality", "memory", "large", "bench")
+PARTS = ("links", "conformance", "equality", "memory", "large", "train", "bench", "plan")
 MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
 SUMS = ("column_wise", "table_wise")
 #: Of all GPUs' memory, what the table that one of them cannot hold takes.
 _LARGE_SHARE = 0.65
 _DEADLINE_S = 300.0
+#: Largest relative distance of a loss after resuming from that of the run that went on, in fp32.
+_LOSS_TOLERANCE = 1e-3
 
 
 class Suite:
@@ -62,6 +69,16 @@ class Suite:
 
     def run(self, part: str, world_size: int, options: argparse.Namespace) -> None:
         getattr(self, part)(world_size, options)
+
+    def links(self, world_size: int, options: argparse.Namespace) -> None:
+        if world_size == 1:
+            return
+        with self._pool() as pool:
+            ranks = self._on_ranks(pool, f"links {world_size}", suite_ranks.links, world_size)
+        for num_bytes, seconds in (ranks[0] if ranks else {}).items():
+            self._keep("links", world_size, bytes_to_each=num_bytes, seconds=seconds)
+            rate = num_bytes * (world_size - 1) / seconds / 1e9
+            self.tell(f"         {num_bytes:>10} bytes to each: {seconds * 1e6:.1f} us, {rate:.2f} GB/s a rank")
 
     def conformance(self, world_size: int, options: argparse.Namespace) -> None:
         with self._pool() as pool:
@@ -104,9 +121,35 @@ class Suite:
         with self._pool() as pool:
             what = f"large {world_size}: {num_bytes / 1e9:.0f} GB"
             function = suite_ranks.larger_than_one
-            held = self._on_ranks(pool, what, function, world_size, self.device, num_bytes, is_by_kind=False)
+            held = self._on_ranks(pool, what, function, world_size, num_bytes)
             if held:
                 self._keep("large", world_size, num_bytes=sum(held))
+
+    def train(self, world_size: int, options: argparse.Namespace) -> None:
+        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
+            what, asked = f"train {world_size}", (self.device, world_size, Path(folder), options.preset)
+            runs = self.attempt(what, lambda: resumed_on_fewer(*asked))
+        for many, fewer in zip(*runs, strict=True) if runs else ():
+            distance = abs(many["loss"] - fewer["loss"]) / many["loss"]
+            self._keep("train", world_size, many=many, fewer=fewer, distance=distance)
+            if not distance <= _LOSS_TOLERANCE:
+                self.failed.append(f"{what} step {many['step']}")
+            self.tell(
+                f"         step {many['step']}: loss {many['loss']:.6f}, resumed {fewer['loss']:.6f}, "
+                f"{distance:.1e} off; {many['tokens_per_s']:.0f} and {fewer['tokens_per_s']:.0f} tokens/s"
+            )
+
+    def plan(self, world_size: int, options: argparse.Namespace) -> None:
+        if world_size == 1:
+            return
+        cases = plan_choice.chosen_cases(self.device, ())
+        compared = plan_choice.compare(self.device, [world_size], cases)
+        for topology, choice in self.attempt(f"plan {world_size}", lambda: list(compared)) or ():
+            self._keep("plan", world_size, topology=asdict(topology), loss=choice.loss, **asdict(choice))
+            self.tell(f"         {choice.case}: chose {choice.chosen}, {choice.loss:.0%} slower than the fastest")
+            for kind, measured_s in choice.measured_s.items():
+                ratio = choice.predicted_s[kind] / measured_s
+                self.tell(f"           {kind}: {measured_s * 1e3:.2f} ms, predicted {ratio:.2f} of it")
 
     def bench(self, world_size: int, options: argparse.Namespace) -> None:
         cases, contenders = chosen(self.device, options.case or (), options.contender or ())
@@ -127,15 +170,15 @@ class Suite:
     def _kinds(self, world_size: int, options: argparse.Namespace) -> list[str]:
         return [kind for kind in suite_ranks.kinds_for(world_size) if not options.kind or kind in options.kind]
 
-    def _on_ranks(self, pool, what, function, world_size, *arguments, is_by_kind=True):
-        arguments = (*arguments, self.device) if is_by_kind else arguments
+    def _on_ranks(self, pool, what, function, world_size, *arguments):
+        arguments = (*arguments, self.device)
         backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
         return self.attempt(
             what, lambda: pool.run(function, world_size, *arguments, timeout_s=_DEADLINE_S, backend=backend)
         )
 
     def _keep(self, part: str, world_size: int, **values: object) -> None:
-        self.found[part].append({"world_size": world_size, **values})
+        self.found[part].append({**values, "world_size": world_size})
 
 
 def _bench_line(result) -> str:
@@ -167,6 +210,7 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="of sharding, in conformance, equality and memory")
     parser.add_argument("--case", action="append", help="pattern of the benchmark's cases")
     parser.add_argument("--contender", action="append", help="pattern of the benchmark's contenders")
+    parser.add_argument("--preset", help="what to train; by default a small one")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the benchmark, each contender and case")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found")

@@ -1,6 +1,8 @@
 """What ranks do in the suite of sharded tables on several GPUs; on CPUs the same over gloo."""
 
 import ctypes
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -50,6 +52,30 @@ def exchanges_on(device, kind):
     return MeshExchanges(init_device_mesh(device, shape))
 
 
+def links(rank, device):
+    """Return bytes to each other rank → the median time of a plain all-to-all of them, the same on all ranks."""
+    found, world_size = {}, dist.get_world_size()
+    for size in (1 << power for power in range(10, 25 if device == "cpu" else 29, 2)):
+        sent = torch.zeros(size * world_size, dtype=torch.uint8, device=device)
+        received, taken = torch.empty_like(sent), []
+        for _ in range(12):
+            dist.barrier()
+            finish(device)
+            began = time.perf_counter()
+            dist.all_to_all_single(received, sent)
+            finish(device)
+            taken.append(time.perf_counter() - began)
+        median = torch.tensor([statistics.median(taken[2:])], dtype=torch.float64, device=device)
+        dist.all_reduce(median, dist.ReduceOp.MAX)
+        found[size] = median.item()
+    return found
+
+
+def finish(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def conformance(rank, kind, device):
     """Return the names of the cases every table must pass, passed by this kind."""
     exchanges, world_size = exchanges_on(device, kind), dist.get_world_size()
@@ -92,7 +118,7 @@ def peak_memory(rank, kind, device):
     return {"held": held, "peak": peak, "announced": announced, "allowed": 1.1 * 3 * spec.num_bytes / world_size}
 
 
-def larger_than_one(rank, device, num_bytes):
+def larger_than_one(rank, num_bytes, device):
     """Train a table of so many bytes, columns cut; return this rank's bytes once its sums are those expected."""
     world_size, num_tokens, num_lookups, width = dist.get_world_size(), 64, 8, 8192
     rows = num_bytes // (2 * width)

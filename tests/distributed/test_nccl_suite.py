@@ -39,6 +39,15 @@ def test_the_benchmark_is_part_of_it(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_saved_on_two_ranks_goes_on_on_one(tmp_path):
+    code, out, document = suite(tmp_path, "--world", "2", "--only", "links", "--only", "train")
+    assert code == 0, out
+    assert [each["many"]["step"] for each in document["found"]["train"]] == list(range(7, 13))
+    assert all(each["distance"] <= 1e-3 for each in document["found"]["train"])
+    assert all(each["seconds"] > 0 for each in document["found"]["links"])
+
+
+@pytest.mark.slow
 def test_all_parts_run_on_two_ranks(tmp_path):
     options = ("--world", "2", "--kind", "column_wise", "--case", "tiny-qkv", "--contender", "column_wise")
     code, out, document = suite(tmp_path, *options, "--seconds", "0")

@@ -31,6 +31,9 @@ def test_figures_are_measured_and_every_kind_is_timed(mfdist, tmp_path):
         (["--world", "1"], 'such as 2,4; got "1"'),
         (["--world", "2,x"], 'got "2,x"'),
         (["--case", "nothing"], "one of qkv, ffn2, n-grams, tiny; got nothing"),
+        (["--device", "tpu"], 'auto, cpu or cuda; got "tpu"'),
+        (["--device", "cuda", "--shared"], "leave one out"),
+        (["--device", "cuda", "--world", "999"], "each rank needs a GPU of its own; got --world 999"),
         (["--save", "nowhere/machine.json"], "--save must name a file"),
     ],
 )

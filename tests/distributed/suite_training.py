@@ -1,0 +1,77 @@
+"""Training by `mfdist train` under torchrun in the suite of several GPUs: saved on many ranks, resumed on fewer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_STEPS, _SAVED = 12, 6
+#: Device → the preset, and what makes its steps few and short.
+_SETTINGS = {
+    "cuda": ("tiny", {"training.batch_size": 16}),
+    "cpu": ("demo", {"training.batch_size": 4, "training.seq_len": 64}),
+}
+
+
+def resumed_on_fewer(device, world_size, folder, preset=None):
+    """Train on so many ranks, resume the step saved midway on half of them; return both runs' events of each step.
+
+    Args:
+        device: cpu or cuda.
+        world_size: of the first run.
+        folder: empty, for two runs.
+        preset: what to train; by default a small one.
+    """
+    name, settings = _SETTINGS[device]
+    settings = {
+        **settings,
+        "training.steps": _STEPS,
+        "training.precision": "fp32",
+        "training.eval_every": _STEPS,
+        "training.eval_sequences": world_size,
+        "training.sample_prompt": '""',
+        "training.twin_steps": 0,
+        "optimizer.tables.rule": "rowwise_adagrad",
+        "checkpoint.every": _SAVED,
+        "checkpoint.keep_last": 9,
+    }
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    first, second = folder / "many", folder / "fewer"
+    _run(device, world_size, "train", preset or name, "--out", str(first), *options)
+    second.mkdir()
+    for file in ("config.toml", "tokenizer.json"):
+        if (first / file).exists():
+            shutil.copy(first / file, second)
+    step = f"checkpoints/step-{_SAVED:09d}"
+    shutil.copytree(first / step, second / step)
+    _run(device, max(1, world_size // 2), "train", "--resume", str(second))
+    return [_stepped(run)[-(_STEPS - _SAVED) :] for run in (first, second)]
+
+
+def _run(device, world_size, *arguments):
+    launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world_size}"]
+    command = [sys.executable, "-m", *([*launcher, "-m"] if world_size > 1 else [])]
+    threads = "1" if device == "cpu" else "8"
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": _path()}
+    done = subprocess.run(
+        [*command, "mfdist", *arguments, "--device", device, "--quiet"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if done.returncode:
+        raise AssertionError(f"mfdist {' '.join(arguments[:2])} ended with {done.returncode}\n{done.stderr[-2500:]}")
+
+
+def _path():
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _stepped(run):
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [event for event in events if event["event"] == "stepped"]
