@@ -100,6 +100,13 @@ class Warned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Noted:
+    """Something happened around training that is as it should be, such as trainers that hand over to others."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stopped:
     """The run is over for now; everything up to `step` is committed."""
 
@@ -110,7 +117,7 @@ class Stopped:
     elapsed_s: float
 
 
-Event = Preparing | Started | Stepped | Evaluated | Saved | Sampled | TwinTimed | Warned | Stopped
+Event = Preparing | Started | Stepped | Evaluated | Saved | Sampled | TwinTimed | Warned | Noted | Stopped
 Observer = Callable[[Event], None]
 
 

@@ -25,6 +25,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "sharding.",
     "servers.",
+    "launch.",
     "training.steps",
     "training.device",
     "training.precision",
