@@ -4,6 +4,7 @@ Shape letters: B sequences, T new tokens, S tokens so far, H heads, E head width
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from mfdist.errors import ConfigError
 
 ROTARY_BASE = 10_000.0
+
+
+class KeyValueStore(Protocol):
+    """What attention asks of a cache: one layer's keys and values, to which those of new tokens are added."""
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, H, T, E] of new tokens and return those of all tokens, [B, H, S, E]."""
 
 
 @dataclass
@@ -42,13 +50,46 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def attend(qkv: Tensor, num_heads: int, rotary_dim: int, cache: KeyValueCache | None = None) -> Tensor:
+class Placement(NamedTuple):
+    """Where the new tokens stand and what each may look at; the same in all layers, so made once."""
+
+    #: Of their rotation, [B or 1, 1, T, rotary_dim / 2]; fp32, or fp64 where the model is.
+    cosine: Tensor
+    sine: Tensor
+    #: [B or 1, 1, T, S], True where a token may look; None: at all up to itself, which are the S - T before it and T.
+    mask: Tensor | None
+    #: Whether a mask of None has to be made up for: with one new token there is nothing to hide.
+    is_causal: bool
+
+
+def place(
+    positions: Tensor, rotary_dim: int, dtype: torch.dtype, *, seen: int = 0, mask: Tensor | None = None
+) -> Placement:
+    """Return the placement of new tokens.
+
+    Args:
+        positions: [T] or [B, T], of each token in its sequence.
+        rotary_dim: leading columns of each head that are rotated by position; even, 0 rotates none.
+        dtype: the model's.
+        seen: tokens before the new ones, where no mask says what may be looked at.
+        mask: [B or 1, 1, T, S] bool, which of all tokens each new one may look at; each must see one at least.
+    """
+    num_new = positions.shape[-1]
+    if mask is None and seen and num_new > 1:
+        mask = torch.ones(num_new, seen + num_new, dtype=torch.bool, device=positions.device).tril(seen)[None, None]
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype) / max(1, rotary_dim)
+    angle = positions.to(dtype).view(-1, 1, num_new, 1) * ROTARY_BASE**-exponent
+    return Placement(angle.cos(), angle.sin(), mask, is_causal=mask is None and num_new > 1)
+
+
+def attend(qkv: Tensor, num_heads: int, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
     """Return causal attention of the packed projections, heads concatenated.
 
     Args:
         qkv: [B, T, 3·H·E], queries, keys and values one after another.
         num_heads: H.
-        rotary_dim: leading columns of each head that are rotated by position; even, 0 rotates none.
+        placement: of the T tokens.
         cache: earlier keys and values; the T tokens follow them and are added to it.
 
     Returns:
@@ -57,25 +98,13 @@ def attend(qkv: Tensor, num_heads: int, rotary_dim: int, cache: KeyValueCache | 
     num_sequences, num_new, width = qkv.shape
     heads = qkv.view(num_sequences, num_new, 3, num_heads, width // (3 * num_heads))
     query, key, value = heads.permute(2, 0, 3, 1, 4)
-    first = 0 if cache is None else cache.length
-    if rotary_dim:
-        cosine, sine = _rotation(first, num_new, rotary_dim, qkv)
+    if placement.cosine.shape[-1]:
+        cosine, sine = placement.cosine.to(qkv.dtype), placement.sine.to(qkv.dtype)
         query, key = (_rotate(part, cosine, sine) for part in (query, key))
     if cache is not None:
         key, value = cache.append(key, value)
-    mask = None
-    if first and num_new > 1:
-        mask = torch.ones(num_new, first + num_new, dtype=torch.bool, device=qkv.device).tril(first)
-    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=first == 0 and num_new > 1)
+    out = scaled_dot_product_attention(query, key, value, attn_mask=placement.mask, is_causal=placement.is_causal)
     return out.transpose(1, 2).reshape(num_sequences, num_new, width // 3)
-
-
-def _rotation(first: int, num_new: int, rotary_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    exponent = torch.arange(0, rotary_dim, 2, device=like.device, dtype=dtype) / rotary_dim
-    position = torch.arange(first, first + num_new, device=like.device, dtype=dtype)
-    angle = position[:, None] * (ROTARY_BASE**-exponent)[None, :]
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

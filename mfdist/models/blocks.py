@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from mfdist.config import ModelConfig
 from mfdist.layers import MemoryLayer
-from mfdist.models.attention import KeyValueCache, attend
+from mfdist.models.attention import KeyValueStore, Placement, attend
 
 FEED_FORWARD_STD = 0.02
+
+
+def rotary_dim(config: ModelConfig) -> int:
+    """Return the leading columns of each head that are rotated by position, an even number."""
+    return 2 * int(config.rotary_fraction * config.hidden_dim / config.num_heads / 2)
 
 
 class Block(nn.Module):
@@ -22,9 +27,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.rotary_dim = 2 * int(config.rotary_fraction * config.hidden_dim / config.num_heads / 2)
+        self.rotary_dim = rotary_dim(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
         """Return the residual stream [B, T, d] after this block; `cache` holds the block's earlier tokens."""
         raise NotImplementedError
 
@@ -66,9 +71,9 @@ class MemoryBlock(Block):
         self.ffn2_norm = nn.LayerNorm(wide_dim, eps=1e-5)
         self.ffn2 = layer(wide_dim, d, wide_bits, "ffn2", FEED_FORWARD_STD)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
         """Return the residual stream after this block; see `Block.forward`."""
-        x = x + attend(self.qkv(self.attention_norm(x)), self.num_heads, self.rotary_dim, cache)
+        x = x + attend(self.qkv(self.attention_norm(x)), self.num_heads, placement, cache)
         out: Tensor = x + self.ffn2(self.ffn2_norm(self.ffn1(self.ffn1_norm(x))))
         return out
 
@@ -100,8 +105,8 @@ class DenseBlock(Block):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
         """Return the residual stream after this block; see `Block.forward`."""
-        attention = self.projection(attend(self.qkv(self.attention_norm(x)), self.num_heads, self.rotary_dim, cache))
+        attention = self.projection(attend(self.qkv(self.attention_norm(x)), self.num_heads, placement, cache))
         out: Tensor = x + attention + self.ffn2(nn.functional.gelu(self.ffn1(self.ffn_norm(x))))
         return out

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mfdist.config import ModelConfig
 from mfdist.errors import ConfigError
-from mfdist.models.attention import KeyValueCache
-from mfdist.models.blocks import DenseBlock, MemoryBlock
+from mfdist.models.attention import KeyValueCache, KeyValueStore, place
+from mfdist.models.blocks import DenseBlock, MemoryBlock, rotary_dim
 
 
 class Transformer(nn.Module):
@@ -65,17 +65,48 @@ class Transformer(nn.Module):
         Returns:
             [B, T, V], in autocast's dtype where that is on.
         """
-        seen = caches[0].length if caches else 0
-        if seen + tokens.shape[1] > self.config.max_seq_len:
-            raise ConfigError(
-                f"a sequence must have at most max_seq_len={self.config.max_seq_len} tokens; "
-                f"got {seen + tokens.shape[1]}"
-            )
-        x = self.embedding(tokens)
-        for index, block in enumerate(self.blocks):
-            x = block(x, caches[index] if caches else None)
-        logits: Tensor = self.head(self.norm(x))
+        logits: Tensor = self.head(self._following(tokens, caches))
         return logits
+
+    def next_logits(self, tokens: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Return the logits after the last token alone, [B, V]; see `forward`."""
+        logits: Tensor = self.head(self._following(tokens, caches)[:, -1])
+        return logits
+
+    def features(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        caches: Sequence[KeyValueStore] | None = None,
+        *,
+        seen: int = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the classifier head reads: [B, T, d], after the last norm.
+
+        Args:
+            tokens: [B, T], int64 in [0, V).
+            positions: [T] or [B, T], of each token in its sequence.
+            caches: one a block, of earlier tokens; extended.
+            seen: how many tokens those hold, where no mask says what may be looked at.
+            mask: see `mfdist.models.attention.place`.
+        """
+        x = self.embedding(tokens)
+        placement = place(positions, rotary_dim(self.config), x.dtype, seen=seen, mask=mask)
+        for index, block in enumerate(self.blocks):
+            x = block(x, placement, caches[index] if caches else None)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _following(self, tokens: Tensor, caches: Sequence[KeyValueCache] | None) -> Tensor:
+        """Return the features of tokens that follow those in the caches."""
+        seen = caches[0].length if caches else 0
+        num_tokens = seen + tokens.shape[1]
+        if num_tokens > self.config.max_seq_len:
+            raise ConfigError(
+                f"a sequence must have at most max_seq_len={self.config.max_seq_len} tokens; got {num_tokens}"
+            )
+        return self.features(tokens, torch.arange(seen, num_tokens, device=tokens.device), caches, seen=seen)
 
     def new_caches(self, num_sequences: int, capacity: int) -> list[KeyValueCache]:
         """Return empty caches, one a block, for `num_sequences` sequences of at most `capacity` tokens."""

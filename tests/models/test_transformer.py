@@ -9,7 +9,7 @@ from mfdist.config import ModelConfig
 from mfdist.errors import ConfigError
 from mfdist.layers import MemoryLayer
 from mfdist.models import DenseTransformer, MemoryFormer, build_model
-from mfdist.models.attention import attend
+from mfdist.models.attention import attend, place
 
 from . import numpy_memoryformer
 
@@ -141,4 +141,5 @@ def test_wrong_use_is_told_in_one_line():
 
 def test_attention_of_one_token_is_its_value():
     qkv = torch.randn(2, 1, 3 * 8)
-    torch.testing.assert_close(attend(qkv, num_heads=2, rotary_dim=2), qkv[..., 16:])
+    placement = place(torch.tensor([3]), 2, qkv.dtype)
+    torch.testing.assert_close(attend(qkv, 2, placement), qkv[..., 16:])
