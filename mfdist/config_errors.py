@@ -39,6 +39,17 @@ def explain(
     return f"{message}; got {key}={problem['input']!r} in {where}"
 
 
+def first_problem(error: ValueError) -> str:
+    """Return what is wrong with values that came from no TOML text, as the end of a sentence."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return _sentence(problem) + (f"; got {key}={problem['input']!r}" if key else "")
+
+
 def _sentence(problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if problem["msg"].startswith("Input "):

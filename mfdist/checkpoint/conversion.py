@@ -18,10 +18,10 @@ from mfdist.checkpoint.dcp_format import read_dcp, write_dcp
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.folder import AnyFolder
 from mfdist.checkpoint.layout import parse_path
-from mfdist.checkpoint.reader import read_parts
+from mfdist.checkpoint.reader import read_whole
 from mfdist.checkpoint.safetensors_format import SafetensorsSource, write_safetensors
 from mfdist.checkpoint.state import CheckpointState, TableState
-from mfdist.checkpoint.step_files import StepFiles, StoredArray
+from mfdist.checkpoint.step_files import StepFiles
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import CheckpointError, ConfigError
 
@@ -57,7 +57,7 @@ def export_step(
         target.mkdir(parents=True, exist_ok=True)
 
         def read(names: Collection[str]) -> dict[str, Tensor]:
-            return _read(files, {name: stored[name] for name in names})
+            return read_whole(files, {name: stored[name] for name in names})
 
         if form == "dcp":
             told = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)
@@ -131,12 +131,6 @@ def _open(source: Path, stack: ExitStack) -> tuple[Iterator[tuple[str, Tensor]],
     raise CheckpointError(
         f"an import must be a .safetensors file, a folder of them, or a torch.distributed.checkpoint; {source} is none."
     )
-
-
-def _read(files: StepFiles, stored: Mapping[str, StoredArray]) -> dict[str, Tensor]:
-    tensors = {name: torch.empty(array.grid.shape, dtype=array.dtype) for name, array in stored.items()}
-    read_parts(files, [(array, [(array.grid.region, tensors[name])]) for name, array in stored.items()])
-    return tensors
 
 
 def _is_weight(path: str) -> bool:

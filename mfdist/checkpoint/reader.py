@@ -1,7 +1,7 @@
 """Loads a committed step, whole or in parts, and verifies one; each rank reads only the files it needs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,13 @@ def read_parts(files: StepFiles, wanted: Sequence[tuple[StoredArray, Sequence[tu
         pass  # raises what went wrong
     for target in targets:
         target.deliver()
+
+
+def read_whole(files: StepFiles, arrays: Mapping[str, StoredArray]) -> dict[str, Tensor]:
+    """Return arrays in new tensors, under the names they are given; see `read_parts` for what may fail."""
+    tensors = {name: torch.empty(array.grid.shape, dtype=array.dtype) for name, array in arrays.items()}
+    read_parts(files, [(array, [(array.grid.region, tensors[name])]) for name, array in arrays.items()])
+    return tensors
 
 
 def verify_step(place: AnyFolder, step: int, on_progress: OnProgress) -> list[Damage]:

@@ -74,6 +74,9 @@ class Tokenizer(Protocol):
     def save(self, path: Path) -> None:
         """Write the tokenizer to a file for `load_tokenizer`; OSError if that fails."""
 
+    def as_library_json(self) -> tuple[str, str]:
+        """Return a tokenizer.json of the library `tokenizers`, and what it calls the token that ends a document."""
+
 
 class _ByteTable:
     """What the tokenizers share: a table of the bytes each id stands for."""
@@ -120,6 +123,17 @@ class ByteTokenizer(_ByteTable):
     def save(self, path: Path) -> None:
         """Write a file that says only that tokens are bytes."""
         path.write_text(json.dumps({"kind": self.kind}), encoding="utf-8")
+
+    def as_library_json(self) -> tuple[str, str]:
+        """Return a byte-level BPE without merges, whose ids are these, and the name of the last of them."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        inner = tokenizers.Tokenizer(models.BPE(vocab=_byte_of_character(), merges=[]))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([END_OF_DOCUMENT])
+        return inner.to_str(), END_OF_DOCUMENT
 
 
 class BpeTokenizer(_ByteTable):
@@ -172,6 +186,10 @@ class BpeTokenizer(_ByteTable):
     def save(self, path: Path) -> None:
         """Write a tokenizer.json, which the library `tokenizers` reads too."""
         path.write_text(self._inner.to_str(), encoding="utf-8")
+
+    def as_library_json(self) -> tuple[str, str]:
+        """Return what `save` writes, and the name of the token that ends a document."""
+        return self._inner.to_str(), str(self._inner.id_to_token(self.end_of_document))
 
 
 class StreamDecoder:

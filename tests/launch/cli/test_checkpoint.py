@@ -112,3 +112,23 @@ def test_export_and_import_keep_a_step(mfdist, finished, tmp_path):
     code, out, err = mfdist("checkpoint", "export", run_dir, "--out", tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1)
     assert mfdist("checkpoint", "import", tmp_path / "none", "--out", tmp_path / "in")[0] == 2
+
+
+def test_a_run_or_a_step_of_it_becomes_a_folder_for_transformers(mfdist, finished, tmp_path):
+    run_dir = finished[0]
+    code, out, err = mfdist("checkpoint", "export", run_dir, "--out", tmp_path / "hf", "--format", "hf", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert (document["format"], document["step"]) == ("hf", 12)
+    assert "model.blocks.0.qkv.table.weight" in document["tensors"]
+    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    assert wanted <= {path.name for path in (tmp_path / "hf").iterdir()}
+    step = run_dir / "checkpoints" / "step-000000010"
+    assert mfdist("checkpoint", "export", step, "--out", tmp_path / "earlier", "--format", "hf")[0] == 0
+    shutil.copytree(step, tmp_path / "alone" / step.name)
+    code, _, err = mfdist(
+        "checkpoint", "export", tmp_path / "alone" / step.name, "--out", tmp_path / "x", "--format", "hf"
+    )
+    assert code == 2 and "needs a run, for its tokenizer" in err
+    code, _, err = mfdist("checkpoint", "export", run_dir, "--out", tmp_path / "y", "--format", "gguf")
+    assert code == 2 and "--format must be one of safetensors, hf, dcp; got gguf" in err
