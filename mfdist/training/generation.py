@@ -47,7 +47,10 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Generator:
-    """A model and its tokenizer, ready to write."""
+    """A model and its tokenizer, ready to write.
+
+    A CPU computes in the parameters' own dtype: the precision is that of a GPU.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
@@ -72,6 +75,7 @@ class Generator:
         """
         model, device = self.model, next(self.model.parameters()).device
         window = model.config.max_seq_len
+        precision = "fp32" if device.type == "cpu" else self.precision
         randomness = torch.Generator().manual_seed(config.seed)
         context = prompt or [self.tokenizer.end_of_document]
         pending, caches = context[-window:], None
@@ -79,10 +83,10 @@ class Generator:
         for _ in range(config.num_tokens):
             if caches is None or caches[0].length + len(pending) > window:
                 pending = context[-window:] if caches is None else context[-(window // 2 or 1) :]
-                with autocast(device, self.precision):
+                with autocast(device, precision):
                     caches = model.new_caches(1, window)
-            with torch.inference_mode(), autocast(device, self.precision):
-                logits = model(torch.tensor([pending], device=device), caches)[0, -1].float().cpu()
+            with torch.inference_mode(), autocast(device, precision):
+                logits = model.next_logits(torch.tensor([pending], device=device), caches)[0].float().cpu()
                 logits[self.tokenizer.end_of_document] = -torch.inf
                 logits[self.tokenizer.vocab_size :] = -torch.inf
                 token = _sample(logits, config, randomness)
@@ -91,9 +95,9 @@ class Generator:
             context = [*context[-window:], token]
 
 
-def load_generator(run: RunDirectory, step: int | None = None) -> Generator:
-    """Return a generator for a committed step of a run, by default the last."""
-    model, found_step = load_run_model(run, step)
+def load_generator(run: RunDirectory, step: int | None = None, *, map_tables: bool = False) -> Generator:
+    """Return a generator for a committed step of a run, by default the last; see `load_run_model`."""
+    model, found_step = load_run_model(run, step, map_tables=map_tables)
     return Generator(model, load_tokenizer(run.tokenizer_path), run.config.training.precision, step=found_step)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mfdist.launch.cli import app
 
@@ -46,7 +47,7 @@ def mfdist(workplace, monkeypatch, capsys):
     """Runs the command in this process, where torch is loaded once; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
-    before = signal.getsignal(signal.SIGTERM)
+    before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
 
     def run(*arguments):
         code = app.run([str(argument) for argument in arguments])
@@ -55,6 +56,7 @@ def mfdist(workplace, monkeypatch, capsys):
 
     yield run
     signal.signal(signal.SIGTERM, before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

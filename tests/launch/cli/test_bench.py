@@ -103,3 +103,16 @@ def test_misuse(mfdist, arguments, message):
 def test_a_gpu_that_is_not_there(mfdist):
     code, _, err = mfdist("bench", "kernels", "--device", "cuda")
     assert code == 2 and "needs a GPU" in err
+
+
+def test_decoding_is_timed_beside_the_twin(mfdist, tmp_path):
+    sizes = ["--set", "model.num_layers=1", "--set", "model.hidden_dim=32", "--set", "data.vocab_size=300"]
+    short = ["--tokens", 2, "--rounds", 1, "--threads", 1]
+    code, out, err = mfdist("bench", "decode", "demo", *sizes, *short, "--json", tmp_path / "found.json")
+    assert (code, err) == (0, "")
+    assert [line.split("  ")[0] for line in out.splitlines()[2:]] == ["dense twin", "MemoryFormer"]
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert document["model"]["vocab_size"] == 300 and document["machine"]["threads"] == 1
+    twin, memory = document["results"]
+    assert twin["ratio"] == 1.0
+    assert memory["bytes_read_per_token"] < twin["bytes_read_per_token"]

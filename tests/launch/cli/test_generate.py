@@ -54,3 +54,29 @@ def test_impossible_sampling_is_misuse(mfdist, finished):
 def test_no_run_is_misuse(mfdist):
     code, out, err = mfdist("generate", "nowhere", "--prompt", "x")
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_tables_can_stay_in_their_files(mfdist, finished):
+    arguments = ["generate", finished[0], "--prompt", "Document", "--tokens", 20, "--seed", 5]
+    assert mfdist(*arguments, "--map-tables") == mfdist(*arguments)
+
+
+def test_a_folder_for_transformers_writes_the_same_text(mfdist, finished, tmp_path):
+    assert mfdist("checkpoint", "export", finished[0], "--out", tmp_path / "hf", "--format", "hf")[0] == 0
+    more = ["--prompt", "Document", "--tokens", 20, "--seed", 5]
+    assert mfdist("generate", tmp_path / "hf", *more) == mfdist("generate", finished[0], *more)
+    code, _, err = mfdist("generate", tmp_path / "hf", *more, "--step", 3)
+    assert code == 2 and "--step is for runs" in err
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    code, _, err = mfdist("generate", tmp_path / "hf", *more)
+    assert code == 2 and "must have a tokenizer.json" in err
+
+
+def test_the_speed_of_the_twin_is_told_beside_the_models(mfdist, finished):
+    arguments = ["generate", finished[0], "--prompt", "word", "--tokens", 3, "--against-twin", "--threads", 1]
+    code, out, err = mfdist(*arguments)
+    assert code == 0 and out.startswith("word")
+    assert "times as fast, on 1 threads" in err
+    document = json.loads(mfdist(*arguments, "--json")[1])
+    assert document["threads"] == 1
+    assert min(document["tokens_per_s"], document["twin_tokens_per_s"], document["times_the_twin"]) > 0

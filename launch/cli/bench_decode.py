@@ -1,0 +1,72 @@
+"""`mfdist bench decode`: tokens a second of a MemoryFormer and of its dense twin, one token at a time."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mfdist.errors import ConfigError
+from mfdist.launch import machine, quantities
+from mfdist.launch.cli.json_output import to_json
+
+
+def bench_decode(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset, or a TOML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value, as in model.num_layers=4.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads, all by default; with 1, times are processor time, right on a busy CPU."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that each writes in a turn.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that each takes; medians are reported.")] = 7,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
+    ] = None,
+) -> None:
+    """Let a model of random weights and its dense twin write on this CPU, in turns; speed does not depend on weights.
+
+    Example: mfdist bench decode tiny --threads 1
+
+    Example: mfdist bench decode base --set model.hidden_dim=2048 --set model.num_layers=4
+
+    A model whose vocabulary is its tokenizer's gets data.vocab_size tokens. Tables take their full size in memory.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
+    import torch
+
+    from mfdist.benchmarks.decoding import dense_twin, measure_decoding
+    from mfdist.config import load_config
+    from mfdist.models import build_model, count
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_config(config, tuple(overrides or ()))
+    sizes = {"kind": "memory", "vocab_size": loaded.model.vocab_size or loaded.data.vocab_size}
+    model = build_model(loaded.model.model_copy(update=sizes), device="cpu").eval().requires_grad_(False)
+    models = {"dense twin": dense_twin(model), "MemoryFormer": model}
+    found = measure_decoding(models, num_tokens=tokens, rounds=rounds)
+    typer.echo(f"{machine.cpu()['name']}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch 1, fp32")
+    counts = {name: count(each) for name, each in models.items()}
+    typer.echo(f"{'':<14}{'tokens/s':>10}{'ms/token':>10}{'of twin':>9}{'read a token':>14}{'parameters':>12}")
+    for name, speed in found.items():
+        read, size = counts[name].bytes_read_per_token, counts[name].num_parameters
+        typer.echo(
+            f"{name:<14}{speed.tokens_per_s:>10.1f}{1e3 / speed.tokens_per_s:>10.2f}{speed.ratio:>9.2f}"
+            f"{quantities.num_bytes(read):>14}{quantities.count(size):>12}"
+        )
+    if json_file is not None:
+        results = [
+            {"contender": name, **asdict(speed), "bytes_read_per_token": counts[name].bytes_read_per_token}
+            for name, speed in found.items()
+        ]
+        document = {
+            "machine": {"cpu": machine.cpu(), "threads": torch.get_num_threads()},
+            "versions": machine.versions(),
+            "model": model.config.model_dump(),
+            "results": results,
+        }
+        json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")

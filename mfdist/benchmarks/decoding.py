@@ -1,0 +1,76 @@
+"""How fast models write, a token at a time: a MemoryFormer beside its dense twin, on one device, in turns."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfdist.models import Transformer, build_model
+
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What one model did."""
+
+    tokens_per_s: float  # median over the rounds
+    ratio: float  # of this speed to the first model's, median over the rounds
+
+
+def dense_twin(model: Transformer) -> Transformer:
+    """Return the dense twin of a model's shape on its device, freshly initialised, for inference."""
+    before = torch.get_rng_state()
+    config = model.config.model_copy(update={"kind": "dense"})
+    twin = build_model(config, device=model.embedding.weight.device)
+    torch.set_rng_state(before)
+    return twin.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def measure_decoding(
+    models: Mapping[str, Transformer], *, num_tokens: int = 32, rounds: int = 7
+) -> dict[str, Decoding]:
+    """Return how fast each model decodes one sequence after a short prompt.
+
+    Tokens are random, and others every time: the rows that a token reads are in no cache because of the last one.
+
+    Args:
+        models: by name, the one to compare with first; all of one vocabulary.
+        num_tokens: that each writes in a turn.
+        rounds: turns of each; one more comes first and does not count.
+
+    Cost: on a CPU with one thread time is processor time, which is right on a busy machine too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            config = model.config
+            length = min(_PROMPT_TOKENS + num_tokens, config.max_seq_len)
+            tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
+            taken = _decode_s(model, tokens.to(model.embedding.weight.device)) / (length - _PROMPT_TOKENS)
+            if number:
+                seconds[name].append(taken)
+    first = next(iter(seconds.values()))
+    return {
+        name: Decoding(
+            1 / statistics.median(own), statistics.median(base / mine for base, mine in zip(first, own, strict=True))
+        )
+        for name, own in seconds.items()
+    }
+
+
+def _decode_s(model: Transformer, tokens: Tensor) -> float:
+    """Return how long all tokens after the prompt took."""
+    device = tokens.device
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    caches = model.new_caches(1, tokens.shape[1])
+    model.next_logits(tokens[:, :_PROMPT_TOKENS], caches).argmax().item()
+    began = clock()
+    for index in range(_PROMPT_TOKENS, tokens.shape[1]):
+        model.next_logits(tokens[:, index : index + 1], caches).argmax().item()  # as sampling does, wait for the logits
+    return clock() - began
