@@ -102,6 +102,21 @@ def error_word(name: str, limit: int, *, is_code: bool) -> Tensor:
     return _pinned.word(name, limit, is_code)
 
 
+def note_bad_id(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> None:
+    """Leave a bad id in its word as a kernel would, where none is launched because there is nothing to sum.
+
+    A rank that holds no columns of a table is told of bad ids like those that do. It does not wait for the device.
+    """
+    word = error_word(name, limit, is_code=is_code)
+    if not row_ids.numel() or not can_be_bad(row_ids, limit):
+        return
+    ids = row_ids.long()
+    found = ids.where((ids < 0) | (ids >= limit), NOTHING).amax()
+    # What an earlier launch has left there and nobody has read stays.
+    found = torch.maximum(found, word.to(found.device, non_blocking=True)[0])
+    word.copy_(found[None], non_blocking=True)
+
+
 def check_errors() -> None:
     """Wait for all GPU work and raise for any bad row id it met.
 

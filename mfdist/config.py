@@ -1,7 +1,8 @@
 """The configuration of a run: typed, frozen, validated, read from TOML and written back to it.
 
 A run is described by one TOML file with the tables `[model]`, `[data]`, `[optimizer.dense]`, `[optimizer.tables]`,
-`[training]`, `[sharding]`, `[servers]` and `[checkpoint]`. Presets are such files, shipped in `mfdist/presets/`.
+`[training]`, `[sharding]`, `[servers]`, `[checkpoint]` and `[launch]`. Presets are such files, shipped in
+`mfdist/presets/`.
 """
 
 import difflib
@@ -9,28 +10,20 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mfdist.config_errors import explain
+from mfdist.config_places import LaunchConfig, ServersConfig, ShardingConfig
+from mfdist.config_values import Count, Decay, Fraction, NonNegative, Positive, Section
 from mfdist.errors import ConfigError
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 MAX_BITS = 24
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Shape of a transformer; `kind` alone decides between a MemoryFormer and its dense twin."""
 
     kind: Literal["memory", "dense"] = Field(
@@ -63,7 +56,7 @@ class ModelConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
     source: str = Field(
@@ -78,7 +71,7 @@ class DataConfig(_Section):
     cache_dir: Path | None = Field(None, description="where tokenised data is kept; default $XDG_CACHE_HOME/mfdist")
 
 
-class ParameterGroupConfig(_Section):
+class ParameterGroupConfig(Section):
     """Settings of one group of parameters."""
 
     lr: Positive | None = Field(None, description="peak learning rate; tables have a default, see their own section")
@@ -136,7 +129,7 @@ class TableGroupConfig(ParameterGroupConfig):
         return self
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """Two groups: the dense parameters, which AdamW trains, and the tables."""
 
     dense: ParameterGroupConfig = ParameterGroupConfig(lr=1e-3)
@@ -149,7 +142,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How long, how large a batch, on what."""
 
     steps: Count = Field(description="optimiser steps")
@@ -179,7 +172,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """How often the run is saved and how much is kept."""
 
     every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
@@ -195,50 +188,7 @@ class CheckpointConfig(_Section):
     incremental: bool = Field(True, description="share files that did not change with the checkpoint before")
 
 
-class ShardingConfig(_Section):
-    """How tables are spread where there are several ranks; one rank by itself ignores it."""
-
-    kind: Literal["auto", "row_wise", "column_wise", "table_wise", "grid", "replicated"] = Field(
-        "auto", description="auto: the planner chooses for each table; another kind: all tables alike, cut evenly"
-    )
-    plan: Path | None = Field(None, description="a plan in JSON, instead of a kind")
-    deduplicate: bool = Field(True, description="send each row id once (row_wise, and grids of rows)")
-    pooled: bool = Field(False, description="row_wise: owners send partial sums, not rows; equal up to rounding")
-    forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
-        None, description="what rows and sums travel as; by default what they are computed in"
-    )
-    backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
-    hosts: Count | None = Field(None, description="hosts the ranks run on; by default what the launcher says")
-    deadline_s: Positive = Field(300.0, description="longest wait for the slowest rank in an exchange")
-
-    @model_validator(mode="after")
-    def _check_plan(self) -> Self:
-        if self.plan is not None and self.kind != "auto":
-            raise ValueError(f'give a plan or a kind; got plan={self.plan} and kind="{self.kind}"')
-        return self
-
-
-class ServersConfig(_Section):
-    """Table servers that hold the rows instead of the ranks; see `mfdist serve`."""
-
-    addresses: tuple[str, ...] = Field((), description="HOST:PORT of each server; empty: the ranks hold the rows")
-    kind: Literal["auto", "whole", "row_wise", "column_wise", "table_wise"] = Field(
-        "auto", description="how tables are cut; whole: not, each lies on one server; auto: as the rule and sizes allow"
-    )
-    forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
-        None, description="what sums travel as; by default what rows are kept in"
-    )
-    backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
-    deadline_s: Positive = Field(300.0, description="longest wait for a server, its restart included")
-    token_file: Path | None = Field(None, description="file with this client's token alone")
-    ca: Path | None = Field(None, description="PEM of the authority of the servers' certificates; turns TLS on")
-    certificate: Path | None = Field(None, description="this client's certificate, PEM, for mutual TLS")
-    private_key: Path | None = Field(None, description="its key, PEM")
-    server_name: str = Field("", description="name in the servers' certificates, where it is not that of the address")
-    insecure: bool = Field(False, description="talk to any address without TLS")
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run's numbers."""
 
     name: str = Field("run", description="name shown in reports")
@@ -249,6 +199,7 @@ class RunConfig(_Section):
     sharding: ShardingConfig = ShardingConfig()
     servers: ServersConfig = ServersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -27,6 +27,9 @@ class Table(nn.Module, ABC):
         self.spec = spec
         #: What trains the rows in backward, with its states; None where that is left to an optimiser outside.
         self.row_state: RowState | None = None
+        #: What the first rows were drawn from, N(0, std²) by this seed; None where they were not drawn.
+        self.seed: int | None = None
+        self.std = 0.0
 
     @property
     def region(self) -> Region:

@@ -45,6 +45,8 @@ class RemoteTable(Table):
         UnavailableError: a server does not answer.
     """
 
+    seed: int
+
     def __init__(
         self,
         plan: TablePlan,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_id_check import can_be_bad, error_word
+from mfdist.kernels.row_id_check import can_be_bad, error_word, note_bad_id
 from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32, weighted
@@ -56,11 +56,12 @@ def gather_sum(
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
     dtype = dtype or table.dtype
+    limit = code_stride or num_rows
     if not num_tokens * num_lookups * dim:
+        note_bad_id(row_ids, limit, name, is_code=code_stride > 0)
         return table.new_zeros(num_tokens, dim, dtype=dtype)
     table, row_ids, scores = table.contiguous(), row_ids.contiguous(), scores.contiguous()
     out = table.new_empty(num_tokens, dim, dtype=dtype)
-    limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
     sizes: tuple[Any, ...] = (num_tokens, num_lookups, dim, code_stride, limit)
     is_checked = can_be_bad(row_ids, limit)

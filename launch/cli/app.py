@@ -7,6 +7,7 @@ import typer
 
 from mfdist.launch.build import build_facts
 from mfdist.launch.cli import bench, checkpoint, failures
+from mfdist.launch.cli.attach import attach
 from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_decode import bench_decode
 from mfdist.launch.cli.bench_plan import bench_plan
@@ -16,8 +17,14 @@ from mfdist.launch.cli.checkpoint_convert import export_checkpoint, import_check
 from mfdist.launch.cli.doctor import doctor
 from mfdist.launch.cli.evaluate import evaluate
 from mfdist.launch.cli.generate import generate
+from mfdist.launch.cli.launch import NOTES as LAUNCH_NOTES
+from mfdist.launch.cli.launch import launch
+from mfdist.launch.cli.logs import logs
 from mfdist.launch.cli.plan import plan
+from mfdist.launch.cli.scale import scale
 from mfdist.launch.cli.serve import serve
+from mfdist.launch.cli.status import status
+from mfdist.launch.cli.stop import stop
 from mfdist.launch.cli.top import top
 from mfdist.launch.cli.train import NOTES, train
 
@@ -31,6 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=NOTES)(train)
+app.command(epilog=LAUNCH_NOTES)(launch)
+for verb in (status, attach, logs, scale, stop):
+    app.command()(verb)
 app.command()(generate)
 app.command()(evaluate)
 checkpoint.app.command("export")(export_checkpoint)

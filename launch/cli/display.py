@@ -2,10 +2,10 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from mfdist.launch.cli.lines import LineDisplay
 from mfdist.launch.cli.live import LiveDisplay
@@ -27,8 +27,16 @@ class Display(Protocol):
 
 
 @contextlib.contextmanager
-def showing(stream: TextIO, progress: RunProgress, *, is_quiet: bool = False) -> Iterator[Observer]:
+def showing(
+    stream: TextIO,
+    progress: RunProgress,
+    *,
+    is_quiet: bool = False,
+    below: Callable[[], RenderableType | None] | None = None,
+) -> Iterator[Observer]:
     """Show a run on `stream` while the context lasts: live on a terminal, else, or if quiet, as plain lines.
+
+    What `below` gives stands below a live display's bar.
 
     A stream that fails (a closed pipe, a vanished terminal, a full disk under a log) silences the display; it does not
     stop the training, whose outcome is in the run's folder.
@@ -36,7 +44,7 @@ def showing(stream: TextIO, progress: RunProgress, *, is_quiet: bool = False) ->
     console = Console(file=stream, highlight=False)
     # isatty and not Console.is_terminal: FORCE_COLOR, set on many build machines, makes the latter true of a log file.
     is_live = stream.isatty() and not console.is_dumb_terminal and not is_quiet
-    shown: Display = LiveDisplay(console, progress) if is_live else LineDisplay(stream, progress)
+    shown: Display = LiveDisplay(console, progress, below=below) if is_live else LineDisplay(stream, progress)
     display = _Unbreakable(shown, stream, progress)
     display.start()
     try:

@@ -7,7 +7,7 @@ from typing import TextIO
 from mfdist.launch import quantities
 from mfdist.launch.cli import wording
 from mfdist.launch.cli.progress import RunProgress
-from mfdist.training.events import Evaluated, Event, Preparing, Sampled, Saved, Started, Stepped, Stopped, Warned
+from mfdist.training.events import Evaluated, Event, Noted, Preparing, Sampled, Saved, Started, Stepped, Stopped, Warned
 
 _SHORTEST_INTERVAL_S = 10.0
 _LONGEST_INTERVAL_S = 60.0
@@ -53,6 +53,8 @@ class LineDisplay:
                 self._write(wording.saved(event))
             case Warned():
                 self._write(f"warning: {event.message}")
+            case Noted():
+                self._write(event.message)
             case Sampled():
                 self._write("sample:")
                 for line in quantities.printable(event.prompt + event.text).rstrip().splitlines():
@@ -91,7 +93,7 @@ class LineDisplay:
         self._write(wording.outcome(event))
         for label, value in wording.written(event, self._progress):
             self._write(f"{label}: {value}")
-        for purpose, command in wording.commands(event):
+        for purpose, command in wording.commands(event, self._progress.verb):
             self._write(f"{purpose}: {command}")
 
     def _write(self, line: str) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from mfdist.launch import quantities
 from mfdist.launch.cli import wording
 from mfdist.launch.cli.progress import RunProgress
-from mfdist.training.events import Evaluated, Event, Preparing, Sampled, Saved, Started, Stopped, Warned
+from mfdist.training.events import Evaluated, Event, Noted, Preparing, Sampled, Saved, Started, Stopped, Warned
 
 _REFRESHES_PER_S = 4
 
@@ -27,12 +27,20 @@ class LiveDisplay:
         console: the terminal.
         progress: folded from the same events, shared with whoever sums the run up.
         clock: seconds on a clock that never goes back.
+        below: what else stands below the bar.
     """
 
-    def __init__(self, console: Console, progress: RunProgress, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        progress: RunProgress,
+        clock: Callable[[], float] = time.monotonic,
+        below: Callable[[], RenderableType | None] | None = None,
+    ) -> None:
         self._console = console
         self._progress = progress
         self._clock = clock
+        self._below = below
         self._preparing: tuple[Preparing, float] | None = None
         self._live = Live(
             console=console,
@@ -68,6 +76,8 @@ class LiveDisplay:
                 self._say(wording.saved(event), "dim")
             case Warned():
                 self._say(f"warning: {event.message}", "yellow")
+            case Noted():
+                self._say(event.message, "dim")
             case Sampled():
                 self._console.print(_sample(event))
             case Stopped():
@@ -75,6 +85,10 @@ class LiveDisplay:
                 self._close(event)
 
     def _moving(self) -> RenderableType:
+        below = None if self._below is None or self._progress.stopped is not None else self._below()
+        return self._bar() if below is None else Group(self._bar(), below)
+
+    def _bar(self) -> RenderableType:
         if self._preparing is not None:
             event, since = self._preparing
             rate = wording.rate(event, self._clock() - since)
@@ -116,7 +130,7 @@ class LiveDisplay:
         self._say(wording.outcome(event), "bold green" if event.reason == "finished" else "bold yellow")
         self._console.print(_pairs(wording.written(event, self._progress)))
         # Commands are pasted back into a shell: they start their own line, and no table breaks them.
-        for purpose, command in wording.commands(event):
+        for purpose, command in wording.commands(event, self._progress.verb):
             self._say(f"{purpose}:", "dim")
             self._console.print(Text(f"  {command}", style="bold"), soft_wrap=True)
 

@@ -18,9 +18,11 @@ class RunProgress:
     Args:
         clock: seconds on a clock that never goes back. The time left is measured on it, between steps, so that
             validations and checkpoints count as well.
+        verb: the command that goes on with the run.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, verb: str = "train") -> None:
+        self.verb = verb
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_STEPS)
         self._steps_s: deque[float] = deque(maxlen=_TIMED_STEPS)

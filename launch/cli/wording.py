@@ -109,15 +109,17 @@ def written(event: Stopped, progress: RunProgress) -> list[tuple[str, str]]:
     return lines
 
 
-def commands(event: Stopped) -> list[tuple[str, str]]:
-    """Return what to try next, as a purpose and a command that can be pasted into a shell."""
+def commands(event: Stopped, verb: str = "train") -> list[tuple[str, str]]:
+    """Return what to try next, as a purpose and a command that can be pasted into a shell; `verb` trains the run."""
     run = quoted(event.run_dir)
     if event.reason != "finished":
-        return [("go on", f"mfdist train --resume {run}")]
+        return [("go on", f"mfdist {verb} --resume {run}")]
+    steps = event.last_step * 2
+    more = f"--steps {steps}" if verb == "train" else f"--set training.steps={steps}"
     return [
         ("write text", f'mfdist generate {run} --prompt "def " --tokens 50'),
         ("score it", f"mfdist evaluate {run} --json"),
-        ("train on", f"mfdist train --resume {run} --steps {event.last_step * 2}"),
+        ("train on", f"mfdist {verb} --resume {run} {more}"),
     ]
 
 

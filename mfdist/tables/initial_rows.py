@@ -6,8 +6,8 @@ from torch import Tensor
 from mfdist.spec import Region, TableSpec
 
 #: A table is drawn in tiles, each from a generator of its own, so that a part costs no more than its size.
-_TILE_ROWS = 1024
-_TILE_COLUMNS = 256
+TILE_ROWS = 1024
+TILE_COLUMNS = 256
 _SEED_BITS = 63
 
 
@@ -28,12 +28,12 @@ def draw_rows(out: Tensor, spec: TableSpec, region: Region, std: float, seed: in
         seed: decides all values, together with a value's place in the table.
     """
     generator = torch.Generator(out.device)
-    tiles_across = -(-spec.row_dim // _TILE_COLUMNS)
-    for row in range(region.rows[0] // _TILE_ROWS, -(-region.rows[1] // _TILE_ROWS)):
-        for column in range(region.columns[0] // _TILE_COLUMNS, -(-region.columns[1] // _TILE_COLUMNS)):
+    tiles_across = -(-spec.row_dim // TILE_COLUMNS)
+    for row in range(region.rows[0] // TILE_ROWS, -(-region.rows[1] // TILE_ROWS)):
+        for column in range(region.columns[0] // TILE_COLUMNS, -(-region.columns[1] // TILE_COLUMNS)):
             tile = Region(
-                rows=(row * _TILE_ROWS, min((row + 1) * _TILE_ROWS, spec.num_rows)),
-                columns=(column * _TILE_COLUMNS, min((column + 1) * _TILE_COLUMNS, spec.row_dim)),
+                rows=(row * TILE_ROWS, min((row + 1) * TILE_ROWS, spec.num_rows)),
+                columns=(column * TILE_COLUMNS, min((column + 1) * TILE_COLUMNS, spec.row_dim)),
             )
             generator.manual_seed((seed + (row * tiles_across + column) * _STRIDE) % 2**_SEED_BITS)
             drawn = torch.empty(tile.shape, dtype=torch.float32, device=out.device).normal_(0, std, generator=generator)

@@ -1,7 +1,11 @@
-"""Choosing the device a run computes on, and what it uses of it."""
+"""Choosing the device a run computes on, how it computes there, and what it uses of it."""
 
+import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -42,3 +46,22 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def deterministic(is_on: bool) -> Iterator[None]:
+    """Make torch repeat itself bit for bit while the body runs, then put its switches back."""
+    if not is_on:
+        yield
+        return
+    # cuBLAS reads this when its first handle is made; without it torch refuses deterministic matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic: Any = torch.utils.deterministic  # its flag is a property that torch does not type
+    was_on, filled = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor and hides nothing here
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on)
+        deterministic.fill_uninitialized_memory = filled

@@ -1,12 +1,15 @@
 """Scoring a model on held-out text, in nats a token and bits per byte."""
 
 import math
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from mfdist.models import Transformer
 from mfdist.training.checkpointed import load_run_model
+from mfdist.training.code_census import CodeCensus
 from mfdist.training.data.batches import validation_batches
 from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
@@ -38,24 +41,29 @@ def evaluate(
     precision: str = "fp32",
     max_sequences: int | None = None,
     world: World | None = None,
+    census: CodeCensus | None = None,
 ) -> Evaluated:
     """Return the mean loss over the validation text, or over `max_sequences` sequences spread over it.
 
     Bits per byte divide the summed loss by the UTF-8 bytes of the predicted tokens, so that models with different
     tokenizers compare; predicting the end of a document costs bits and yields no bytes. Several ranks share every batch
-    out among them.
+    out among them. A census counts the codes of the tokens that are scored.
     """
+    start = time.perf_counter()
     world = world or World(device=torch.device("cpu"))
     device = next(model.parameters()).device
     num_bytes_of = torch.from_numpy(store.tokenizer.token_num_bytes)
     nats = num_tokens = num_bytes = 0.0
-    with torch.inference_mode(), autocast(device, precision):
+    counting = nullcontext() if census is None else census.watching()
+    with torch.inference_mode(), autocast(device, precision), counting:
         for inputs, targets in validation_batches(
             store.validation, seq_len, max(1, BATCH_TOKENS // seq_len), max_sequences=max_sequences
         ):
             mine = slice(*(len(inputs) * part // world.world_size for part in (world.rank, world.rank + 1)))
             inputs, targets = inputs[mine], targets[mine]
             counted = targets[targets >= 0]
+            if census is not None:
+                census.batch(targets >= 0)
             nats += token_loss(model, inputs.to(device), targets.to(device), reduction="sum").item()
             num_tokens += counted.numel()
             num_bytes += num_bytes_of[counted].sum().item()
@@ -66,6 +74,7 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / max(1.0, num_bytes),
         num_tokens=int(num_tokens),
         is_final=max_sequences is None,
+        elapsed_s=time.perf_counter() - start - (0.0 if census is None else census.elapsed_s),
     )
 
 

@@ -7,6 +7,10 @@ quiet line mode and the metrics file are observers.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mfdist.training.layer_use import LayerUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,9 @@ class Started:
     num_train_tokens: int
     tokens_per_step: int
     baselines_bits_per_byte: dict[str, float]  # name → bits per byte on the validation text
+    device_type: str = ""  # "cpu" or "cuda"
+    num_ranks: int = 1
+    num_hosts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,17 @@ class Evaluated:
     bits_per_byte: float
     num_tokens: int
     is_final: bool  # over the whole validation set
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosed:
+    """It was counted how a validation's tokens spread over the tables' rows."""
+
+    step: int
+    num_tokens: int  # counted, of all ranks
+    layers: "tuple[LayerUse, ...]"  # in the model's order
+    elapsed_s: float  # beside the validation itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +118,21 @@ class Warned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Noted:
+    """Something happened around training that is as it should be, such as trainers that hand over to others."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """Training ended by an error; everything up to the last checkpoint is committed."""
+
+    kind: str  # of the error, see mfdist.errors
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stopped:
     """The run is over for now; everything up to `step` is committed."""
 
@@ -110,7 +143,20 @@ class Stopped:
     elapsed_s: float
 
 
-Event = Preparing | Started | Stepped | Evaluated | Saved | Sampled | TwinTimed | Warned | Stopped
+Event = (
+    Preparing
+    | Started
+    | Stepped
+    | Evaluated
+    | Diagnosed
+    | Saved
+    | Sampled
+    | TwinTimed
+    | Warned
+    | Noted
+    | Failed
+    | Stopped
+)
 Observer = Callable[[Event], None]
 
 

@@ -4,27 +4,36 @@
 say goes to an observer as events; it neither prints nor draws.
 """
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.state import CheckpointState
 from mfdist.config import RunConfig
-from mfdist.errors import ConfigError
+from mfdist.errors import ConfigError, MfdistError
 from mfdist.models import Transformer, build_model
 from mfdist.models.loads import table_specs
 from mfdist.training.data.batches import BatchOrder, TokenBatches
 from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
-from mfdist.training.device import describe_device, peak_memory_bytes, synchronize
-from mfdist.training.evaluation import evaluate
-from mfdist.training.events import Event, Observer, Sampled, Started, Stepped, Stopped, TwinTimed, Warned, ignore
+from mfdist.training.device import describe_device, deterministic, peak_memory_bytes, synchronize
+from mfdist.training.events import (
+    Event,
+    Failed,
+    Observer,
+    Sampled,
+    Started,
+    Stepped,
+    Stopped,
+    TwinTimed,
+    Warned,
+    ignore,
+)
 from mfdist.training.generation import GenerationConfig, Generator
 from mfdist.training.interrupts import StopRequest, stop_on_signals
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
@@ -32,10 +41,12 @@ from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import lookup_share
 from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
+from mfdist.training.spread import plan_of
 from mfdist.training.state import capture, check_config, check_data, held_regions, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.table_home import TableHome
 from mfdist.training.twin import time_dense_twin
+from mfdist.training.validation import Validation
 from mfdist.training.world import World, joined
 from mfdist.training.writing import writing
 
@@ -86,7 +97,7 @@ def train(
             for each in observers:
                 each(event)
 
-        stack.enter_context(_determinism(config.training.is_deterministic))
+        stack.enter_context(deterministic(config.training.is_deterministic))
         session = _Session.prepare(run, checkpoints, config, world, tell, table_home)
         # From here on there is something to save. Told from inside the handler: to the caller alone, since a file may
         # be half way through a line.
@@ -100,7 +111,12 @@ def train(
             stack.callback(board.close)
             observers.append(board)
         tell(session.started())
-        step, reason = session.run(request, tell)
+        try:
+            step, reason = session.run(request, tell)
+        except (MfdistError, KeyboardInterrupt) as error:
+            with suppress(MfdistError):  # the disk may be what failed
+                tell(Failed(kind=getattr(error, "kind", "interrupted"), message=str(error)))
+            raise
         stopped = Stopped(
             run_dir=run.path,
             step=step,
@@ -145,6 +161,9 @@ class _Session:
         self._device = next(model.parameters()).device
         self._checkpoints = checkpoints
         self._batches = _batches(config, store, world)
+        self._validate = Validation(
+            model, store, config, world, can_redraw=_can_redraw(run, self._device), keep=run.write_table_use
+        )
         self._train_step = train_step
         self._twin_tokens_per_s = twin_tokens_per_s
         self._table_home = table_home
@@ -197,6 +216,8 @@ class _Session:
                 table_home.load(run, state.step, world)
         elif table_home is not None:
             table_home.check_new()
+        num_holders = world.world_size if table_home is None else len(config.servers.addresses)
+        world.on_first(lambda: run.write_plan(plan_of(model, num_holders)))
         train_step = TrainStep(model, optimizer, config.training, device, world=world, spread=spread)
         first_step = 0 if state is None else state.step
         return cls(
@@ -232,6 +253,9 @@ class _Session:
             num_train_tokens=len(self._store.train),
             tokens_per_step=self.config.training.batch_size * self.config.training.seq_len,
             baselines_bits_per_byte=baselines(self._store) if self._world.is_first else {},
+            device_type=self._device.type,
+            num_ranks=self._world.world_size,
+            num_hosts=self._world.num_hosts,
         )
 
     def run(self, request: StopRequest, tell: Observer) -> tuple[int, str]:
@@ -250,7 +274,7 @@ class _Session:
                 tell(event)
                 saver.report()
                 if step % training.eval_every == 0 and step < training.steps:
-                    tell(self._evaluate(step, training.eval_sequences))
+                    self._validate(step, training.eval_sequences, tell)
                 if step % checkpoint.every == 0:
                     saver.save(self._captured(step))
                     saved = step
@@ -259,7 +283,7 @@ class _Session:
             saver.finish()
         is_finished = step == training.steps
         if is_finished:
-            tell(self._evaluate(step, None))
+            self._validate(step, None, tell)
             self._sample(tell)
         self._compare_speed(timings, tell)
         return step, "finished" if is_finished else str(self._world.first_found(request.reason))
@@ -289,17 +313,6 @@ class _Session:
         )
         return event, _Timing(step_s, is_profiled)
 
-    def _evaluate(self, step: int, max_sequences: int | None) -> Event:
-        return evaluate(
-            self._model,
-            self._store,
-            step=step,
-            seq_len=self.config.training.seq_len,
-            precision=self.config.training.precision,
-            max_sequences=max_sequences,
-            world=self._world,
-        )
-
     def _captured(self, step: int) -> CheckpointState:
         if self._table_home is not None:  # first: what commits the step must find its tables there
             self._table_home.save(self.run_directory, step, self._world)
@@ -324,6 +337,12 @@ class _Session:
                     num_steps=self.config.training.twin_steps,
                 )
             )
+
+
+def _can_redraw(run: RunDirectory, device: torch.device) -> bool:
+    """Return whether tables drawn here have the first rows of the run, which another kind of device draws otherwise."""
+    started = read_metrics(run.metrics_path, "started")
+    return not started or started[0].get("device_type") == device.type
 
 
 def _batches(config: RunConfig, store: TokenStore, world: World) -> TokenBatches:
@@ -360,22 +379,3 @@ def _with_vocabulary(config: RunConfig, store: TokenStore) -> RunConfig:
             "leave it at 0 to take the tokenizer's"
         )
     return config
-
-
-@contextmanager
-def _determinism(is_on: bool) -> Iterator[None]:
-    """Make torch repeat itself bit for bit while the body runs, then put its switches back."""
-    if not is_on:
-        yield
-        return
-    # cuBLAS reads this when its first handle is made; without it torch refuses deterministic matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    deterministic: Any = torch.utils.deterministic  # its flag is a property that torch does not type
-    was_on, filled = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor and hides nothing here
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was_on)
-        deterministic.fill_uninitialized_memory = filled

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mfdist.errors import ConfigError
-from mfdist.training.events import Evaluated, Event, Preparing, Stepped
+from mfdist.training.events import Diagnosed, Evaluated, Event, Preparing, Stepped
 from mfdist.training.writing import writing
 
 
@@ -85,6 +85,10 @@ class TensorBoard:
             case Evaluated():
                 self._writer.add_scalar("validation/loss", event.loss, event.step)
                 self._writer.add_scalar("validation/bits_per_byte", event.bits_per_byte, event.step)
+            case Diagnosed():
+                for use in event.layers:
+                    for name in ("code_entropy", "dead_share", "constant_bits"):
+                        self._writer.add_scalar(f"tables/{name}/{use.name}", getattr(use, name), event.step)
 
     def close(self) -> None:
         """Flush and close the event files."""

@@ -147,7 +147,9 @@ class RunOptimizer:
             name = self.names[id(parameter)]
             if name not in self._rows and (kept := state.get(name)):
                 moments = {key: value.to(device=parameter.device, copy=True) for key, value in kept.items()}
-                self.adamw.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                # Where AdamW keeps its count once it is fused: beside the parameter.
+                count = torch.tensor(float(step), device=parameter.device)
+                self.adamw.state[parameter] = {"step": count, **moments}
 
     def _all(self) -> Iterable[Tensor]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)

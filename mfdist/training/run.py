@@ -2,19 +2,23 @@
 
 RUN/config.toml              the resolved configuration
 RUN/metrics.jsonl            one JSON object an event
+RUN/table-use.json           how the last validation's tokens spread over the tables' rows
+RUN/plan.json                how the tables are spread over ranks, where there are several, or over servers
 RUN/tokenizer.json           the tokenizer the model was trained with
 RUN/checkpoints/step-…/      one zarr store a committed step
 RUN/tables/step-…/           the same steps' tables, where these lie on table servers
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.config import RunConfig, parse_config
 from mfdist.errors import ConfigError
+from mfdist.sharding.plan import ShardingPlan
 from mfdist.training.metrics import read_metrics
 from mfdist.training.writing import writing
 
@@ -25,6 +29,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "sharding.",
     "servers.",
+    "launch.",
     "training.steps",
     "training.device",
     "training.precision",
@@ -112,6 +117,16 @@ class RunDirectory:
         return self.path / "tokenizer.json"
 
     @property
+    def table_use_path(self) -> Path:
+        """Return the path of the details of the tables' use; docs/reference/metrics.md describes them."""
+        return self.path / "table-use.json"
+
+    @property
+    def plan_path(self) -> Path:
+        """Return the path of the plan that the tables were last spread by."""
+        return self.path / "plan.json"
+
+    @property
     def checkpoints(self) -> CheckpointDirectory:
         """Return the run's checkpoints, wherever its configuration keeps them."""
         return self._checkpoints_under(self.config if self.config_path.is_file() else None)
@@ -136,10 +151,19 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Replace the stored configuration, at once or not at all."""
-        partial = self.config_path.with_suffix(".toml.partial")
-        with writing(self.config_path):
-            partial.write_text(config.to_toml(), "utf-8")
-            partial.replace(self.config_path)
+        _replace(self.config_path, config.to_toml())
+
+    def write_table_use(self, document: Mapping[str, Any]) -> None:
+        """Replace the details of the tables' use, at once or not at all."""
+        _replace(self.table_use_path, json.dumps(document, allow_nan=False))
+
+    def write_plan(self, plan: ShardingPlan | None) -> None:
+        """Replace the plan that the tables are spread by; None: they are not."""
+        if plan is not None:
+            _replace(self.plan_path, plan.to_json())
+        else:
+            with writing(self.plan_path):
+                self.plan_path.unlink(missing_ok=True)
 
     def config_with(self, overrides: Sequence[str]) -> RunConfig:
         """Return the stored configuration with `--set` overrides applied; nothing is stored.
@@ -160,6 +184,13 @@ class RunDirectory:
 def is_changeable(key: str) -> bool:
     """Return whether a dotted key may change in a run that is continued."""
     return key.startswith(_MAY_CHANGE) and key not in _STAYS
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -13,6 +13,7 @@ from mfdist.models import Transformer
 from mfdist.models.loads import table_loads, table_specs
 from mfdist.parallelize import even_plan, shard
 from mfdist.sharding.plan import ShardingPlan
+from mfdist.sharding.table_plan import TablePlan
 from mfdist.training.workload import run_workload
 
 _WIRES: Final = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -50,6 +51,12 @@ def spread_tables(model: Transformer, config: RunConfig, world_size: int, num_ho
             backward_dtype=workload.backward_dtype,
         )
     shard(model, mesh, plan, workload=workload, deadline_s=sharding.deadline_s)  # type: ignore[arg-type]
+
+
+def plan_of(model: Transformer, num_holders: int) -> ShardingPlan | None:
+    """Return the plan that the model's tables are spread by, over so many ranks or servers; None where they are not."""
+    plans = [plan for module in model.modules() if isinstance(plan := getattr(module, "plan", None), TablePlan)]
+    return ShardingPlan(num_holders, tuple(plans)) if plans else None
 
 
 def _read_plan(path: Path) -> ShardingPlan:

@@ -171,6 +171,12 @@ def bad_ids() -> None:
             assert grads[0][[0, 6], 0].tolist() == [num_tokens, num_tokens - 1.0]
             assert grads[1].isnan().nonzero().tolist() == [[1, 1]]
             expect_error(f'code {codes[1, 1]} is outside its part of table "codes"')
+            # A part of the table without columns has nothing to sum, and tells of the id all the same.
+            assert sums.gather_sum(table[:, :0], ids, scores, 0, "narrow").shape == (num_tokens, 0)
+            expect_error(f'row id {bad} is outside table "narrow" (num_rows=12)')
+    codes = torch.tensor([[3, 6]], dtype=torch.uint16)
+    sums.gather_sum(table[:, :0], codes, torch.ones(1, 2), 6, "narrow")
+    expect_error('code 6 is outside its part of table "narrow"')
     check_errors()
 
 

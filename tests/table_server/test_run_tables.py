@@ -15,6 +15,7 @@ import torch
 
 from mfdist.config import RunConfig, parse_config
 from mfdist.errors import ConsistencyError
+from mfdist.sharding.plan import ShardingPlan
 from mfdist.table_server.run_tables import ServedTables
 from mfdist.testing.server_processes import ServerProcesses
 from mfdist.training.checkpointed import load_run_model
@@ -105,8 +106,10 @@ def _has_come_to(run: RunDirectory, step: int, process: "subprocess.Popen[bytes]
 
 
 def assert_the_same(one: RunDirectory, other: RunDirectory) -> None:
-    """Compare losses, and every bit of both models."""
+    """Compare losses, how rows were used and how far they moved, and every bit of both models."""
     assert losses(one) == losses(other)
+    used, theirs_used = (read_metrics(run.metrics_path, "diagnosed")[-1]["layers"] for run in (one, other))
+    assert used == theirs_used and used[0]["movement"][2] > 0
     ours, theirs = (load_run_model(run)[0].state_dict() for run in (one, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
@@ -132,6 +135,8 @@ def test_two_servers_end_in_the_bits_of_training_in_process(tmp_path: Path, rule
                 servers.kill(index)
                 servers.start(index)
     assert_the_same(local, remote)
+    plan = ShardingPlan.from_json(remote.plan_path.read_text())
+    assert plan.world_size == 2 and len(plan.tables) == 3 and not local.plan_path.exists()
 
 
 @pytest.mark.timeout(400)

@@ -161,6 +161,8 @@ def test_a_loss_that_is_not_finite_names_step_and_layer_and_changes_nothing(tiny
     ) as caught:
         train(tiny_run, observer=poison)
     assert "\n" not in str(caught.value)
+    failed = read_metrics(tiny_run.metrics_path)[-1]
+    assert (failed["event"], failed["kind"], failed["message"]) == ("failed", "non_finite", str(caught.value))
     assert [info.step for info in tiny_run.checkpoints.steps()] == [4]
     assert [step for step, _ in losses(recorded(tiny_run))] == list(range(5, 13))
 

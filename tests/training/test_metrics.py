@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from mfdist.errors import CheckpointError, ConfigError
-from mfdist.training.events import Evaluated, Preparing, Stepped
+from mfdist.training.events import Diagnosed, Evaluated, Preparing, Stepped
+from mfdist.training.layer_use import LayerUse
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 
 
@@ -66,10 +67,27 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     board = TensorBoard(tmp_path)
     board(stepped(1, loss=2.5))
     board(Evaluated(step=1, loss=2.0, bits_per_byte=1.5, num_tokens=9, is_final=False))
+    use = LayerUse(
+        name="blocks.0.qkv",
+        num_tables=2,
+        bits=4,
+        code_entropy=3.5,
+        least_code_entropy=3.0,
+        even_code_entropy=4.0,
+        constant_bits=0.0,
+        dead_share=0.25,
+        even_dead_share=0.0,
+        hottest_share=0.5,
+        scores=(0.1, 0.2, 0.3, 0.4, 0.5),
+        movement=None,
+        unmoved_share=None,
+    )
+    board(Diagnosed(step=1, num_tokens=9, layers=(use,), elapsed_s=0.0))
     board.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("train/loss")[0].value == 2.5
     assert events.Scalars("validation/bits_per_byte")[0].value == 1.5
+    assert events.Scalars("tables/dead_share/blocks.0.qkv")[0].value == 0.25
     assert "train/lookup_share" not in events.Tags()["scalars"]
 
 

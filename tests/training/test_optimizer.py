@@ -15,7 +15,7 @@ def model():
 
 def with_gradients(made):
     tokens = torch.arange(8)[None] % 11
-    made(tokens).square().sum().backward()
+    made(tokens.to(next(made.parameters()).device)).square().sum().backward()
     return made
 
 
@@ -97,8 +97,9 @@ def test_gradients_within_the_limit_are_left_alone(clip_norm):
     assert all(torch.equal(old, value.grad) for old, value in zip(kept, made.parameters(), strict=True))
 
 
-def test_state_moves_by_name_to_a_new_optimizer():
-    made, again = with_gradients(model()), model()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_state_moves_by_name_to_a_new_optimizer(device):
+    made, again = with_gradients(model().to(device)), model().to(device)
     first = RunOptimizer(made, OptimizerConfig())
     update(first, 0)
     again.load_state_dict(made.state_dict())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mfdist.config import RunConfig
+from mfdist.sharding.plan import ShardingPlan
 from mfdist.testing.run_ranks import RankFailedError, RankPool
 from mfdist.training.loop import train
 from mfdist.training.run import RunDirectory
@@ -62,6 +63,20 @@ def test_losses_are_those_of_one_process_and_repeat(pool, tmp_path, tiny_config,
         expected = metrics(tmp_path / "alone", "stepped", norm)
         assert metrics(tmp_path / "ranks", "stepped", norm) == pytest.approx(expected, rel=1e-3)
     assert metrics(tmp_path / "ranks", "sampled", "text") == metrics(tmp_path / "again", "sampled", "text")
+    assert_used_alike(*(metrics(tmp_path / name, "diagnosed", "layers") for name in ("alone", "ranks")))
+    plan = ShardingPlan.from_json((tmp_path / "ranks" / "plan.json").read_text())
+    assert plan.world_size == world_size and len(plan.tables) == 6
+
+
+def assert_used_alike(alone, ranks):
+    """Compare how rows are used: all ranks' tokens are counted, and rows are found wherever they lie."""
+    assert len(alone) == len(ranks) == 3
+    for ours, theirs in zip(alone, ranks, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["name"] == other["name"] and one["even_code_entropy"] == other["even_code_entropy"]
+            for figure in ("code_entropy", "dead_share", "hottest_share"):  # a sign near zero may be rounded away
+                assert other[figure] == pytest.approx(one[figure], abs=0.03)
+            assert other["movement"] == pytest.approx(one["movement"], rel=1e-3)
 
 
 def test_micro_batches_are_averaged_once(pool, tmp_path, tiny_config):

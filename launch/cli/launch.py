@@ -1,0 +1,164 @@
+"""`mfdist launch`: train a run on a Ray cluster, which keeps it going when parts of it die."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mfdist.config import RunConfig, load_config, preset_names
+from mfdist.errors import ConfigError
+from mfdist.launch.cli import failures, wording
+
+if TYPE_CHECKING:
+    from mfdist.launch.job import Job, JobFiles
+    from mfdist.launch.start import Wish
+
+#: Ends the help of `launch`.
+NOTES = (
+    "Ctrl-C saves and stops the job, and the exit code is then 1; a second Ctrl-C ends it at once. With --detach the "
+    "job goes on by itself: mfdist attach, status, logs, scale and stop take its RUN. If the machine of Ray's head "
+    "died: --resume."
+)
+
+
+def launch(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A TOML file or a preset, as for train.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder to make for the run; by default runs/NAME of CONFIG.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run, from its last step.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="A running Ray cluster that this host is part of; default: none, "
+            "and a Ray of this machine alone is started.",
+        ),
+    ] = None,
+    trainers: Annotated[int | None, typer.Option(min=1, metavar="N", help="As launch.trainers.")] = None,
+    servers: Annotated[int | None, typer.Option(min=0, metavar="M", help="As launch.servers.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Come back once the job runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON summary on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines, even on a terminal.")] = False,
+) -> int:
+    """Train on a Ray cluster: trainers, table servers, and a supervisor that replaces what dies.
+
+    Example: mfdist launch demo --trainers 2 --servers 1
+
+    Example: mfdist launch big.toml --out /shared/big --address auto --trainers 16 --servers 8 --detach
+
+    Example: mfdist launch --resume /shared/big
+    """
+    began = time.monotonic()
+    stream = sys.stderr if as_json else sys.stdout
+
+    def tell(message: str) -> None:
+        stream.write(f"[{time.monotonic() - began:4.1f} s] {message}\n")
+        stream.flush()
+
+    overrides = list(settings or ())
+    overrides += [f"launch.trainers={trainers}"] if trainers is not None else []
+    overrides += [f"launch.servers={servers}"] if servers is not None else []
+    from mfdist.launch.cli import watching
+    from mfdist.launch.cluster import check_installed
+    from mfdist.launch.start import Wish
+
+    check_installed()
+    wish = Wish(address=address, overrides=tuple(overrides))
+    if resume is not None:
+        if config is not None or out is not None:
+            raise ConfigError("--resume goes on with a run in its own folder; got a configuration or --out too")
+        job = _resumed(resume, wish, tell)
+    else:
+        if config is None:
+            raise ConfigError(
+                "launch needs a configuration or a run: mfdist launch demo, or mfdist launch --resume RUN"
+            )
+        job = _started(config, out or _default_folder(config), wish, tell)
+    if detach:
+        run = wording.quoted(Path(job.run))
+        tell(f"the job goes on by itself: mfdist attach {run}, mfdist status {run}, mfdist stop {run}")
+        return failures.DONE
+    return watching.watch(job, is_quiet=quiet, as_json=as_json, stops_job=True)
+
+
+def _default_folder(config: str) -> Path:
+    return Path("runs") / (config if config in preset_names() else Path(config).stem)
+
+
+def _started(config: str, path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
+    from mfdist.launch.job import JobFiles
+    from mfdist.launch.start import check_wish
+
+    chosen = load_config(config, wish.overrides)
+    check_wish(chosen, wish.overrides, lambda overrides: load_config(config, overrides))
+    files = JobFiles(path.absolute())
+    _check_free(files)
+
+    def create() -> None:
+        from mfdist.training.run import RunDirectory
+
+        RunDirectory.create(files.run, chosen)
+
+    return _launched(files, chosen, wish, tell, create)
+
+
+def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
+    from mfdist.launch.holding import is_held
+    from mfdist.launch.job import JobFiles
+    from mfdist.launch.local_cluster import end_local
+    from mfdist.launch.start import check_wish
+    from mfdist.training.run import RunDirectory
+
+    run = RunDirectory.open(path.absolute())
+    files = JobFiles(run.path)
+    if is_held(files.folder):
+        tell("the job is running; watching it")
+        return files.read_job()
+    chosen = run.config_with((*wish.overrides, "servers.addresses=[]"))
+    check_wish(chosen, wish.overrides, run.config_with)
+    with contextlib.suppress(ConfigError):  # a run of mfdist train was never launched
+        end_local(files.read_job().cluster)
+    return _launched(files, chosen, wish, tell, lambda: None)
+
+
+def _check_free(files: "JobFiles") -> None:
+    """Refuse a folder of a live job, or of anything else, before a cluster is started."""
+    from mfdist.launch.holding import Holding
+
+    if files.folder.is_dir():
+        Holding(files.folder).release()
+    if (files.run / "metrics.jsonl").exists():
+        run = wording.quoted(files.run)
+        raise ConfigError(
+            f"--out must name a new directory; {files.run} holds a run already; go on with it by "
+            f"mfdist launch --resume {run}, or choose another name"
+        )
+
+
+def _launched(
+    files: "JobFiles", config: RunConfig, wish: "Wish", tell: Callable[[str], None], create: Callable[[], None]
+) -> "Job":
+    from mfdist.launch.start import fit, starting
+
+    with starting(wish, tell) as begun:
+        tell("loading torch")
+        from mfdist.launch.cli.launch_plan import lines
+        from mfdist.launch.cluster_plan import plan_job
+
+        hosts = begun.join(tell)
+        fitted = fit(config, hosts)
+        plan = plan_job(config, hosts, fitted)
+        for line in lines(config, hosts, fitted, plan):
+            tell(line)
+        create()
+        return begun.supervise(files, config, fitted, plan.largest_server, tell)

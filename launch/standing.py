@@ -1,0 +1,47 @@
+"""How a job stands, as its supervisor sees it: its servers, its group of trainers, and its patience."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mfdist.launch.happenings import Ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How patient a supervisor is; [launch] in the configuration has the same names."""
+
+    silence_s: float = 20.0
+    stall_s: float = 1800.0
+    start_s: float = 300.0
+    replace_s: float = 60.0
+    stop_s: float = 120.0
+    max_failures: int = 5
+    backoff_s: float = 1.0
+    max_backoff_s: float = 60.0
+
+
+@dataclass
+class Server:
+    """One table server's slot; its incarnation counts its starts."""
+
+    phase: Literal["absent", "starting", "up", "stopping"] = "absent"
+    incarnation: int = 0
+    since: float = 0.0
+    heard: float = 0.0
+    address: str = ""
+    host: str = ""
+
+
+@dataclass
+class Group:
+    """The trainers that train together."""
+
+    generation: int
+    size: int
+    since: float
+    phase: Literal["placing", "training", "stopping", "failing"] = "placing"
+    addresses: tuple[str, ...] = ()  # of the servers it was given
+    heard: dict[int, float] = field(default_factory=dict)
+    hosts: dict[int, str] = field(default_factory=dict)
+    moved: float = 0.0  # when it last told of anything
+    ended: dict[int, Ended] = field(default_factory=dict)

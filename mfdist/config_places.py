@@ -1,0 +1,97 @@
+"""The sections of a configuration that say where a run's parts are: on which ranks, servers and hosts."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mfdist.config_values import Count, NonNegative, Positive, Section
+
+
+class ShardingConfig(Section):
+    """How tables are spread where there are several ranks; one rank by itself ignores it."""
+
+    kind: Literal["auto", "row_wise", "column_wise", "table_wise", "grid", "replicated"] = Field(
+        "auto", description="auto: the planner chooses for each table; another kind: all tables alike, cut evenly"
+    )
+    plan: Path | None = Field(None, description="a plan in JSON, instead of a kind")
+    deduplicate: bool = Field(True, description="send each row id once (row_wise, and grids of rows)")
+    pooled: bool = Field(False, description="row_wise: owners send partial sums, not rows; equal up to rounding")
+    forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
+        None, description="what rows and sums travel as; by default what they are computed in"
+    )
+    backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
+    hosts: Count | None = Field(None, description="hosts the ranks run on; by default what the launcher says")
+    deadline_s: Positive = Field(300.0, description="longest wait for the slowest rank in an exchange")
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        if self.plan is not None and self.kind != "auto":
+            raise ValueError(f'give a plan or a kind; got plan={self.plan} and kind="{self.kind}"')
+        return self
+
+
+class ServersConfig(Section):
+    """Table servers that hold the rows instead of the ranks; see `mfdist serve`."""
+
+    addresses: tuple[str, ...] = Field((), description="HOST:PORT of each server; empty: the ranks hold the rows")
+    kind: Literal["auto", "whole", "row_wise", "column_wise", "table_wise"] = Field(
+        "auto", description="how tables are cut; whole: not, each lies on one server; auto: as the rule and sizes allow"
+    )
+    forward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(
+        None, description="what sums travel as; by default what rows are kept in"
+    )
+    backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
+    deadline_s: Positive = Field(300.0, description="longest wait for a server, its restart included")
+    token_file: Path | None = Field(None, description="file with this client's token alone")
+    ca: Path | None = Field(None, description="PEM of the authority of the servers' certificates; turns TLS on")
+    certificate: Path | None = Field(None, description="this client's certificate, PEM, for mutual TLS")
+    private_key: Path | None = Field(None, description="its key, PEM")
+    server_name: str = Field("", description="name in the servers' certificates, where it is not that of the address")
+    insecure: bool = Field(False, description="talk to any address without TLS")
+
+
+class ElasticConfig(Section):
+    """How many trainers will do where there is no place for all of them, or where more are asked for."""
+
+    min: int = Field(0, ge=0, description="fewest trainers to go on with; 0: all of launch.trainers are needed")
+    max: int = Field(0, ge=0, description="most that mfdist scale may ask for; 0: any number")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.max and self.min > self.max:
+            raise ValueError(f"min must be at most max; got min={self.min}, max={self.max}")
+        return self
+
+
+class LaunchConfig(Section):
+    """How `mfdist launch` runs the job on a Ray cluster; `mfdist train` ignores it."""
+
+    trainers: Count = Field(1, description="processes that train together, each with a GPU or a share of the CPUs")
+    cpus: Positive | None = Field(
+        None, description="CPUs, and threads, of a trainer; by default an equal share of the smallest host that has any"
+    )
+    servers: int = Field(0, ge=0, description="table servers; 0: the trainers hold the rows")
+    server_cpus: NonNegative = Field(0.0, description="CPUs kept for a table server; 0: it takes what is left over")
+    server_data: Path | None = Field(
+        None,
+        description="folder on each host for logs and checkpoints of servers; by default in the run's folder, where "
+        "any host can take a server over",
+    )
+    silence_s: Positive = Field(20.0, description="silence after which a trainer or server is taken for dead")
+    stall_s: Positive = Field(1800.0, description="longest time without a step, or anything else to tell")
+    start_s: Positive = Field(300.0, description="longest time that trainers or a server may take to start")
+    replace_s: Positive = Field(60.0, description="longest wait for a place for trainers, before there are fewer")
+    stop_s: Positive = Field(120.0, description="longest time to finish a step and save, before trainers are ended")
+    max_failures: int = Field(5, ge=0, description="failures in a row, without a new checkpoint, before giving up")
+    backoff_s: NonNegative = Field(1.0, description="pause after the second of them; each later one doubles it")
+    max_backoff_s: NonNegative = Field(60.0, description="longest such pause")
+    elastic: ElasticConfig = ElasticConfig()
+
+    @model_validator(mode="after")
+    def _check_elastic(self) -> Self:
+        if self.elastic.min > self.trainers:
+            raise ValueError(
+                f"elastic.min must be at most trainers; got trainers={self.trainers}, elastic.min={self.elastic.min}"
+            )
+        return self
