@@ -99,7 +99,9 @@ def is_head_alive(cluster: ClusterAddress) -> bool:
 
 
 def end_local(cluster: ClusterAddress, *, grace_s: float = _END_S) -> None:
-    """End a cluster that mfdist started on this machine, and remove its folder; nothing where it is gone."""
+    """End a cluster that mfdist started on this machine and remove its folder; leave one that others started alone."""
+    if not cluster.is_ours:
+        return
     if is_head_alive(cluster):
         os.kill(cluster.head_pid, signal.SIGTERM)
     if not wait_for_end(cluster, grace_s):
