@@ -26,7 +26,7 @@ class Wish:
 
     Args:
         address: of a running cluster; None: a local one is started.
-        overrides: `section.key=value`.
+        overrides: `section.key=value`, for a run that was there before.
     """
 
     address: str | None = None

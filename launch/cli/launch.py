@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,17 +73,16 @@ def launch(
     from mfdist.launch.start import Wish
 
     check_installed()
-    wish = Wish(address=address, overrides=tuple(overrides))
     if resume is not None:
         if config is not None or out is not None:
             raise ConfigError("--resume goes on with a run in its own folder; got a configuration or --out too")
-        job = _resumed(resume, wish, tell)
+        job = _resumed(resume, Wish(address=address, overrides=tuple(overrides)), tell)
     else:
         if config is None:
             raise ConfigError(
                 "launch needs a configuration or a run: mfdist launch demo, or mfdist launch --resume RUN"
             )
-        job = _started(config, out or _default_folder(config), wish, tell)
+        job = _started(config, out or _default_folder(config), overrides, Wish(address=address), tell)
     if detach:
         run = wording.quoted(Path(job.run))
         tell(f"the job goes on by itself: mfdist attach {run}, mfdist status {run}, mfdist stop {run}")
@@ -95,12 +94,13 @@ def _default_folder(config: str) -> Path:
     return Path("runs") / (config if config in preset_names() else Path(config).stem)
 
 
-def _started(config: str, path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
+def _started(config: str, path: Path, overrides: Sequence[str], wish: "Wish", tell: Callable[[str], None]) -> "Job":
+    """Launch a new run, which is made with `overrides` and has them from the first."""
     from mfdist.launch.job import JobFiles
     from mfdist.launch.start import check_wish
 
-    chosen = load_config(config, wish.overrides)
-    check_wish(chosen, wish.overrides, lambda overrides: load_config(config, overrides))
+    chosen = load_config(config, overrides)
+    check_wish(chosen, overrides, lambda more: load_config(config, more))
     files = JobFiles(path.absolute())
     _check_free(files)
 
