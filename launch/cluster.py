@@ -19,7 +19,7 @@ from mfdist.launch.job import ClusterAddress
 
 NAMESPACE = "mfdist"
 _HEAD_RESOURCE = "node:__internal_head__"  # Ray gives every head one of it
-_LEFT_OUT = ["**/__pycache__/**", "*.pyc", "*.nbi", "*.nbc"]
+_LEFT_OUT = ["*.pyc"]  # compiled kernels (.nbi, .nbc) go along: making them takes every host a minute
 
 
 @dataclass(frozen=True, kw_only=True)
