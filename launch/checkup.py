@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mfdist.launch import machine, quantities
+from mfdist import quantities
+from mfdist.launch import machine
 from mfdist.launch.check import Check, CheckFailed, attempt
 from mfdist.launch.connection_checks import connection_checks
 

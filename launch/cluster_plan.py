@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mfdist import quantities
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError
-from mfdist.launch import quantities
 from mfdist.launch.cluster import Host
 from mfdist.launch.planning import Machines, Question, ask, describe
 from mfdist.launch.start import Fit

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from mfdist.launch import machine, quantities
+from mfdist import quantities
+from mfdist.launch import machine
 from mfdist.launch.check import Check, CheckFailed, attempt
 
 _SHARED_MEMORY = Path("/dev/shm")

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
-from mfdist.launch import machine, quantities
+from mfdist.launch import machine
 from mfdist.launch.cli.json_output import to_json
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mfdist import quantities
 from mfdist.errors import CheckpointError
-from mfdist.launch import quantities
 from mfdist.launch.cli import failures
 from mfdist.launch.cli.checkpoint_path import AsJson, StepPath, find_step, find_steps
 from mfdist.launch.cli.display import showing

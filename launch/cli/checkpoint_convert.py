@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
-from mfdist.launch import quantities
 from mfdist.launch.cli.checkpoint import described
 from mfdist.launch.cli.checkpoint_path import AsJson, StepPath, find_step
 from mfdist.launch.cli.json_output import write_json

@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mfdist.launch import checkup, machine, quantities
+from mfdist import quantities
+from mfdist.launch import checkup, machine
 from mfdist.launch.check import Check
 from mfdist.launch.cli import failures
 from mfdist.launch.cli.json_output import write_json

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
-from mfdist.launch import quantities
 from mfdist.launch.cli.json_output import write_json
 
 if TYPE_CHECKING:

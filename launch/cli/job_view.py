@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from mfdist.launch import quantities
+from mfdist import quantities
 
 _COLUMNS = ("actor", "state", "host", "memory", "host in", "host out", "silent")
 

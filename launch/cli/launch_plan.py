@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from mfdist import quantities
 from mfdist.config import RunConfig
-from mfdist.launch import quantities
 from mfdist.launch.cli import plan_text
 from mfdist.launch.cluster import Host
 from mfdist.launch.cluster_plan import JobPlan

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from mfdist.launch import quantities
+from mfdist import quantities
 from mfdist.launch.cli import wording
 from mfdist.launch.cli.progress import RunProgress
 from mfdist.training.events import Evaluated, Event, Noted, Preparing, Sampled, Saved, Started, Stepped, Stopped, Warned

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mfdist.launch import quantities
+from mfdist import quantities
 from mfdist.launch.cli import wording
 from mfdist.launch.cli.progress import RunProgress
 from mfdist.training.events import Evaluated, Event, Noted, Preparing, Sampled, Saved, Started, Stopped, Warned

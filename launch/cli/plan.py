@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mfdist import quantities
 from mfdist.config import load_config
 from mfdist.errors import ConfigError
-from mfdist.launch import quantities
 from mfdist.launch.cli import failures, plan_text
 from mfdist.launch.cli.json_output import write_json
 

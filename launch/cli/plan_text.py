@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mfdist.launch import quantities
+from mfdist import quantities
 
 #: How a rank's part of a table is drawn.
 MARKS = {

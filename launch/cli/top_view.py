@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from mfdist.launch import quantities
+from mfdist import quantities
 from mfdist.launch.server_rates import ServerRates, TableRates
 
 _STYLES = {"serving": "green", "draining": "yellow", "unreachable": "bold red"}

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from mfdist.launch import quantities
+from mfdist import quantities
 from mfdist.launch.cli.progress import RunProgress
 from mfdist.training.events import Evaluated, Preparing, Saved, Started, Stopped
 

@@ -13,14 +13,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.config import RunConfig, parse_config
 from mfdist.errors import ConfigError
-from mfdist.sharding.plan import ShardingPlan
 from mfdist.training.metrics import read_metrics
 from mfdist.training.writing import writing
+
+if TYPE_CHECKING:
+    from mfdist.sharding.plan import ShardingPlan
 
 # What a resumed run may change without becoming another run: everything else decides the weights or the batches.
 _MAY_CHANGE = (
@@ -157,7 +159,7 @@ class RunDirectory:
         """Replace the details of the tables' use, at once or not at all."""
         _replace(self.table_use_path, json.dumps(document, allow_nan=False))
 
-    def write_plan(self, plan: ShardingPlan | None) -> None:
+    def write_plan(self, plan: "ShardingPlan | None") -> None:
         """Replace the plan that the tables are spread by; None: they are not."""
         if plan is not None:
             _replace(self.plan_path, plan.to_json())

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
-from mfdist.launch import quantities
 
 
 @pytest.mark.parametrize(
