@@ -1,5 +1,6 @@
 """What the documents tell a reader to type: code that runs, configurations that load, commands that exist."""
 
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,27 @@ def blocks(*languages: str) -> list[tuple[str, str]]:
         for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
         if language in languages and not (language == "python" and page.name == NEEDS_A_CHECKPOINT)
     ]
+
+
+@pytest.mark.slow  # ten minutes on two cores
+@pytest.mark.timeout(1800)
+def test_the_tutorial_runs_from_its_first_command_to_its_last(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tutorial" / "one-to-many.md").read_text("utf-8")
+    script = "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + "".join(
+        re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    )
+    assert script.count("mfdist") > 8
+    environment = _environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-m", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1700
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    events = [
+        [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for run in ("one", "two")
+    ]
+    losses = [[each["loss"] for each in run if each["event"] == "stepped" and each["step"] == 40] for run in events]
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def typed_lines(command: str) -> list[str]:

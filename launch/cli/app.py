@@ -10,6 +10,7 @@ from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.attach import attach
 from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_decode import bench_decode
+from mfdist.launch.cli.bench_learning import bench_learning
 from mfdist.launch.cli.bench_plan import bench_plan
 from mfdist.launch.cli.bench_server import bench_server
 from mfdist.launch.cli.bench_sharding import bench_sharding
@@ -50,6 +51,7 @@ bench.app.command("decode")(bench_decode)
 bench.app.command("plan")(bench_plan)
 bench.app.command("checkpoint")(bench_checkpoint)
 bench.app.command("sharding")(bench_sharding)
+bench.app.command("learning")(bench_learning)
 bench.app.command("server")(bench_server)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)

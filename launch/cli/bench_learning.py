@@ -1,0 +1,130 @@
+"""`mfdist bench learning`: does a MemoryFormer learn as well as its dense twin, and which settings matter?"""
+
+import time
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mfdist.errors import ConfigError
+from mfdist.launch import machine
+from mfdist.launch.cli import failures
+from mfdist.launch.cli.json_output import to_json
+
+if TYPE_CHECKING:
+    from mfdist.benchmarks.learning import Gap, Learned
+
+
+def bench_learning(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs; what has finished there is kept.")],
+    preset: Annotated[str, typer.Option(help="A preset, or a TOML file, that all variants start from.")] = "tiny",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Variants, such as memory or twin-*; by default the first two."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds of initialisation and batches.")] = "0,1,2",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key for all variants.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Begin no run after so long.")] = None,
+    at_least: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Fail unless the MemoryFormer is so far ahead of its twin.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
+    ] = None,
+    is_listed: Annotated[bool, typer.Option("--list", help="List the variants and train nothing.")] = False,
+) -> int:
+    """Train a MemoryFormer and its dense twin on the same text, tokens, batches and schedule, and compare.
+
+    Example: mfdist bench learning --out runs/learning --set data.source=~/corpus --at-least 0.3
+
+    Example: mfdist bench learning --out runs/learning --only 'extra-bits-*' --only memory --seeds 0 --minutes 8
+
+    Validation loss is told against tokens, FLOPs and seconds of training; "ahead" is by how many nats a token the
+    memory is below the twin at the twin's best learning rate. A bench that was cut short goes on where it was.
+    """
+    from mfdist.benchmarks.learning import VARIANTS, gap, measure
+
+    chosen = [each for each in VARIANTS if any(fnmatch(each.name, one) for one in only or _MAIN)]
+    if is_listed:
+        for each in VARIANTS:
+            typer.echo(f"{each.name:<17}{each.question:<18}{_changes(each.settings)}")
+        return failures.DONE
+    if not chosen:
+        raise ConfigError(f"--only must name variants; got {', '.join(only or ())}; see mfdist bench learning --list")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
+    began = time.monotonic()
+
+    def may_begin() -> bool:
+        return minutes is None or time.monotonic() - began < minutes * 60
+
+    found: list[Learned] = []
+    typer.echo(_HEADER)
+    try:
+        for learned in measure(out, preset, chosen, _seeds(seeds), settings or (), may_begin=may_begin, tell=_said):
+            found.append(learned)
+            typer.echo(_line(learned))
+    finally:
+        if json_file is not None:
+            document = {
+                "machine": {"cpu": machine.cpu(), "gpus": machine.gpus()},
+                "versions": machine.versions(),
+                "preset": preset,
+                "settings": list(settings or ()),
+                "results": [asdict(learned) for learned in found],
+            }
+            json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
+    missing = len(chosen) * len(_seeds(seeds)) - len(found)
+    if missing:
+        typer.echo(f"{missing} runs were not begun for want of time; the same command goes on with them")
+    ahead = gap(found)
+    if ahead is not None:
+        typer.echo(_told(ahead))
+    if at_least is not None and (ahead is None or ahead.at_tokens < at_least):
+        got = "one of them was not trained" if ahead is None else f"got {ahead.at_tokens:.3f}"
+        return failures.fail(f"the MemoryFormer must be ahead of its twin by {at_least:g} nats a token; {got}")
+    return failures.DONE
+
+
+_MAIN = ("memory", "twin-2e-3")
+_HEADER = (
+    f"{'variant':<17}{'seed':>5}{'loss after a quarter, half, …':>34}{'bits/byte':>11}{'tokens/s':>11}"
+    f"{'GFLOPs/token':>14}{'seconds':>9}{'GB':>7}"
+)
+
+
+def _said(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"--seeds takes numbers, such as 0,1,2; got {text}")
+    return [int(part) for part in parts]
+
+
+def _changes(settings: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items()) or "the preset as it is"
+
+
+def _line(learned: "Learned") -> str:
+    points, last = learned.points, learned.points[-1]
+    quarters = [min(points, key=lambda point: abs(point.tokens - last.tokens * part / 4)) for part in (1, 2, 3)]
+    losses = " ".join(f"{point.loss:.3f}" for point in (*quarters, last))
+    return (
+        f"{learned.variant:<17}{learned.seed:>5}{losses:>34}{last.bits_per_byte:>11.4f}{learned.tokens_per_s:>11,.0f}"
+        f"{last.flops / last.tokens / 1e9:>14.3f}{last.seconds:>9.1f}{learned.peak_memory_bytes / 1e9:>7.2f}"
+    )
+
+
+def _told(ahead: "Gap") -> str:
+    at_seconds = "unknown" if ahead.at_seconds is None else f"{ahead.at_seconds:+.3f}"
+    return (
+        f"the MemoryFormer is ahead of {ahead.twin} by {ahead.at_tokens:+.3f} nats a token at equal tokens, by "
+        f"{at_seconds} at equal seconds; seeds differ by up to {ahead.spread:.3f}"
+    )

@@ -1,0 +1,252 @@
+"""Does a MemoryFormer learn as well as its dense twin? Both trained on the same text, tokens, batches and schedule.
+
+A variant is a preset with some keys changed; each is trained once a seed by the loop of `mfdist train`, in a folder of
+its own. A variant that has finished is not trained again, so a bench that was cut short goes on where it was.
+"""
+
+import itertools
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mfdist.config import ModelConfig, load_config
+from mfdist.models import build_model
+from mfdist.models.count import count
+from mfdist.training.data.tokenizer import load_tokenizer
+from mfdist.training.events import ignore
+from mfdist.training.loop import train
+from mfdist.training.metrics import read_metrics
+from mfdist.training.run import RunDirectory
+
+_KIND, _RATE, _TABLE_RATE = "model.kind", "optimizer.dense.lr", "optimizer.tables.lr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train.
+
+    Args:
+        name: of its runs' folders.
+        question: what it is compared for: `twin` is the dense twin, `memory` the model as the preset has it.
+        settings: key → value, changed in the preset.
+    """
+
+    name: str
+    question: str
+    settings: dict[str, str]
+
+
+def _rates(dense_lr: float, *, is_twin: bool) -> dict[str, str]:
+    kind = {_KIND: "dense"} if is_twin else {_TABLE_RATE: f"{3 * dense_lr:g}"}
+    return {_RATE: f"{dense_lr:g}", **kind}
+
+
+#: Of the tiny preset, whose dense rate is 2e-3 and whose tables' is 6e-3; the first two answer the main question.
+VARIANTS = (
+    Variant(name="memory", question="memory", settings={}),
+    Variant(name="twin-2e-3", question="twin", settings=_rates(2e-3, is_twin=True)),
+    Variant(name="twin-1e-3", question="twin", settings=_rates(1e-3, is_twin=True)),
+    Variant(name="twin-3e-3", question="twin", settings=_rates(3e-3, is_twin=True)),
+    Variant(name="released-score", question="score", settings={"model.score": "released"}),
+    Variant(name="lr-1e-3", question="learning rate", settings={_RATE: "1e-3", _TABLE_RATE: "1e-3"}),
+    Variant(name="lr-2e-3", question="learning rate", settings={_RATE: "2e-3", _TABLE_RATE: "2e-3"}),
+    Variant(name="lr-3e-3", question="learning rate", settings={_RATE: "3e-3", _TABLE_RATE: "3e-3"}),
+    Variant(name="lr-4e-3", question="learning rate", settings={_RATE: "4e-3", _TABLE_RATE: "4e-3"}),
+    Variant(name="tables-9e-3", question="learning rate", settings={_TABLE_RATE: "9e-3"}),
+    Variant(name="tables-12e-3", question="learning rate", settings={_TABLE_RATE: "12e-3"}),
+    Variant(name="bits-4", question="bits", settings={"model.bits": "4"}),
+    Variant(name="extra-bits-0", question="extra bits", settings={"model.extra_bits": "0"}),
+    Variant(name="extra-bits-1", question="extra bits", settings={"model.extra_bits": "1"}),
+    Variant(name="extra-bits-3", question="extra bits", settings={"model.extra_bits": "3"}),
+    Variant(name="no-decay", question="decay of tables", settings={"optimizer.tables.weight_decay": "0.0"}),
+    Variant(
+        name="adagrad-bf16",
+        question="memory of states",
+        settings={"optimizer.tables.rule": "rowwise_adagrad", "model.table_dtype": "bf16", _TABLE_RATE: "20e-3"},
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One validation."""
+
+    step: int
+    tokens: int
+    flops: float  # forward and backward, a multiply-add counted once
+    seconds: float  # of training steps alone: no validation, no saving
+    loss: float  # nats a token
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A finished run."""
+
+    variant: str
+    question: str
+    seed: int
+    tokens_per_s: float  # median over steps
+    peak_memory_bytes: int
+    points: list[Point]
+
+
+def measure(
+    folder: Path,
+    preset: str,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    settings: Sequence[str],
+    *,
+    may_begin: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> Iterator[Learned]:
+    """Train what has not been trained yet, every variant with the first seed before any with the second; yield all.
+
+    Args:
+        folder: of the runs, kept.
+        preset: of all variants, or the path of a configuration.
+        variants: of VARIANTS.
+        seeds: of initialisation and batches.
+        settings: `key=value` for all variants, such as steps and text; a variant's own come after.
+        may_begin: asked before each run; once it says no, only what is finished is yielded.
+        tell: told of what begins.
+    """
+    for seed in seeds:
+        for variant in variants:
+            path = folder / f"{variant.name}-seed-{seed}"
+            own = [f"{key}={value}" for key, value in variant.settings.items()]
+            overrides = [*_OF_ALL, *settings, *own, f"training.seed={seed}"]
+            if not _is_finished(path):
+                if not may_begin():
+                    continue
+                tell(f"training {path.name}")
+                _train(path, preset, overrides)
+            yield _learned(path, variant, seed)
+
+
+#: Every validation takes the whole text, so that all are alike; no saves within, no sample, no timed twin.
+_OF_ALL = (
+    "training.eval_sequences=1000000",
+    "training.twin_steps=0",
+    'training.sample_prompt=""',
+    "checkpoint.every=1000000000",
+    "checkpoint.asynchronous=false",
+)
+
+
+def _is_finished(path: Path) -> bool:
+    stops = read_metrics(path / "metrics.jsonl", "stopped") if (path / "metrics.jsonl").exists() else []
+    return bool(stops) and stops[-1]["reason"] == "finished"
+
+
+def _train(path: Path, preset: str, overrides: Sequence[str]) -> None:
+    if path.exists():  # cut short; nothing of it was saved
+        shutil.rmtree(path)
+    torch.manual_seed(0)
+    run = RunDirectory.create(path, load_config(preset, overrides))
+    train(run, observer=ignore)
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)  # gigabytes that no figure needs
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _learned(path: Path, variant: Variant, seed: int) -> Learned:
+    config = RunDirectory.open(path).config
+    started = read_metrics(path / "metrics.jsonl", "started")[-1]
+    steps = read_metrics(path / "metrics.jsonl", "stepped")
+    tokens_a_step = started["tokens_per_step"]
+    flops_a_token = flops_per_token(config.model, config.training.seq_len, _vocab_size(path))
+    seconds = [0.0]
+    for each in steps:
+        seconds.append(seconds[-1] + each["step_s"])
+    points = [
+        Point(
+            step=each["step"],
+            tokens=each["step"] * tokens_a_step,
+            flops=each["step"] * tokens_a_step * flops_a_token,
+            seconds=seconds[each["step"]],
+            loss=each["loss"],
+            bits_per_byte=each["bits_per_byte"],
+        )
+        for each in read_metrics(path / "metrics.jsonl", "evaluated")
+    ]
+    return Learned(
+        variant=variant.name,
+        question=variant.question,
+        seed=seed,
+        tokens_per_s=statistics.median(each["tokens_per_s"] for each in steps),
+        peak_memory_bytes=max(each["peak_memory_bytes"] for each in steps),
+        points=points,
+    )
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float:
+    """Return the FLOPs of forward and backward of one token in a sequence: three times those of forward."""
+    with torch.device("meta"):
+        counted = count(build_model(model.model_copy(update={"vocab_size": vocab_size})), seq_len)
+    return 3 * (model.num_layers * counted.block.flops / seq_len + model.hidden_dim * vocab_size)
+
+
+def _vocab_size(path: Path) -> int:
+    return load_tokenizer(path / "tokenizer.json").vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """How far the MemoryFormer is ahead of its twin at the twin's best learning rate, in nats a token.
+
+    Args:
+        twin: the twin's variant with the lowest mean loss at the end.
+        at_tokens: the mean of the twin's last losses less that of the memory's.
+        at_seconds: the same, where both have trained as long as the faster of them; None where their validations do not
+            reach there.
+        spread: the largest difference between seeds of one of the two.
+    """
+
+    twin: str
+    at_tokens: float
+    at_seconds: float | None
+    spread: float
+
+
+def gap(found: Sequence[Learned]) -> Gap | None:
+    """Return how far `memory` is ahead of the best `twin`; None where one of them has not been trained."""
+    last: dict[str, list[float]] = {}
+    for each in found:
+        if each.question in ("memory", "twin") and each.points:
+            last.setdefault(each.variant, []).append(each.points[-1].loss)
+    twins = {name: losses for name, losses in last.items() if name != "memory"}
+    if "memory" not in last or not twins:
+        return None
+    twin = min(twins, key=lambda name: statistics.mean(twins[name]))
+    seconds = min(each.points[-1].seconds for each in found if each.variant in ("memory", twin) and each.points)
+    at = {
+        name: [_loss_at(each.points, seconds) for each in found if each.variant == name and each.points]
+        for name in ("memory", twin)
+    }
+    known = {name: [loss for loss in losses if loss is not None] for name, losses in at.items()}
+    at_seconds = (
+        statistics.mean(known[twin]) - statistics.mean(known["memory"])
+        if all(len(known[name]) == len(at[name]) for name in known)
+        else None
+    )
+    return Gap(
+        twin=twin,
+        at_tokens=statistics.mean(twins[twin]) - statistics.mean(last["memory"]),
+        at_seconds=at_seconds,
+        spread=max(max(losses) - min(losses) for losses in (last["memory"], twins[twin])),
+    )
+
+
+def _loss_at(points: Sequence[Point], seconds: float) -> float | None:
+    """Return the loss after so many seconds, on the line between the validations around."""
+    for before, after in itertools.pairwise(points):
+        if before.seconds <= seconds <= after.seconds:
+            share = (seconds - before.seconds) / max(after.seconds - before.seconds, 1e-9)
+            return before.loss + share * (after.loss - before.loss)
+    return None

@@ -1,0 +1,90 @@
+"""`mfdist bench learning`: real runs of both models, gone on with where they were, and what is made of them."""
+
+import json
+
+import pytest
+
+from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, flops_per_token, gap
+from mfdist.config import ModelConfig, load_config
+
+from .conftest import TINY
+
+
+def bench(mfdist, out, *arguments):
+    return mfdist("bench", "learning", "--out", out, "--preset", TINY, "--set", "data.source=text", *arguments)
+
+
+def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_path):
+    found = tmp_path / "found.json"
+    code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--minutes", "0")
+    assert (code, err) == (0, "")
+    assert "2 runs were not begun" in out
+    code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--json", found)
+    assert (code, err.split("\n")[:-1]) == (0, ["training memory-seed-0", "training twin-2e-3-seed-0"])
+    assert "ahead of twin-2e-3 by" in out
+    results = json.loads(found.read_text("utf-8"))["results"]
+    assert [result["variant"] for result in results] == ["memory", "twin-2e-3"]
+    for result in results:
+        assert [point["step"] for point in result["points"]] == [5, 10, 12]
+        assert [point["tokens"] for point in result["points"]] == [640, 1280, 1536]
+        seconds = [point["seconds"] for point in result["points"]]
+        assert seconds == sorted(seconds) and seconds[0] > 0
+    assert results[0]["points"][-1]["flops"] < results[1]["points"][-1]["flops"]
+    assert not list((tmp_path / "runs").glob("*/checkpoints"))
+    torn = tmp_path / "runs" / "twin-2e-3-seed-0" / "metrics.jsonl"
+    torn.write_text("".join(torn.read_text("utf-8").splitlines(keepends=True)[:4]), "utf-8")
+    code, again, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--at-least", "1000")
+    assert code == 1
+    assert "training memory" not in err and "training twin-2e-3-seed-0" in err  # the one that was cut short
+    assert "must be ahead of its twin by 1000 nats" in err
+    assert again.splitlines()[1] == out.splitlines()[1]
+
+
+def test_every_variant_is_a_configuration(mfdist):
+    for variant in VARIANTS:
+        settings = [f"{key}={value}" for key, value in variant.settings.items()]
+        assert load_config("tiny", settings).training.steps > 0
+    code, out, _ = mfdist("bench", "learning", "--out", "unused", "--list")
+    assert (code, len(out.splitlines())) == (0, len(VARIANTS))
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--only", "nothing"), ("--seeds", "one"), ("--json", "no/such/file.json"), ("--preset", "tny")]
+)
+def test_misuse_trains_nothing(mfdist, workplace, tmp_path, wrong):
+    code, _, err = mfdist("bench", "learning", "--out", tmp_path / "runs", *wrong)
+    assert (code, err.splitlines()[-1].startswith("mfdist: ")) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flops_of_a_token_are_those_counted_by_hand():
+    d, layers, length, vocab = 16, 3, 32, 50
+    dense = ModelConfig(kind="dense", num_layers=layers, hidden_dim=d, num_heads=2, max_seq_len=length)
+    assert flops_per_token(dense, length, vocab) == 3 * (layers * (12 * d * d + 2 * length * d) + d * vocab)
+    memory = ModelConfig(num_layers=layers, hidden_dim=d, num_heads=2, max_seq_len=length, bits=4, extra_bits=1)
+    rows = d // 4 * (3 * d + d // 4 * 5 + d)
+    assert flops_per_token(memory, length, vocab) == 3 * (layers * (rows + 2 * length * d) + d * vocab)
+
+
+def learned(variant, question, seed, *curve):
+    points = [
+        Point(step=n, tokens=n, flops=n, seconds=seconds, loss=loss, bits_per_byte=0.0)
+        for n, (seconds, loss) in enumerate(curve)
+    ]
+    return Learned(variant=variant, question=question, seed=seed, tokens_per_s=1.0, peak_memory_bytes=1, points=points)
+
+
+def test_the_gap_is_to_the_best_twin_at_equal_tokens_and_at_equal_seconds():
+    found = [
+        learned("memory", "memory", 0, (10, 4.0), (20, 3.0)),
+        learned("memory", "memory", 1, (10, 4.0), (20, 3.2)),
+        learned("twin-a", "twin", 0, (5, 4.5), (10, 3.75)),
+        learned("twin-a", "twin", 1, (5, 4.5), (10, 3.65)),
+        learned("twin-b", "twin", 0, (5, 4.4), (10, 3.9)),
+        learned("lr-1e-3", "learning rate", 0, (5, 1.0), (10, 1.0)),
+    ]
+    assert gap(found) == Gap(
+        twin="twin-a", at_tokens=pytest.approx(0.6), at_seconds=pytest.approx(-0.3), spread=pytest.approx(0.2)
+    )
+    assert gap(found[:2]) is None
+    assert gap(found[2:]) is None
