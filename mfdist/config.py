@@ -36,6 +36,10 @@ class ModelConfig(Section):
     max_seq_len: Count = Field(2048, description="longest sequence the model accepts, in tokens")
     bits: int = Field(8, ge=1, le=MAX_BITS, description="sign bits a chunk (tau); must divide hidden_dim")
     extra_bits: int = Field(2, ge=0, le=8, description="more bits in the second feed-forward layer's chunks")
+    activation: Literal["none", "gelu"] = Field(
+        "none",
+        description="function between the feed-forward layers; the paper has none, and found GELU to change nothing",
+    )
     score: Literal["paper", "released"] = Field("paper", description="row weight: the paper's p(z), or ‖z‖₁·p(z)")
     score_temperature: Positive = Field(1.0, description="t in p(z) = 1 / prod(1 + exp(-2|z|/t))")
     rotary_fraction: Fraction = Field(0.25, description="share of each head that is rotated by position")

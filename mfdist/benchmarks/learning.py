@@ -62,6 +62,7 @@ VARIANTS = (
     Variant(name="extra-bits-0", question="extra bits", settings={"model.extra_bits": "0"}),
     Variant(name="extra-bits-1", question="extra bits", settings={"model.extra_bits": "1"}),
     Variant(name="extra-bits-3", question="extra bits", settings={"model.extra_bits": "3"}),
+    Variant(name="gelu", question="activation", settings={"model.activation": "gelu"}),
     Variant(name="no-decay", question="decay of tables", settings={"optimizer.tables.weight_decay": "0.0"}),
     Variant(
         name="adagrad-bf16",

@@ -20,6 +20,7 @@ class MemoryFormerConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence, in tokens.
         bits: sign bits a chunk (τ); must divide hidden_size.
         extra_bits: more of them in the second feed-forward layer's chunks.
+        activation: `none`, or `gelu` between the feed-forward layers.
         score: `paper` or `released`, the weight of a row.
         score_temperature: t of the score.
         rotary_fraction: share of each head that is rotated by position.
@@ -36,6 +37,7 @@ class MemoryFormerConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     bits: int = 8
     extra_bits: int = 2
+    activation: str = "none"
     score: str = "paper"
     score_temperature: float = 1.0
     rotary_fraction: float = 0.25

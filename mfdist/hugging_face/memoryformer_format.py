@@ -32,6 +32,7 @@ _FIELDS = {
     "max_position_embeddings": "max_seq_len",
     "bits": "bits",
     "extra_bits": "extra_bits",
+    "activation": "activation",
     "score": "score",
     "score_temperature": "score_temperature",
     "rotary_fraction": "rotary_fraction",

@@ -38,7 +38,8 @@ class MemoryBlock(Block):
     """MemoryFormer's block: no matrix product but attention's own.
 
     a = Attention(MemoryLayer_qkv(RMSNorm(x))), one hash and one lookup of rows 3·d wide for Q, K and V;
-    z = x + a; y = z + M2(LayerNorm(M1(RMSNorm(z)))), M1 widening to (bits + extra_bits)·K, no activation.
+    z = x + a; y = z + M2(LayerNorm(M1(RMSNorm(z)))), M1 widening to (bits + extra_bits)·K; no activation,
+    but GELU on M1's output where the configuration asks for it.
 
     Source: MemoryFormer (arXiv 2411.12992), equation 13 and the released code.
     """
@@ -68,13 +69,15 @@ class MemoryBlock(Block):
         self.qkv = layer(d, 3 * d, bits, "qkv")
         self.ffn1_norm = nn.RMSNorm(d, eps=1e-5)
         self.ffn1 = layer(d, wide_dim, bits, "ffn1", FEED_FORWARD_STD)
+        self.has_gelu = config.activation == "gelu"
         self.ffn2_norm = nn.LayerNorm(wide_dim, eps=1e-5)
         self.ffn2 = layer(wide_dim, d, wide_bits, "ffn2", FEED_FORWARD_STD)
 
     def forward(self, x: Tensor, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
         """Return the residual stream after this block; see `Block.forward`."""
         x = x + attend(self.qkv(self.attention_norm(x)), self.num_heads, placement, cache)
-        out: Tensor = x + self.ffn2(self.ffn2_norm(self.ffn1(self.ffn1_norm(x))))
+        wide = self.ffn1(self.ffn1_norm(x))
+        out: Tensor = x + self.ffn2(self.ffn2_norm(nn.functional.gelu(wide) if self.has_gelu else wide))
         return out
 
 

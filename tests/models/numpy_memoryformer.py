@@ -51,7 +51,7 @@ def attention(qkv, num_heads, rotary_dim):
     return out
 
 
-def forward(parameters, tokens, *, num_layers, num_heads, bits, extra_bits, rotary_dim, kind):
+def forward(parameters, tokens, *, num_layers, num_heads, bits, extra_bits, rotary_dim, kind, activation="none"):
     """Logits [T, V] of one sequence of tokens."""
     x = parameters["embedding.weight"][tokens]
     for index in range(num_layers):
@@ -63,6 +63,8 @@ def forward(parameters, tokens, *, num_layers, num_heads, bits, extra_bits, rota
         normed = rms_norm(x, part["attention_norm.weight"])
         x = x + attention(layer("qkv", normed, bits), num_heads, rotary_dim)
         wide = layer("ffn1", rms_norm(x, part["ffn1_norm.weight"]), bits)
+        if activation == "gelu":
+            wide = wide * np.vectorize(lambda value: 0.5 * (1 + math.erf(value / math.sqrt(2))))(wide)
         wide = layer_norm(wide, part["ffn2_norm.weight"], part["ffn2_norm.bias"])
         x = x + layer("ffn2", wide, bits + extra_bits)
     return rms_norm(x, parameters["norm.weight"]) @ parameters["head.weight"].T

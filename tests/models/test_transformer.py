@@ -40,9 +40,11 @@ def tokens(shape=(2, 9), seed=1):
 
 
 @pytest.mark.parametrize("score", ["paper", "released"])
-@pytest.mark.parametrize("rotary_fraction", [0.0, 0.25, 1.0])
-def test_memoryformer_equals_the_numpy_one(score, rotary_fraction):
-    model = made(dtype=torch.float64, score=score, rotary_fraction=rotary_fraction)
+@pytest.mark.parametrize(
+    ("rotary_fraction", "activation"), [(0.0, "none"), (0.25, "none"), (0.25, "gelu"), (1.0, "none")]
+)
+def test_memoryformer_equals_the_numpy_one(score, rotary_fraction, activation):
+    model = made(dtype=torch.float64, score=score, rotary_fraction=rotary_fraction, activation=activation)
     parameters = {name: value.detach().numpy() for name, value in model.named_parameters()}
     batch = tokens()
     with torch.no_grad():
@@ -57,6 +59,7 @@ def test_memoryformer_equals_the_numpy_one(score, rotary_fraction):
             extra_bits=2,
             rotary_dim=int(16 * rotary_fraction),
             kind=score,
+            activation=activation,
         )
         assert abs(logits - expected).max() <= 1e-9 * abs(expected).max()
 
