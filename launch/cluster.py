@@ -6,7 +6,9 @@ Clusters that mfdist starts are in `local_cluster`; others are joined as Ray's o
 import contextlib
 import logging
 import os
-import socket
+import re
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,11 +17,15 @@ from typing import Any
 
 import mfdist
 from mfdist.errors import ConfigError, InternalError, UnavailableError
+from mfdist.launch.head_port import check_head
 from mfdist.launch.job import ClusterAddress
 
 NAMESPACE = "mfdist"
 _HEAD_RESOURCE = "node:__internal_head__"  # Ray gives every head one of it
 _LEFT_OUT = ["*.pyc"]  # compiled kernels (.nbi, .nbc) go along: making them takes every host a minute
+
+#: How Ray says that versions differ.
+_VERSIONS = re.compile(r"Version mismatch.*?Ray: (\S+)\s+Python: (\S+).*?Ray: (\S+)\s+Python: (\S+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +70,14 @@ def joined_cluster(cluster: ClusterAddress, *, ships_code: bool = False) -> Iter
         ships_code: whether this package travels to its hosts; they need its dependencies installed, not itself.
 
     Raises:
-        UnavailableError: nothing answers there, or no Ray of that cluster runs on this host.
+        ConfigError: something other than Ray is there.
+        UnavailableError: nothing answers, it is another Ray or has another token, or no node of it is on this host.
     """
     if cluster.token_file:
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_file})
     import ray
 
-    _check_reachable(cluster.address)
+    check_head(cluster.address)
     runtime_env = {"py_modules": [str(_package())], "excludes": _LEFT_OUT} if ships_code else None
     try:
         ray.init(
@@ -82,10 +89,7 @@ def joined_cluster(cluster: ClusterAddress, *, ships_code: bool = False) -> Iter
             runtime_env=runtime_env,
         )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise UnavailableError(
-            f"a Ray cluster must be reachable at {cluster.address}, with a Ray node of it on this host; "
-            f"{_first_line(error)}"
-        ) from None
+        raise UnavailableError(f"a Ray cluster must be joined at {cluster.address}; {_why_not(error)}") from None
     try:
         yield
     finally:
@@ -124,6 +128,45 @@ def hosts() -> list[Host]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def ask_hosts(function: Callable[..., Any], *args: Any, timeout_s: float) -> list[tuple[Host, Any, str]]:
+    """Return what a function returns on each host, or why it returned nothing.
+
+    Args:
+        function: of a module that imports nothing but Python's own, for it travels with its module.
+        args: of it.
+        timeout_s: for all of them together.
+
+    Returns:
+        (host, result, "") or (host, None, reason) for each.
+    """
+    import ray
+    from ray import cloudpickle
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    until = time.monotonic() + timeout_s
+    module = sys.modules[function.__module__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        asked = [
+            (
+                host,
+                ray.remote(function)
+                .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False))
+                .remote(*args),
+            )
+            for host in hosts()
+        ]
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    answers: list[tuple[Host, Any, str]] = []
+    for host, reference in asked:
+        try:
+            answers.append((host, answer(reference, max(0.1, until - time.monotonic())), ""))
+        except mfdist.errors.MfdistError as error:
+            answers.append((host, None, str(error)))
+    return answers
 
 
 def draining_hosts() -> tuple[str, ...]:
@@ -318,17 +361,21 @@ def _death(error: Exception) -> str:
     return text[:300]
 
 
-def _check_reachable(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f'--address must be auto or HOST:PORT of the head, such as 10.0.0.1:6379; got "{address}"')
-    try:
-        socket.create_connection((host, int(port)), timeout=10.0).close()
-    except OSError as error:
-        raise UnavailableError(
-            f"a Ray cluster must be reachable at {address}; {error.strerror or error}; "
-            "see whether its head runs, and its port (6379, unless ray start said another)"
-        ) from None
+def _why_not(error: Exception) -> str:
+    """Return in a line why Ray could not join a cluster that answers."""
+    if versions := _VERSIONS.search(str(error)):
+        theirs, their_python, ours, our_python = versions.groups()
+        return (
+            f"every host must run one version of Ray and of Python; the cluster has Ray {theirs} and Python "
+            f"{their_python}, this host Ray {ours} and Python {our_python}; pip install 'ray=={theirs}' here, or start "
+            "the cluster anew from this environment"
+        )
+    if isinstance(error, ConnectionError):  # Ray tells a refused token on stderr alone
+        return (
+            "the cluster answers but lets this host not in; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or the file "
+            "~/.ray/auth_token, must be what its head was started with"
+        )
+    return f"a node of the cluster must run on this host; {_first_line(error)}; see ray start --address"
 
 
 def _package() -> Path:

@@ -115,6 +115,19 @@ class Starting:
         self._stack.enter_context(cluster.joined_cluster(self._cluster, ships_code=not ours))
         return cluster.hosts()
 
+    def check(self, config: RunConfig, run: Path, tell: Callable[[str], None]) -> None:
+        """Refuse hosts that could not train the run together; those of a cluster that was started for it could.
+
+        Raises:
+            ConfigError: with what is wrong, on which host.
+        """
+        assert self._cluster is not None
+        if not self._cluster.is_ours:
+            from mfdist.launch.preflight import check_hosts
+
+            tell("looking at its hosts")
+            check_hosts(config, run)
+
     def supervise(
         self, files: JobFiles, config: RunConfig, fit: Fit, server_bytes: int, tell: Callable[[str], None]
     ) -> Job:

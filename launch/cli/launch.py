@@ -160,5 +160,6 @@ def _launched(
         plan = plan_job(config, hosts, fitted)
         for line in lines(config, hosts, fitted, plan):
             tell(line)
+        begun.check(config, files.run, tell)
         create()
         return begun.supervise(files, config, fitted, plan.largest_server, tell)

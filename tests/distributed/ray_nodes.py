@@ -20,12 +20,12 @@ from typing import Any, Protocol, Self
 _PORT = 6379
 _UP_S = 90.0
 _OBJECT_STORE_BYTES = 128 << 20
-#: How soon the head knows of a host that died: half a second between checks, three missed. The default is 16 s.
+#: How soon the head knows of a host that died: a second between checks, five missed. Ray's own take 16 s.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "500",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
 }
 #: Run in the head's host, which may be the only one that reaches it.
 _WAIT = """
@@ -54,7 +54,7 @@ class _Host(Protocol):
     def run(
         self, arguments: Sequence[str], *, timeout_s: float = ..., env: Mapping[str, str] | None = ...
     ) -> "subprocess.CompletedProcess[str]": ...
-    def pids(self) -> list[int]: ...
+    def kill(self) -> None: ...
 
 
 class _Hosts(Protocol):
@@ -73,12 +73,20 @@ class RayNodes:
         hosts: the first is the head's.
         cpus: how many each host says it has.
         environment: variables for all nodes, and so for what runs in them.
+        of_host: more of them for the node of a host, by its index.
 
     Attributes:
         environment: what a driver or a command in one of the hosts needs: the cluster's address and token.
     """
 
-    def __init__(self, hosts: "_Hosts", *, cpus: int = 4, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        hosts: "_Hosts",
+        *,
+        cpus: int = 4,
+        environment: Mapping[str, str] | None = None,
+        of_host: Mapping[int, Mapping[str, str]] | None = None,
+    ) -> None:
         self.address = f"{hosts[0].address}:{_PORT}"
         self.environment = {
             **os.environ,
@@ -90,7 +98,7 @@ class RayNodes:
             **HEALTH_CHECKS,
             **(environment or {}),
         }
-        self._hosts, self._cpus = hosts, cpus
+        self._hosts, self._cpus, self._of_host = hosts, cpus, of_host or {}
         self._processes: dict[int, subprocess.Popen[Any]] = {}
 
     def __enter__(self) -> Self:
@@ -122,15 +130,24 @@ class RayNodes:
             *(f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={self._hosts.folder}/ray-{host.name}"),
             f'--resources={{"{host.name}": 1}}',
         ]
-        # A node outlives a Ctrl-C that is meant for the driver.
+        environment = {**self.environment, **self._of_host.get(index, {})}
+        del environment["RAY_ADDRESS"]  # it would be the address to join, of the head too
         self._processes[index] = host.start(
             arguments,
-            env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            start_new_session=True,  # a Ctrl-C is meant for a driver
         )
+
+    def revive(self) -> list[int]:
+        """Start the nodes whose process ended by itself, as systemd would, and return whose they were."""
+        ended = [index for index, process in self._processes.items() if process.poll() is not None]
+        for index in ended:
+            self._hosts[index].kill()  # what a node leaves goes with it
+            self.start(index)
+        return ended
 
     def wait_for(self, number: int) -> None:
         """Return once the head knows of `number` living nodes, and no fewer or more.
