@@ -1,8 +1,8 @@
 """Memory tables bigger than a GPU, as an ordinary PyTorch layer.
 
 `MemoryLayer` stands in for `nn.Linear`; its rows live in a `Table`. `MemoryFormer` is a whole transformer of them and
-`DenseTransformer` its twin of the same shape. `load_config` reads what describes a run. Everything here is loaded when
-it is first used, so that `import mfdist` stays quick.
+`DenseTransformer` its twin of the same shape; `replace_linear` converts models that you have. `load_config` reads what
+describes a run. Everything here is loaded when it is first used, so that `import mfdist` stays quick.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mfdist.config import RunConfig, load_config
+    from mfdist.conversion import replace_linear
     from mfdist.layers import MemoryLayer
     from mfdist.models import DenseTransformer, MemoryFormer
     from mfdist.optim import RowAdagrad, RowAdam, RowSGD
@@ -35,6 +36,7 @@ __all__ = [
     "Table",
     "__version__",
     "load_config",
+    "replace_linear",
     "shard",
     "table_parameters",
 ]
@@ -52,6 +54,7 @@ _HOME = {
     "ShardingPlan": "mfdist.sharding.plan",
     "Table": "mfdist.table",
     "load_config": "mfdist.config",
+    "replace_linear": "mfdist.conversion",
     "shard": "mfdist.parallelize",
     "table_parameters": "mfdist.parallelize",
 }

@@ -216,7 +216,8 @@ def test_help_and_version_load_no_torch() -> None:
 def test_the_public_names_are_these() -> None:
     assert set(mfdist.__all__) == {
         "DenseTransformer", "LocalTable", "MemoryFormer", "MemoryLayer", "RowAdagrad", "RowAdam", "RowSGD",
-        "RunConfig", "ShardedTable", "ShardingPlan", "Table", "__version__", "load_config", "shard", "table_parameters",
+        "RunConfig", "ShardedTable", "ShardingPlan", "Table", "__version__", "load_config", "replace_linear", "shard",
+        "table_parameters",
     }  # fmt: skip
     for name in mfdist.__all__:
         assert name in dir(mfdist)
