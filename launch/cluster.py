@@ -76,7 +76,10 @@ def joined_cluster(cluster: ClusterAddress, *, ships_code: bool = False) -> Iter
     if cluster.token_file:
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_file})
     import ray
+    import ray._private.worker
 
+    # What befalls a cluster would be printed on stdout, stack traces of its daemons included; the supervisor tells it.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     check_head(cluster.address)
     runtime_env = {"py_modules": [str(_package())], "excludes": _LEFT_OUT} if ships_code else None
     try:
@@ -354,7 +357,10 @@ def _death(error: Exception) -> str:
         ("connection error code 2", "its process ended unexpectedly (killed, or out of memory)"),
         ("node is dead", "its host is gone"),
         ("node died", "its host is gone"),
+        ("node has died", "its host is gone"),
         ("ray.kill", "it was ended"),
+        ("temporarily unavailable", "its connection broke"),
+        ("died unexpectedly", "its process is gone"),
     ):
         if known in text:
             return said
