@@ -7,7 +7,9 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from mfdist.launch.job import ClusterAddress
 
 NAMESPACE = "mfdist"
 _HEAD_RESOURCE = "node:__internal_head__"  # Ray gives every head one of it
-_LEFT_OUT = ["*.pyc"]  # compiled kernels (.nbi, .nbc) go along: making them takes every host a minute
+_LEFT_OUT = ("*.pyc",)  # compiled kernels (.nbi, .nbc) go along: making them takes every host a minute
 
 #: How Ray says that versions differ.
 _VERSIONS = re.compile(r"Version mismatch.*?Ray: (\S+)\s+Python: (\S+).*?Ray: (\S+)\s+Python: (\S+)", re.DOTALL)
@@ -73,7 +75,7 @@ def joined_cluster(cluster: ClusterAddress, *, ships_code: bool = False) -> Iter
         ConfigError: something other than Ray is there.
         UnavailableError: nothing answers, it is another Ray or has another token, or no node of it is on this host.
     """
-    if cluster.token_file:
+    if cluster.token_file:  # Ray reads it once in a process
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_file})
     import ray
     import ray._private.worker
@@ -81,18 +83,18 @@ def joined_cluster(cluster: ClusterAddress, *, ships_code: bool = False) -> Iter
     # What befalls a cluster would be printed on stdout, stack traces of its daemons included; the supervisor tells it.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     check_head(cluster.address)
-    runtime_env = {"py_modules": [str(_package())], "excludes": _LEFT_OUT} if ships_code else None
-    try:
-        ray.init(
-            address=cluster.address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            runtime_env=runtime_env,
-        )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise UnavailableError(f"a Ray cluster must be joined at {cluster.address}; {_why_not(error)}") from None
+    with _copy_of_code() if ships_code else contextlib.nullcontext() as code:
+        try:
+            ray.init(
+                address=cluster.address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                runtime_env=None if code is None else {"working_dir": code},
+            )
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            raise UnavailableError(f"a Ray cluster must be joined at {cluster.address}; {_why_not(error)}") from None
     try:
         yield
     finally:
@@ -384,8 +386,17 @@ def _why_not(error: Exception) -> str:
     return f"a node of the cluster must run on this host; {_first_line(error)}; see ray start --address"
 
 
-def _package() -> Path:
-    return Path(mfdist.__file__).absolute().parent
+@contextlib.contextmanager
+def _copy_of_code() -> Iterator[str]:
+    """Give a folder that holds this package alone, as real files, to be sent to other hosts.
+
+    As their working folder, and not as Ray's py_modules: beside those, workers would look into this process's own
+    folder first, where another version may lie on another host.
+    """
+    package = Path(mfdist.__file__).absolute().parent
+    with tempfile.TemporaryDirectory(prefix="mfdist-code-") as folder:
+        shutil.copytree(package, Path(folder, package.name), ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        yield folder
 
 
 def _first_line(error: BaseException) -> str:

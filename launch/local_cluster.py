@@ -19,6 +19,7 @@ from mfdist.launch.job import ClusterAddress
 
 _START_S = 90.0
 _END_S = 20.0
+_ORPHANS_S = 3.0
 #: Of a cluster of one machine: no drain when it ends, since its job has ended before.
 _LOCAL_SETTINGS = {
     "RAY_AUTH_MODE": "token",
@@ -98,17 +99,24 @@ def is_head_alive(cluster: ClusterAddress) -> bool:
         return False
 
 
-def end_local(cluster: ClusterAddress, *, grace_s: float = _END_S) -> None:
-    """End a cluster that mfdist started on this machine and remove its folder; leave one that others started alone."""
+def end_local(cluster: ClusterAddress, *, at_once: bool = False) -> None:
+    """End a cluster that mfdist started on this machine, and remove its folder; leave one that others started alone.
+
+    Args:
+        cluster: which.
+        at_once: by SIGKILL.
+    """
     if not cluster.is_ours:
         return
-    if is_head_alive(cluster):
-        os.kill(cluster.head_pid, signal.SIGTERM)
-    if not wait_for_end(cluster, grace_s):
-        os.kill(cluster.head_pid, signal.SIGKILL)
-        wait_for_end(cluster, grace_s)
+    if not at_once:
+        ask_to_end(cluster)
+    if at_once or not wait_for_end(cluster, _END_S):
+        for process in _members(cluster):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        wait_for_end(cluster, _END_S)
     # Workers notice that their host's process is gone, and end by themselves.
-    until = time.monotonic() + grace_s
+    until = time.monotonic() + _ORPHANS_S
     while _members(cluster) and time.monotonic() < until:
         time.sleep(0.05)
     for process in _members(cluster):
@@ -118,9 +126,9 @@ def end_local(cluster: ClusterAddress, *, grace_s: float = _END_S) -> None:
         shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
-def end_local_from_within(cluster: ClusterAddress) -> None:
-    """Ask the cluster that this process is part of to end; this process ends with it."""
-    with contextlib.suppress(ProcessLookupError):
+def ask_to_end(cluster: ClusterAddress) -> None:
+    """Ask a cluster to end, which this process may be part of."""
+    if is_head_alive(cluster):
         os.kill(cluster.head_pid, signal.SIGTERM)
 
 
@@ -128,6 +136,8 @@ def wait_for_end(cluster: ClusterAddress, timeout_s: float) -> bool:
     """Return whether the process of a local cluster ended in time."""
     until = time.monotonic() + timeout_s
     while is_head_alive(cluster):
+        with contextlib.suppress(ChildProcessError):  # where it is this process's own
+            os.waitpid(cluster.head_pid, os.WNOHANG)
         if time.monotonic() > until:
             return False
         time.sleep(0.05)

@@ -18,9 +18,10 @@ from typing import Literal
 
 import psutil
 
+import mfdist
 from mfdist.errors import MfdistError
 from mfdist.launch.happenings import Kind
-from mfdist.training.events import Event, Preparing, Saved, Started
+from mfdist.training.events import Event, Preparing, Saved, Started, Warned
 
 BEAT_S = 0.5
 _FENCED = 71  # exit code
@@ -87,6 +88,8 @@ class Pulse:
 
     def observe(self, event: Event) -> None:
         """Tell of an event of training. Of work before it, only the latest counts."""
+        if isinstance(event, Warned) and self._is_asked:
+            return  # SIGTERM, which the supervisor asked for
         if isinstance(event, Started):
             self._committed = max(self._committed, event.first_step)
             self.be_ready()
@@ -171,5 +174,6 @@ def settle(post: Post) -> None:
         os.dup2(log, stream)
     os.close(log)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    sys.stderr.write(f"--- {post.name}, start {post.incarnation}, {now}, pid {os.getpid()}\n")
+    code = f"mfdist {mfdist.__version__} of {Path(mfdist.__file__).parent}"
+    sys.stderr.write(f"--- {post.name}, start {post.incarnation}, {now}, pid {os.getpid()}, {code}\n")
     sys.stderr.flush()

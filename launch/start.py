@@ -9,12 +9,11 @@ from typing import Any
 
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError, UnavailableError
-from mfdist.launch import cluster, local_cluster
+from mfdist.launch import cluster, local_cluster, machine
 from mfdist.launch.cluster import Host
 from mfdist.launch.holding import Holding
 from mfdist.launch.job import ClusterAddress, Job, JobFiles, group_sizes
 from mfdist.launch.local_cluster import LocalHead
-from mfdist.launch.machine import cpu
 
 _SUPERVISOR_S = 60.0
 _NO_CERTIFICATE = 'servers.addresses=["127.0.0.1:1"]'  # stands for servers that are to come
@@ -82,7 +81,7 @@ def starting(wish: Wish, tell: Callable[[str], None]) -> Iterator["Starting"]:
         head = None
         if wish.address is None:
             tell("starting a local Ray")
-            head = LocalHead(cpu()["usable_cores"] or 1)
+            head = LocalHead(_cores())
         begun = Starting(wish, head, stack)
         try:
             yield begun
@@ -182,6 +181,16 @@ class Starting:
             self._head.abandon()
 
 
+def check_this_machine(config: RunConfig) -> None:
+    """Refuse what a local Ray of this machine will lack, before there is one; GPUs are for Ray to find."""
+    if config.training.device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
+        fit(config, [Host(node_id="", address="this machine", cpus=_cores(), gpus=0, memory_bytes=0)])
+
+
+def _cores() -> int:
+    return int(machine.cpu()["usable_cores"] or 1)
+
+
 def fit(config: RunConfig, hosts: Sequence[Host]) -> Fit:
     """Return what each trainer gets, and refuse what the cluster lacks.
 
@@ -195,7 +204,7 @@ def fit(config: RunConfig, hosts: Sequence[Host]) -> Fit:
         if num_gpus < wanted:
             raise ConfigError(
                 f"each trainer needs a GPU; {wanted} trainers were asked for and the cluster has {num_gpus} GPUs; "
-                f"--trainers {max(1, num_gpus)}, or --set training.device=cpu"
+                f"{f'--trainers {num_gpus}, or ' if num_gpus else ''}--set training.device=cpu"
             )
         return Fit(cpus=launch.cpus or 1.0, gpus=1.0, threads=_server_threads(config, hosts))
     kept = [max(0.0, host.cpus - launch.server_cpus * (launch.servers / len(hosts))) for host in hosts]

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mfdist.config_places import LaunchConfig
@@ -46,6 +46,7 @@ _SURVEY_S = 2.0  # between looks at the cluster itself
 _STORE_S = 1.0
 _KEPT_EVENTS = 5000
 _LASTING = (Started, Stepped, Evaluated, Saved)  # what a watcher who comes later is told
+_PARTING_S = 1.0  # for watchers to leave: Ray lets those wait long whose cluster is gone
 _LINGER_S = 5.0  # after the end, for whoever watches
 
 
@@ -73,8 +74,9 @@ class _Latest:
     loss: float | None = None
     tokens_per_s: float | None = None
     restarts: int = 0
-    recoveries_s: list[float] = field(default_factory=list)  # from each end of a group to the next step
-    broke_at: float | None = None
+    recoveries_s: list[float] = field(default_factory=list)  # from the last step of a group to the first of the next
+    stepped_at: float | None = None
+    is_broken: bool = False
 
 
 class Supervisor:
@@ -108,6 +110,7 @@ class Supervisor:
         )
         self._lock = threading.Lock()
         self._told = threading.Condition(self._lock)
+        self._end_is_known = threading.Event()
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._events: deque[TrainingEvent] = deque(maxlen=_KEPT_EVENTS)
         self._num_events = 0
@@ -151,6 +154,8 @@ class Supervisor:
                 self._told.wait(wait_s)
             first = self._num_events - len(self._events)
             events = tuple(self._events)[max(0, position - first) :]
+            if self._state["outcome"] is not None and not events:
+                self._end_is_known.set()
             return Watched(events=events, position=self._num_events, state=self._state)
 
     def stop(self, at_once: bool) -> None:
@@ -192,9 +197,10 @@ class Supervisor:
             traceback.print_exc()
             self._say(f"the supervisor has failed and begins anew: {error!r}")
             os._exit(1)  # Ray starts it again
-        time.sleep(_LINGER_S)
+        self._end_is_known.wait(_LINGER_S)
+        time.sleep(_PARTING_S)
         if self._job.cluster.is_ours:
-            local_cluster.end_local_from_within(self._job.cluster)
+            local_cluster.ask_to_end(self._job.cluster)
         else:
             cluster.end_actor(cluster.own_handle())
 
@@ -239,7 +245,7 @@ class Supervisor:
                 self._hands.end_group()
                 with self._lock:
                     self._latest.restarts += 1
-                    self._latest.broke_at = self._latest.broke_at or now
+                    self._latest.is_broken = True
             case Say(message, is_failure):
                 self._say(message, is_failure=is_failure)
             case Finish():
@@ -290,11 +296,14 @@ class Supervisor:
             case Stepped():
                 latest = self._latest
                 latest.step, latest.loss, latest.tokens_per_s = event.step, event.loss, event.tokens_per_s
-                if latest.broke_at is not None:
-                    latest.recoveries_s.append(time.monotonic() - latest.broke_at)
-                    latest.broke_at = None
-            case Stopped() if event.reason != "finished" and self._policy.wanted == "run":
-                return  # one group hands over to the next
+                now, before = time.monotonic(), latest.stepped_at
+                if latest.is_broken and before is not None:
+                    latest.recoveries_s.append(now - before)
+                latest.stepped_at, latest.is_broken = now, False
+            case Stopped() if event.reason != "finished":
+                if self._policy.wanted == "run":
+                    return  # one group hands over to the next
+                event = replace(event, reason="request")
         self._events.append(event)
         self._num_events += 1
 

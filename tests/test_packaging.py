@@ -37,13 +37,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lay the wheel out as an installer does with a pure one."""
-    target = tmp_path_factory.mktemp("site")
+def laid_out(wheel: Path, target: Path) -> Path:
+    """Lay a wheel out as an installer does with a pure one; return where."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     return target
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return laid_out(wheel, tmp_path_factory.mktemp("site"))
 
 
 def contents(wheel: Path) -> dict[str, bytes]:

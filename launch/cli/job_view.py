@@ -71,7 +71,8 @@ def described(state: dict[str, Any]) -> Iterator[str]:
     yield f"trainers {trainers['running']} of {trainers['wanted']}, groups {state['groups']}, Ray {state['address']}"
     if state["recoveries_s"]:
         times = sorted(state["recoveries_s"])
-        yield f"recovered {len(times)} times, in {times[len(times) // 2]:.1f} s (median), {times[-1]:.1f} s at worst"
+        median, worst = times[len(times) // 2], times[-1]
+        yield f"between groups: {len(times)} times without steps, {median:.1f} s (median), {worst:.1f} s at worst"
     for cause in state["failures"]:
         yield f"failed: {cause}"
     view = JobView()

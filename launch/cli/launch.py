@@ -117,6 +117,8 @@ def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
     from mfdist.launch.job import JobFiles
     from mfdist.launch.local_cluster import end_local
     from mfdist.launch.start import check_wish
+
+    tell("loading torch")
     from mfdist.training.run import RunDirectory
 
     run = RunDirectory.open(path.absolute())
@@ -127,7 +129,10 @@ def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
     chosen = run.config_with((*wish.overrides, "servers.addresses=[]"))
     check_wish(chosen, wish.overrides, run.config_with)
     with contextlib.suppress(ConfigError):  # a run of mfdist train was never launched
-        end_local(files.read_job().cluster)
+        earlier = files.read_job().cluster
+        if earlier.temp_dir and Path(earlier.temp_dir).exists():
+            tell("ending what is left of the earlier Ray")
+        end_local(earlier)
     return _launched(files, chosen, wish, tell, lambda: None)
 
 
@@ -148,10 +153,13 @@ def _check_free(files: "JobFiles") -> None:
 def _launched(
     files: "JobFiles", config: RunConfig, wish: "Wish", tell: Callable[[str], None], create: Callable[[], None]
 ) -> "Job":
-    from mfdist.launch.start import fit, starting
+    from mfdist.launch.start import check_this_machine, fit, starting
 
+    if wish.address is None:
+        check_this_machine(config)
     with starting(wish, tell) as begun:
-        tell("loading torch")
+        if "torch" not in sys.modules:
+            tell("loading torch")
         from mfdist.launch.cli.launch_plan import lines
         from mfdist.launch.cluster_plan import plan_job
 

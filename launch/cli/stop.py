@@ -28,7 +28,7 @@ def stop(
 
     job = find_job(run)
     if job.cluster.is_ours and now and local_cluster.is_head_alive(job.cluster):
-        local_cluster.end_local(job.cluster)
+        local_cluster.end_local(job.cluster, at_once=True)
         typer.echo(f"ended; {go_on(job)}")
         return failures.DONE
     with supervised(job) as handle:

@@ -23,6 +23,7 @@ from mfdist.training.events import Noted, Observer
 
 _WAIT_S = 0.5
 _ANSWER_S = 30.0
+_END_S = 15.0
 _AWAY_S = 60.0  # how long a supervisor may be on its way back
 
 
@@ -51,8 +52,10 @@ def watch(job: Job, *, is_quiet: bool, as_json: bool, stops_job: bool) -> int:
         sys.stderr.write(f"the job goes on; mfdist attach {wording.quoted(Path(job.run))} comes back to it\n")
         return failures.DONE
     if job.cluster.is_ours:
-        local_cluster.wait_for_end(job.cluster, 15.0)
-        local_cluster.end_local(job.cluster)
+        is_over = state["outcome"] is not None
+        if is_over:
+            local_cluster.wait_for_end(job.cluster, _END_S)
+        local_cluster.end_local(job.cluster, at_once=not is_over)
     outcome = state["outcome"] or {"reason": "stopped", "cause": "", "kind": ""}
     if as_json:
         write_json({**progress.summary(), "reason": outcome["reason"], "job": state})
@@ -88,15 +91,12 @@ def _follow(
 
 
 def _stop(job: Job, handle: Any, display: Observer, *, at_once: bool) -> bool:
-    """Ask the job to stop; return whether it is over with that."""
+    """Ask the job to stop; return whether there is nothing more to wait for."""
     if at_once:
         display(Noted(message="ending the job at once"))
         with contextlib.suppress(UnavailableError):
             cluster.answer(handle.stop.remote(True), 2.0)
-        if job.cluster.is_ours:
-            local_cluster.end_local(job.cluster)
-            return True
-        return False
+        return job.cluster.is_ours  # whose processes are ended once this one has left it: Ray waits for a dead cluster
     display(Noted(message="saving and stopping; press Ctrl-C again to end it at once"))
     cluster.answer(handle.stop.remote(False), _ANSWER_S)
     return False
