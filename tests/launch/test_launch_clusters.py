@@ -51,7 +51,7 @@ def shown(nodes: RayNodes, code: Path) -> Mapping[str, str]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("source", ["repository", "wheel"])
+@pytest.mark.parametrize("source", ["repository", pytest.param("wheel", marks=pytest.mark.slow)])
 def test_code_travels_to_the_hosts(
     tmp_path: Path, source: str, bare: Mapping[str, str], request: pytest.FixtureRequest
 ) -> None:
