@@ -7,24 +7,21 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import mfdist
 from mfdist.errors import ConfigError, InternalError, UnavailableError
+from mfdist.launch.code_copy import copy_of_code
 from mfdist.launch.head_port import check_head
 from mfdist.launch.job import ClusterAddress
 
 NAMESPACE = "mfdist"
 _HEAD_RESOURCE = "node:__internal_head__"  # Ray gives every head one of it
-_LEFT_OUT = ("*.pyc",)  # compiled kernels (.nbi, .nbc) go along: making them takes every host a minute
 
 #: How Ray says that versions differ.
 _VERSIONS = re.compile(r"Version mismatch.*?Ray: (\S+)\s+Python: (\S+).*?Ray: (\S+)\s+Python: (\S+)", re.DOTALL)
@@ -83,7 +80,7 @@ def joined_cluster(cluster: ClusterAddress, *, ships_code: bool = False) -> Iter
     # What befalls a cluster would be printed on stdout, stack traces of its daemons included; the supervisor tells it.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     check_head(cluster.address)
-    with _copy_of_code() if ships_code else contextlib.nullcontext() as code:
+    with copy_of_code() if ships_code else contextlib.nullcontext() as code:
         try:
             ray.init(
                 address=cluster.address,
@@ -384,19 +381,6 @@ def _why_not(error: Exception) -> str:
             "~/.ray/auth_token, must be what its head was started with"
         )
     return f"a node of the cluster must run on this host; {_first_line(error)}; see ray start --address"
-
-
-@contextlib.contextmanager
-def _copy_of_code() -> Iterator[str]:
-    """Give a folder that holds this package alone, as real files, to be sent to other hosts.
-
-    As their working folder, and not as Ray's py_modules: beside those, workers would look into this process's own
-    folder first, where another version may lie on another host.
-    """
-    package = Path(mfdist.__file__).absolute().parent
-    with tempfile.TemporaryDirectory(prefix="mfdist-code-") as folder:
-        shutil.copytree(package, Path(folder, package.name), ignore=shutil.ignore_patterns(*_LEFT_OUT))
-        yield folder
 
 
 def _first_line(error: BaseException) -> str:
