@@ -34,6 +34,8 @@ DOORS = {
     "opentelemetry": ("mfdist.table_server.traces",),
     "numba": ("mfdist.kernels.",),
     "triton": ("mfdist.kernels.",),
+    "plotly": ("mfdist.report.page",),
+    "jinja2": ("mfdist.report.page",),
     "tokenizers": ("mfdist.training.data.tokenizer",),
     "pyarrow": ("mfdist.training.data.text_files",),
     "datasets": ("mfdist.training.data.hugging_face",),

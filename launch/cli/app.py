@@ -22,6 +22,7 @@ from mfdist.launch.cli.launch import NOTES as LAUNCH_NOTES
 from mfdist.launch.cli.launch import launch
 from mfdist.launch.cli.logs import logs
 from mfdist.launch.cli.plan import plan
+from mfdist.launch.cli.report import report
 from mfdist.launch.cli.scale import scale
 from mfdist.launch.cli.serve import serve
 from mfdist.launch.cli.status import status
@@ -54,6 +55,7 @@ bench.app.command("sharding")(bench_sharding)
 bench.app.command("learning")(bench_learning)
 bench.app.command("server")(bench_server)
 app.add_typer(bench.app, name="bench")
+app.command()(report)
 app.command()(plan)
 app.command()(serve)
 app.command()(top)

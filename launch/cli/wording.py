@@ -119,6 +119,7 @@ def commands(event: Stopped, verb: str = "train") -> list[tuple[str, str]]:
     return [
         ("write text", f'mfdist generate {run} --prompt "def " --tokens 50'),
         ("score it", f"mfdist evaluate {run} --json"),
+        ("look at it", f"mfdist report {run} --open"),
         ("train on", f"mfdist {verb} --resume {run} {more}"),
     ]
 

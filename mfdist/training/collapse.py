@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from mfdist.training.layer_use import LayerUse
 
+#: How the line begins.
+COLLAPSED_BEGINNING = "a memory layer must hash tokens apart"
+
 _SURE = 0.9  # a median score from here on: signs come from large offsets
 _UNSURE = 1.5  # times the least score there is: signs come from activations near zero
 
@@ -18,7 +21,7 @@ def collapse_message(layers: Sequence[LayerUse], step: int) -> str:
     worst = min(layers, key=lambda use: use.evenness)
     others = "" if len(layers) == 1 else f" ({len(layers)} layers have collapsed, this one most)"
     return (
-        f"a memory layer must hash tokens apart; after step {step} {worst.name} does not{others}: its codes carry "
+        f"{COLLAPSED_BEGINNING}; after step {step} {worst.name} does not{others}: its codes carry "
         f"{worst.code_entropy:.1f} of {worst.even_code_entropy:.1f} bits, {worst.constant_bits:.0%} of their bits are "
         f"the same for nearly every token, {worst.dead_share:.0%} of its rows are not used; {_cause(worst)}; "
         f"{_remedy(worst)}; mfdist report shows every table"

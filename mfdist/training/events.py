@@ -57,6 +57,7 @@ class Stepped:
     step_s: float
     peak_memory_bytes: int  # device memory on a GPU, resident memory on a CPU
     lookup_share: float | None  # share of the step spent in sign_hash, gather_sum and their gradients, where measured
+    time_shares: dict[str, float] | None = None  # shares of the step by kind of operator, where measured
 
 
 @dataclass(frozen=True, kw_only=True)

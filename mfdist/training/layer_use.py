@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 #: The quantiles of scores and movements.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: A map of hits has at most so many lines, of neighbouring tables, and columns, of rows that are hit alike.
-MAP_TABLES, MAP_COLUMNS = 128, 64
+MAP_TABLES, MAP_COLUMNS = 64, 48
 LORENZ_POINTS = 51
 NUM_HOT_ROWS = 10
 #: A bit that carries less than this is taken to be constant; 1 % of one sign carries 0.08.

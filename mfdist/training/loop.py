@@ -38,7 +38,7 @@ from mfdist.training.generation import GenerationConfig, Generator
 from mfdist.training.interrupts import StopRequest, stop_on_signals
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
-from mfdist.training.profile import lookup_share
+from mfdist.training.profile import LOOKUPS, time_shares
 from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
 from mfdist.training.spread import plan_of
@@ -50,7 +50,7 @@ from mfdist.training.validation import Validation
 from mfdist.training.world import World, joined
 from mfdist.training.writing import writing
 
-PROFILE_EVERY = 50  # steps between measurements of the lookups' share
+PROFILE_EVERY = 50  # steps between measurements of what a step's time goes to
 NUM_SAMPLE_TOKENS = 100
 
 
@@ -290,13 +290,13 @@ class _Session:
 
     def _step(self, step: int) -> tuple[Stepped, _Timing]:
         training = self.config.training
-        is_profiled = self.config.model.kind == "memory" and (step - self.first_step) % PROFILE_EVERY == 2
+        is_profiled = (step - self.first_step) % PROFILE_EVERY == 2
         inputs, targets = self._batches.at(step)
         start = time.perf_counter()
         if is_profiled:
-            result, share = lookup_share(lambda: self._train_step(step, inputs, targets), self._device)
+            result, shares = time_shares(lambda: self._train_step(step, inputs, targets), self._device)
         else:
-            result, share = self._train_step(step, inputs, targets), None
+            result, shares = self._train_step(step, inputs, targets), None
         synchronize(self._device)
         step_s = time.perf_counter() - start
         event = Stepped(
@@ -309,7 +309,8 @@ class _Session:
             tokens_per_s=training.batch_size * training.seq_len / step_s,
             step_s=step_s,
             peak_memory_bytes=peak_memory_bytes(self._device),
-            lookup_share=share,
+            lookup_share=shares.get(LOOKUPS, 0.0) if shares and self.config.model.kind == "memory" else None,
+            time_shares=shares,
         )
         return event, _Timing(step_s, is_profiled)
 

@@ -1,4 +1,4 @@
-"""Measuring which share of a step the lookups take."""
+"""Measuring what a step's time goes to."""
 
 import os
 from collections.abc import Callable
@@ -9,12 +9,24 @@ from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
 
+#: What an operator counts as, by what its name contains; the first that fits.
+_KINDS = (
+    ("lookups", ("mfdist",)),
+    # `_Lookup` is that of sharded tables and of tables on servers, whose own time is waiting for the others.
+    ("exchanges", ("gloo:", "nccl:", "c10d::", "all_reduce", "all_to_all", "_lookup", "distributeddataparallel")),
+    ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention")),
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul")),
+    ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
+    ("optimiser", ("adam", "optimizer.step", "foreach", "linalg_vector_norm")),
+)
+LOOKUPS, REST = _KINDS[0][0], "everything else"
 
-def lookup_share(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """Run `work` under torch's profiler; return its result and the share of operator time spent in mfdist's kernels.
 
-    The share is of the device's time on a GPU and of the operators' own time on a CPU; forward and backward of
-    hashing and lookup both count.
+def time_shares(work: Callable[[], T], device: torch.device) -> tuple[T, dict[str, float]]:
+    """Run `work` under torch's profiler; return its result and the shares of operator time by kind.
+
+    The shares are of the device's time on a GPU and of the operators' own time on a CPU. Of each kind, forward and
+    backward count; `lookups` are mfdist's kernels: hashing, lookups and their gradients, rows updated in backward.
     """
     # torch 2.13's profiler logs its own start and stop to stderr, in the middle of a progress display.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -24,9 +36,16 @@ def lookup_share(work: Callable[[], T], device: torch.device) -> tuple[T, float]
         result = work()
         if is_gpu:
             torch.cuda.synchronize(device)
-    total = own = 0.0
+    spent: dict[str, float] = {}
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if is_gpu else event.self_cpu_time_total
-        total += spent
-        own += spent if "mfdist" in event.key else 0.0
-    return result, own / total if total else 0.0
+        if event.device_type.name == "CPU":  # on a GPU a kernel's time is its operator's already
+            kind = _kind(event.key)
+            own = event.self_device_time_total if is_gpu else event.self_cpu_time_total
+            spent[kind] = spent.get(kind, 0.0) + own
+    total = sum(spent.values())
+    return result, {kind: own / total for kind, own in spent.items() if own > 0}
+
+
+def _kind(operator: str) -> str:
+    name = operator.lower()
+    return next((kind for kind, parts in _KINDS if any(part in name for part in parts)), REST)

@@ -26,7 +26,7 @@ from mfdist.training.events import Evaluated, Sampled, Saved, Started, Stepped, 
 from mfdist.training.generation import GenerationConfig, load_generator
 from mfdist.training.loop import train
 from mfdist.training.metrics import read_metrics
-from mfdist.training.profile import lookup_share
+from mfdist.training.profile import time_shares
 from mfdist.training.run import RunDirectory
 
 from .conftest import write_text
@@ -224,14 +224,15 @@ def test_bits_per_byte_of_a_uniform_guess_are_those_of_the_vocabulary(tiny_run):
     assert scored.bits_per_byte == pytest.approx(math.log2(257) * scored.num_tokens / num_bytes, rel=1e-5)
 
 
-def test_the_lookups_share_is_theirs_alone():
+def test_the_shares_of_a_steps_time_are_of_what_it_did():
     device, x = torch.device("cpu"), torch.randn(4000, 64)
     layer, linear = MemoryLayer(64, 64), torch.nn.Linear(64, 64)
     layer(x)
-    assert lookup_share(lambda: linear(x), device)[1] == 0.0
-    only = lookup_share(lambda: layer(x), device)[1]
-    half = lookup_share(lambda: (layer(x), [linear(x) for _ in range(200)]), device)[1]
-    assert 0.5 < only <= 1.0 and 0.0 < half < only
+    assert "lookups" not in time_shares(lambda: linear(x), device)[1]
+    only = time_shares(lambda: layer(x), device)[1]["lookups"]
+    half = time_shares(lambda: (layer(x), [linear(x) for _ in range(200)]), device)[1]
+    assert 0.5 < only <= 1.0 and 0.0 < half["lookups"] < only
+    assert half["matrix products"] > 0 and sum(half.values()) == pytest.approx(1)
 
 
 def test_two_processes_cannot_train_one_run(tiny_run):
