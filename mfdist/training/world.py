@@ -118,9 +118,7 @@ class World:
             return self.alone(model)
         if config.model.kind == "memory" and not config.servers.addresses:
             spread_tables(model, config, self.world_size, self.num_hosts)
-        wrapped = torch.nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         return SpreadModel(forward=wrapped, without_averaging=wrapped.no_sync)
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from mfdist.sharding.kinds import row_wise
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.tables.sharded import ShardedTable
@@ -41,3 +42,22 @@ def measured(rank, plan_json, name, num_tokens, load, mesh_shape, optimizer=None
         "forward": sent["lookup"],
         "backward": sent["gradient"] + sent["update"],
     }
+
+
+def zipf_traffic(rank, spec, num_tokens, num_lookups):
+    """Return bytes sent by lookups with and without deduplication, and how many rows elsewhere: unique ones, all."""
+    world_size = dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    weights = 1 / torch.arange(1, spec.num_rows + 1, dtype=torch.float64) ** 1.2
+    ids = torch.multinomial(weights, num_tokens * num_lookups, replacement=True, generator=generator)
+    # Frequent rows lie anywhere, not all with rank 0.
+    ids = torch.randperm(spec.num_rows, generator=torch.Generator().manual_seed(9))[ids].view(num_tokens, num_lookups)
+    exchanges, sent = MeshExchanges(init_device_mesh("cpu", (world_size,))), []
+    for deduplicate in (True, False):
+        table = ShardedTable(row_wise(spec, world_size, deduplicate=deduplicate), exchanges)
+        exchanges.everyone.traffic.clear()
+        table(ids, torch.ones(ids.shape))
+        sent.append(exchanges.everyone.traffic.num_bytes["lookup"])
+    top, bottom = table.region.rows
+    elsewhere = ids[(ids < top) | (ids >= bottom)]
+    return [*sent, elsewhere.unique().numel(), elsewhere.numel()]

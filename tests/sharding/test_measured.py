@@ -99,3 +99,12 @@ def test_bytes_of_fused_tables_are_those_predicted(pool, spec, load, optimizer, 
     for name, plan in plans(spec, load, world_size):
         if name in ("rows", "pooled rows", "columns", "copies", "slots", "grid of rows"):
             compare(pool, plan, name, work, optimizer)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_deduplication_saves_the_share_of_repeated_ids(pool, world_size):
+    spec = TableSpec(name="t", num_rows=20000, row_dim=40)
+    found = pool.run(measured_ranks.zipf_traffic, world_size, spec, NUM_TOKENS, 6)
+    once, each_time, unique, ids = (sum(column) for column in zip(*found, strict=True))
+    assert unique / ids < 0.4  # most are repeated
+    assert once / each_time == pytest.approx(unique / ids, rel=WITHIN)
