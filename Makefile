@@ -28,7 +28,7 @@ demo: $(STAMPS)/base ## train a small MemoryFormer on this machine's Python sour
 	@mkdir -p runs; n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; \
 	$(BIN)/mfdist train demo --out runs/demo-$$n $(ARGS) && echo 'Here mfdist is $(BIN)/mfdist.'
 
-test: $(STAMPS)/test ## run the tests (less than 15 minutes on 2 cores)
+test: $(STAMPS)/test ## run the tests (less than 30 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-all: $(STAMPS)/test ## run the slow and the large tests too
@@ -70,8 +70,8 @@ $(STAMPS)/constraints.txt: constraints.txt .ci/torch.sh | $(BIN)/python
 	@PIP='$(PIP)' PIP_FLAGS='$(PIP_FLAGS)' TORCH='$(TORCH)' sh .ci/torch.sh $(BIN)/python $@
 
 $(STAMPS)/base: pyproject.toml $(STAMPS)/constraints.txt
-	@echo 'Installing mfdist into $(VENV)'
-	@$(INSTALL) --editable .
+	@echo 'Installing mfdist into $(VENV), with what reports and table servers need'
+	@$(INSTALL) --editable '.[report,server]'
 	@touch $@
 
 $(STAMPS)/%: pyproject.toml $(STAMPS)/constraints.txt
