@@ -24,11 +24,31 @@ def flat_rows(table: Tensor) -> Any:
 
     They are float32 for fp32, uint16 for bf16 and int16 for fp16; int8, and uint8 for e4m3, stay as they are.
     """
-    table = _detached(table).contiguous()
-    if table.dtype in (torch.float32, torch.int8, torch.uint8):
-        return table.numpy().reshape(-1)
-    words = table.view(torch.int16).numpy().reshape(-1)
-    return words.view(np.uint16) if table.dtype == torch.bfloat16 else words
+    return np.asarray(_Memory(_detached(table).contiguous()))
+
+
+#: How `lanes` reads rows: bf16 as unsigned words, fp16 as signed ones.
+_READ_AS = {
+    torch.float32: "<f4",
+    torch.bfloat16: "<u2",
+    torch.float16: "<i2",
+    torch.int8: "|i1",
+    torch.uint8: "|u1",
+}
+
+
+class _Memory:
+    """A contiguous tensor's memory, as numpy takes it.
+
+    `Tensor.numpy` would do, but forbids ever after that the storage is resized, as FSDP does to give memory back.
+    """
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        place, typestr = (tensor.data_ptr(), False), _READ_AS[tensor.dtype]
+        self.__array_interface__ = {"data": place, "shape": (tensor.numel(),), "typestr": typestr, "version": 3}
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from mfdist.addressing.sign_hash import SignHash
 from mfdist.errors import ConfigError
 from mfdist.kernels import hashed_gather_sum
 from mfdist.spec import TableSpec
-from mfdist.table import Table
+from mfdist.table import Table, autocast_dtype
 from mfdist.tables.local import LocalTable
 
 
@@ -100,7 +100,7 @@ class MemoryLayer(nn.Module):
                 f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}"
             )
         out = self._look_up(x.reshape(-1, self.in_features))
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is None:
             out = out.to(x.dtype)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)

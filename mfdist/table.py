@@ -13,10 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from mfdist.optim import RowOptimizer, RowState
 from mfdist.spec import Region, TableSpec
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return what autocast computes in on a device; None where it is off, as it always is on the meta device."""
+    kind = device.type
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 class Table(nn.Module, ABC):

@@ -255,6 +255,7 @@ def test_tests_mirror_the_source() -> None:
         "test_documents.py",
         "test_makefile.py",
         "test_packaging.py",
+        "test_pytorch_conventions.py",
         "test_structure.py",
         "benchmarks",
         "distributed",

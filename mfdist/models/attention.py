@@ -58,7 +58,7 @@ class Placement(NamedTuple):
     sine: Tensor
     #: [B or 1, 1, T, S], True where a token may look; None: at all up to itself, which are the S - T before it and T.
     mask: Tensor | None
-    #: Whether a mask of None has to be made up for: with one new token there is nothing to hide.
+    #: Whether a mask of None has to be made up for: the new tokens are all there are.
     is_causal: bool
 
 
@@ -80,7 +80,7 @@ def place(
     dtype = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype) / max(1, rotary_dim)
     angle = positions.to(dtype).view(-1, 1, num_new, 1) * ROTARY_BASE**-exponent
-    return Placement(angle.cos(), angle.sin(), mask, is_causal=mask is None and num_new > 1)
+    return Placement(angle.cos(), angle.sin(), mask, is_causal=mask is None and seen == 0)
 
 
 def attend(qkv: Tensor, num_heads: int, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from mfdist.config import ModelConfig
 from mfdist.errors import ConfigError
 from mfdist.models.attention import KeyValueCache, KeyValueStore, place
 from mfdist.models.blocks import DenseBlock, MemoryBlock, rotary_dim
+from mfdist.table import autocast_dtype
 
 
 class Transformer(nn.Module):
@@ -111,8 +112,7 @@ class Transformer(nn.Module):
     def new_caches(self, num_sequences: int, capacity: int) -> list[KeyValueCache]:
         """Return empty caches, one a block, for `num_sequences` sequences of at most `capacity` tokens."""
         weight = self.embedding.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         head_dim = self.config.hidden_dim // self.config.num_heads
         shape = (num_sequences, self.config.num_heads, capacity, head_dim)
         return [

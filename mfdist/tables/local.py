@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mfdist.kernels import gather_sum
 from mfdist.optim import RowOptimizer
 from mfdist.spec import TableSpec
-from mfdist.table import Table
+from mfdist.table import Table, autocast_dtype
 from mfdist.tables.initial_rows import draw_rows, new_seed
 
 
@@ -47,15 +47,13 @@ class LocalTable(Table):
     def resident_rows(self) -> Tensor | None:
         """Return the rows, unless autocast has lookups read them in another dtype."""
         weight: Tensor = self.weight
-        kind = weight.device.type
-        is_cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype
+        is_cast = autocast_dtype(weight.device) not in (None, weight.dtype)
         return None if is_cast else weight
 
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the lookup; see `Table.forward`."""
         weight: Tensor = self.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         if self.row_state is not None:
             # Rows are read as they are: a copy in another dtype could not be updated, and would be the table's size.
             return self.row_state.lookup(weight, row_ids, scores, code_stride, self.spec.name).to(dtype)

@@ -11,7 +11,7 @@ from mfdist.kernels import gather_sum
 from mfdist.kernels.row_id_check import bad_id_error
 from mfdist.optim import RowOptimizer
 from mfdist.spec import TableSpec
-from mfdist.table import Table
+from mfdist.table import Table, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,12 @@ class MappedTable(Table):
     @property
     def resident_rows(self) -> Tensor | None:
         """Return the rows where they lie in one block without padding: then a lookup reads them as any others."""
-        kind = self.values.device.type
-        is_cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.values.dtype
+        is_cast = autocast_dtype(self.values.device) not in (None, self.values.dtype)
         return self.values if self._is_plain and not is_cast else None
 
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the lookup; see `Table.forward`. It is differentiable in the scores alone."""
-        kind = self.values.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.spec.dtype
+        dtype = autocast_dtype(self.values.device) or self.spec.dtype
         if self._is_plain:
             return gather_sum(self.values, row_ids, scores, code_stride, self.spec.name).to(dtype)
         num_tokens, num_lookups = row_ids.shape

@@ -11,7 +11,7 @@ from mfdist.errors import ConfigError
 from mfdist.kernels import QuantizedRows, quantize, quantized_gather_sum
 from mfdist.optim import RowOptimizer
 from mfdist.spec import TableSpec
-from mfdist.table import Table
+from mfdist.table import Table, autocast_dtype
 
 
 class QuantizedTable(Table):
@@ -67,8 +67,7 @@ class QuantizedTable(Table):
 
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the lookup; see `Table.forward`. It has no gradient: a backward raises NotImplementedError."""
-        kind = self.values.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.spec.dtype
+        dtype = autocast_dtype(self.values.device) or self.spec.dtype
         return quantized_gather_sum(self.rows, row_ids, scores, code_stride, self.spec.name, dtype)
 
     def fuse(self, optimizer: RowOptimizer | None) -> NoReturn:

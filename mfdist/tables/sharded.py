@@ -11,7 +11,7 @@ from mfdist.sharding.routes.planned import check_mesh, route_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, RowGradient
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.spec import Region
-from mfdist.table import Table
+from mfdist.table import Table, autocast_dtype
 from mfdist.tables.initial_rows import draw_rows, new_seed
 
 
@@ -85,8 +85,7 @@ class ShardedTable(Table):
                 f'table "{self.spec.name}" must have rows to look up; it is still on the meta device; call '
                 "model.to_empty(device=…) and reset_parameters, or load a checkpoint"
             )
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         state = self.row_state
         # Rows that backward updates are read as they are; a copy in another dtype would be the part's size.
         weight, anchor = (weight.to(dtype), None) if state is None else (weight, state.anchor)

@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mfdist.config import ModelConfig
 from mfdist.errors import ConfigError
-from mfdist.hugging_face import MemoryFormerConfig, MemoryFormerForCausalLM
+from mfdist.hugging_face import MemoryFormerConfig, MemoryFormerForCausalLM, memoryformer_format
 
 SIZES = {
     "vocab_size": 50,
@@ -149,3 +150,10 @@ def test_sizes_that_do_not_fit_are_told_in_one_line():
     with pytest.raises(ConfigError, match=r"config\.json must describe .* bits must divide hidden_dim; got") as caught:
         MemoryFormerForCausalLM(MemoryFormerConfig(**(SIZES | {"bits": 5})))
     assert "\n" not in str(caught.value)
+
+
+def test_every_field_of_a_shape_is_written_down():
+    assert set(memoryformer_format.fields_of(made().model.config)) == set(memoryformer_format._FIELDS)
+    assert set(memoryformer_format._FIELDS.values()) == ModelConfig.model_fields.keys() - {"kind"}
+    own = set(MemoryFormerConfig(**SIZES).to_dict())
+    assert set(memoryformer_format._FIELDS) <= own
