@@ -123,15 +123,7 @@ class TableServers:
             step: of the checkpoint.
         """
         self.flush()
-        meeting, size = "save" + secrets.token_hex(8), len(self)
-
-        async def save(server: "Server") -> Any:
-            request = pb.SaveRequest(
-                directory=directory, step=step, rank=server.index, world_size=size, meeting=meeting
-            )
-            return await server.once(server.stub.Save, request)
-
-        self.wait(self.all(save))
+        self.wait(self._save(directory, step))
 
     def load(self, directory: str, step: int | None = None) -> int:
         """Let all servers take their shards from a checkpoint, by default its last; return its step.
@@ -191,6 +183,37 @@ class TableServers:
         if self._pushing:
             await asyncio.wait(list(self._pushing))
         self.raise_failed()
+
+    async def _save(self, directory: str, step: int) -> None:
+        """Ask all servers at once; where one dies, ask all anew, for the others wait for what it would have said."""
+        until = time.monotonic() + self.deadline_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            meeting = "save" + secrets.token_hex(8)
+            calls = {
+                asyncio.ensure_future(self._save_part(server, directory, step, meeting, until)): server
+                for server in self._servers
+            }
+            done, late = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            for call in late:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            failed = [(calls[call], error) for call in done if (error := call.exception()) is not None]
+            if not failed:
+                return
+            server, raised = failed[0]
+            error = error_of(raised, server.address) if isinstance(raised, grpc.RpcError) else raised
+            if not isinstance(error, UnavailableError) or time.monotonic() + pause_s >= until:
+                raise error from None
+            await asyncio.sleep(pause_s)
+            pause_s = min(_LAST_PAUSE_S, 2 * pause_s)
+
+    async def _save_part(self, server: "Server", directory: str, step: int, meeting: str, until: float) -> Any:
+        request = pb.SaveRequest(
+            directory=directory, step=step, rank=server.index, world_size=len(self), meeting=meeting
+        )
+        left_s = max(0.001, until - time.monotonic())
+        return await server.stub.Save(request, timeout=left_s, wait_for_ready=True)
 
     async def _disconnect(self) -> None:
         if self._pushing:

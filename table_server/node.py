@@ -258,7 +258,13 @@ class Node:
                 versions[_version_of(spec.table.name)] = torch.tensor(life.shard.version)
             state_of_all = CheckpointState(step=step, tables={}, shards=shards, dense=versions, attributes={})
             ranks = _meeting(directory, rank, world_size, meeting)
-            return await self.run(CheckpointDirectory(directory, ranks=ranks).save, state_of_all)
+            saving = asyncio.ensure_future(self.run(CheckpointDirectory(directory, ranks=ranks).save, state_of_all))
+            try:
+                return await asyncio.shield(saving)
+            except asyncio.CancelledError:  # whoever asked has gone, or asks anew: another server has died
+                ranks.leave()
+                await asyncio.gather(saving, return_exceptions=True)  # it reads what may not change meanwhile
+                raise
 
     async def load(self, directory: Path, step: int | None) -> int:
         """Take all shards from a checkpoint; return its step. Clients must join again.

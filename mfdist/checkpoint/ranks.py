@@ -7,6 +7,7 @@ and says who is late. May be called from any one thread at a time, also beside t
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +39,9 @@ class Ranks(Protocol):
     def fail(self, tag: str, error: BaseException) -> None:
         """Tell the others, who are or will be in `share`, that this rank gives up; waits for nobody."""
 
+    def leave(self) -> None:
+        """Let this rank's own `share` wait no longer, now or later. From any thread."""
+
 
 class OneRank:
     """A process that saves by itself."""
@@ -51,6 +55,9 @@ class OneRank:
 
     def fail(self, tag: str, error: BaseException) -> None:
         """Tell nobody."""
+
+    def leave(self) -> None:
+        """Wait for nobody, as ever."""
 
 
 class StoreRanks:
@@ -72,6 +79,7 @@ class StoreRanks:
         self._deadline_s = deadline_s
         self._round = 0
         self._told: list[str] = []
+        self._has_left = threading.Event()
 
     @classmethod
     def of_process_group(cls, *, deadline_s: float = 1800.0) -> "StoreRanks":
@@ -106,6 +114,10 @@ class StoreRanks:
             self._tell(tag, {"error": [kind, f"{error}" if isinstance(error, MfdistError) else repr(error)]})
         self._round += 1
 
+    def leave(self) -> None:
+        """Let this rank's own `share` wait no longer; see `Ranks`."""
+        self._has_left.set()
+
     @contextlib.contextmanager
     def _reaching_the_store(self) -> Iterator[None]:
         try:
@@ -135,6 +147,11 @@ class StoreRanks:
             missing = {rank: key for rank, key in missing.items() if not self._store.check([key])}
             if not missing:
                 return
+            if self._has_left.is_set():
+                raise UnavailableError(
+                    f"every rank must come to the checkpoint's {tag!r}; rank {self.rank} of {self.world_size} was told "
+                    "to wait no longer; save again"
+                )
             if time.monotonic() > deadline:
                 late = ", ".join(map(str, missing))
                 raise UnavailableError(

@@ -81,6 +81,18 @@ def test_who_is_late_is_named():
         assert "'flush' within 0.2 s; late: rank 2 of 3" in str(answer)
 
 
+def test_a_rank_that_leaves_waits_no_longer():
+    def body(ranks):
+        if ranks.rank == 1:
+            return None  # it died
+        threading.Timer(0.2, ranks.leave).start()
+        return ranks.share("flush", None)
+
+    _, (answer, _) = in_threads(2, body, deadline_s=600.0)
+    assert isinstance(answer, UnavailableError)
+    assert "'flush'; rank 0 of 2 was told to wait no longer" in str(answer)
+
+
 def test_one_rank_answers_itself():
     assert together(OneRank(), "any", lambda: 5) == [5]
     with pytest.raises(ZeroDivisionError):
