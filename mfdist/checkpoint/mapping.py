@@ -10,7 +10,6 @@ import mmap
 import os
 import sys
 import weakref
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from mfdist.checkpoint.damage import UnsoundFile
 from mfdist.checkpoint.grid import FileGrid
 from mfdist.checkpoint.reader import read_whole
 from mfdist.checkpoint.step_files import StepFiles, StoredArray
-from mfdist.checkpoint.zarr_format import chunk_offsets
+from mfdist.checkpoint.zarr_format import index_bytes, offsets_in
 from mfdist.errors import CheckpointError
 from mfdist.spec import Region
 from mfdist.tables.mapped import MappedRows
@@ -101,19 +100,20 @@ def _data_bytes(files: StepFiles, name: str, region: Region, array: StoredArray)
     if entry is None:
         raise UnsoundFile("is not in the manifest")
     grid, item_bytes = array.grid, array.dtype.itemsize
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context((Path(files.root) / name).open("rb"))
-        except FileNotFoundError:
-            raise UnsoundFile("is missing") from None
-        if (size := os.fstat(file.fileno()).st_size) != entry.num_bytes:
+    try:
+        fd = os.open(Path(files.root) / name, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UnsoundFile("is missing") from None
+    try:
+        if (size := os.fstat(fd).st_size) != entry.num_bytes:
             raise UnsoundFile(f"has {size} bytes, not the {entry.num_bytes} in the manifest")
-        data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        view = stack.enter_context(memoryview(data))
-        try:
-            offsets = chunk_offsets(grid, region, view, item_bytes)
-        except ValueError as error:
-            raise UnsoundFile(f"cannot be used: {error}") from error
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the system would read all of the file along
+        begin = max(0, size - index_bytes(grid))
+        offsets = offsets_in(grid, region, os.pread(fd, size - begin, begin), begin, item_bytes)
+    except ValueError as error:
+        raise UnsoundFile(f"cannot be used: {error}") from error
+    finally:
+        os.close(fd)
     chunk_bytes = grid.rows_per_chunk * grid.columns_per_file * item_bytes
     if offsets != [number * chunk_bytes for number in range(len(offsets))]:
         raise UnsoundFile("cannot be mapped: its chunks are not in order; load the step and save it again")

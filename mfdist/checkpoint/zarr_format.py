@@ -90,13 +90,23 @@ def chunk_offsets(grid: FileGrid, file: Region, data: memoryview, item_bytes: in
     Raises:
         ValueError: a chunk is missing or lies outside.
     """
+    begin = max(0, len(data) - index_bytes(grid))
+    return offsets_in(grid, file, bytes(data[begin:]), begin, item_bytes)
+
+
+def index_bytes(grid: FileGrid) -> int:
+    """Return how many bytes at the end of a file are its index; 0 where it has none."""
+    return grid.rows_per_file // grid.rows_per_chunk * _ENTRY + 4 if is_sharded(grid) else 0
+
+
+def offsets_in(grid: FileGrid, file: Region, index: bytes, begin: int, item_bytes: int) -> list[int]:
+    """Return what `chunk_offsets` does from a file's index alone, which begins at `begin` in it."""
     num_chunks = grid.num_chunks(file)
     if not is_sharded(grid):
         return [0]
-    num_entries = grid.rows_per_file // grid.rows_per_chunk
-    begin = len(data) - num_entries * _ENTRY - 4
     chunk_bytes = grid.rows_per_chunk * grid.columns_per_file * item_bytes
-    entries = struct.unpack(f"<{2 * num_entries}Q", data[begin : len(data) - 4]) if begin >= 0 else ()
+    is_whole = len(index) == index_bytes(grid)
+    entries = struct.unpack(f"<{(len(index) - 4) // 8}Q", index[:-4]) if is_whole else ()
     offsets, sizes = list(entries[: 2 * num_chunks : 2]), set(entries[1 : 2 * num_chunks : 2])
     if sizes != {chunk_bytes} or max(offsets) + chunk_bytes > begin:
         raise ValueError("its index does not say where its chunks are")
