@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,18 @@ def test_an_export_overwrites_nothing_and_needs_a_runs_step(run, exported, tmp_p
     other = CheckpointDirectory(tmp_path / "other").save(state)
     with pytest.raises(CheckpointError, match=r"needs a run's checkpoint; .* was not written by `mfdist train`"):
         export_step(other.path, tmp_path / "out", None)
+
+
+def test_tables_that_servers_saved_are_taken_from_their_own_step(run, exported, tmp_path):
+    state = run.checkpoints.load()
+    ranks = CheckpointDirectory(tmp_path / "ranks").save(replace(state, tables={}))
+    served = CheckpointDirectory(tmp_path / "served").save(replace(state, dense={}, attributes={}))
+    if state.tables:
+        with pytest.raises(
+            CheckpointError, match=r"must hold all parameters of its model; blocks\.0\.qkv\.table\.weight"
+        ):
+            export_step(ranks.path, tmp_path / "lacking", None)
+    export_step(ranks.path, tmp_path / "out", None, tables=served.path)
+    found, expected = (dict(load_folder(folder).model.named_parameters()) for folder in (tmp_path / "out", exported))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
