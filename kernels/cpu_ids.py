@@ -9,7 +9,8 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from mfdist.kernels.cpu_threads import jit_part
+from mfdist.errors import RowIdError
+from mfdist.kernels.cpu_threads import jit, jit_part
 from mfdist.kernels.row_id_check import can_be_bad, row_id_error
 
 
@@ -31,17 +32,21 @@ def checked_ids(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> Ids
         RowIdError: an id is negative or not below `limit`.
     """
     ids: Any = row_ids.contiguous().numpy().reshape(-1)
+    made = Ids(ids.itemsize, ids.view(np.uint8))
     if can_be_bad(row_ids, limit):
-        # As an unsigned number a negative id is a very large one, so one comparison does for both ends.
-        unsigned = ids.view(_UNSIGNED[ids.itemsize])
-        if ids.size and unsigned.max() >= limit:
-            first = int((unsigned >= limit).argmax())
-            raise row_id_error(int(ids[first]), limit, name, is_code=is_code, lookup=first % row_ids.shape[1])
-    return Ids(ids.itemsize, ids.view(np.uint8))
+        place = first_bad(made.ids, made.id_bytes, ids.size, limit)
+        if place >= 0:
+            raise bad_id(row_ids, place, limit, name, is_code=is_code)
+    return made
+
+
+def bad_id(row_ids: Tensor, place: int, limit: int, name: str, *, is_code: bool) -> RowIdError:
+    """Return the error for the id [N, K] at a place, counted row by row."""
+    token, lookup = divmod(place, row_ids.shape[1])
+    return row_id_error(int(row_ids[token, lookup]), limit, name, is_code=is_code, lookup=lookup)
 
 
 _WIDE_BITS = 64
-_UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def _reader(bits: int) -> Callable[[Any, Any], Any]:
@@ -60,8 +65,39 @@ def _reader(bits: int) -> Callable[[Any, Any], Any]:
     return made
 
 
-#: Good ids, which are not negative, by their place among ids of so many bits.
+#: Ids by their place among ids of so many bits, as if none were negative: those that are, are very large.
 _read_8, _read_16, _read_32, _read_64 = (_reader(bits) for bits in (8, 16, 32, 64))
+
+
+@jit()
+def first_bad(ids: Any, id_bytes: Any, count: Any, limit: Any) -> Any:
+    """Return the place of the first of `count` ids that is negative or not below `limit`, or -1."""
+    end = np.uint64(min(limit, 1 << 31) if id_bytes == 4 else limit)
+    if _largest(ids, id_bytes, 0, count) < end:
+        return -1
+    for i in range(count):
+        if _largest(ids, id_bytes, i, i + 1) >= end:
+            return i
+    return -1
+
+
+@jit_part()
+def _largest(ids: Any, id_bytes: Any, low: Any, high: Any) -> Any:
+    """Return the largest of some ids as an unsigned number, or 0 where there is none."""
+    largest = np.uint64(0)
+    if id_bytes == 1:
+        for i in range(low, high):
+            largest = max(largest, np.uint64(_read_8(ids, i)))
+    elif id_bytes == 2:
+        for i in range(low, high):
+            largest = max(largest, np.uint64(_read_16(ids, i)))
+    elif id_bytes == 4:
+        for i in range(low, high):
+            largest = max(largest, np.uint64(_read_32(ids, i)))
+    else:
+        for i in range(low, high):
+            largest = max(largest, np.uint64(_read_64(ids, i)))
+    return largest
 
 
 @jit_part()

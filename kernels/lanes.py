@@ -50,16 +50,23 @@ def _zeros_of(width: int) -> Callable[[], Any]:
     return made
 
 
-#: A tile of columns: eight registers, of AVX-512 or of AVX2, which hide the latency of their own additions.
-WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
+_HAS_AVX512 = binding.get_host_cpu_features().get("avx512f", False)
+#: A tile of columns: half of the registers, of AVX-512 or of AVX2, for the fewest passes over the rows.
+WIDE = 256 if _HAS_AVX512 else 64
+#: Half of it, where there are so many.
+HALF = 128 if _HAS_AVX512 else 64
 #: A tile for kernels that hold two of them and add the values of one up.
 MIDDLE = 64
-#: The smallest tile but single columns, for widths such as 160 and 1000.
+#: The smallest tile but what is left of a row, for widths such as 160.
 NARROW = 32
+#: What is left of a row, for widths such as 1000; then come single columns.
+FEW = 8
 
 zeros_wide = _zeros_of(WIDE)
+zeros_half = _zeros_of(HALF)
 zeros_middle = _zeros_of(MIDDLE)
 zeros_narrow = _zeros_of(NARROW)
+zeros_few = _zeros_of(FEW)
 zeros_single = _zeros_of(1)
 
 
@@ -214,7 +221,10 @@ def copy(typing_context: Any, to: Any, to_index: Any, array: Any, index: Any, li
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
-    """Start to fetch the run of `like`'s width that starts at `array[index]` into the caches."""
+    """Start to fetch the run of `like`'s width that starts at `array[index]` into the second-level cache.
+
+    Not the first: rows as long as a power of two share few places of it, and drive each other out before their use.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type, _, lanes = signature.args
@@ -223,7 +233,7 @@ def prefetch(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
         start = builder.bitcast(_address(context, builder, array_type, args, ir.IntType(8), 1), byte)
-        reading, keeping, data = (ir.Constant(word, flag) for flag in (0, 3, 1))
+        reading, keeping, data = (ir.Constant(word, flag) for flag in (0, 2, 1))
         for offset in range(0, lanes.width * array_type.dtype.bitwidth // 8, _LINE_BYTES):
             line = builder.gep(start, [ir.Constant(ir.IntType(64), offset)])
             builder.call(function, [line, reading, keeping, data])

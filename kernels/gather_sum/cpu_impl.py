@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfdist.kernels.cpu_ids import checked_ids, find_rows
-from mfdist.kernels.cpu_rows import flat, flat_rows
+from mfdist.kernels.cpu_ids import bad_id, checked_ids, find_rows, first_bad
+from mfdist.kernels.cpu_rows import LIKE, array_at, flat
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
 from mfdist.kernels.lanes import (
     E4M3_FACTOR,
@@ -35,18 +35,22 @@ from mfdist.kernels.lanes import (
     store,
     unmixed,
     width,
+    zeros_few,
+    zeros_half,
     zeros_middle,
     zeros_narrow,
     zeros_single,
     zeros_wide,
 )
+from mfdist.kernels.row_id_check import can_be_bad
 
 #: A table smaller than this stays in the last-level cache by itself, of which a core has a share.
 _CACHED_BYTES = 7 << 20
-#: Lookups of a large table that all tokens do before the next.
-_LOOKUPS_TOGETHER = 8
+#: Lookups of a large table that all tokens do before the next, where there are more tokens than these.
+_LOOKUPS_TOGETHER = 16
+_FEW_TOKENS = 64
 #: Lookups between a row's use and the fetch of a later one.
-_AHEAD = 4
+_AHEAD = 12
 #: Tables of a few lookups that are copied together: half of a core's second-level cache.
 _PACK_BYTES = 512 << 10
 #: Reads of a row, on average, that repay copying it.
@@ -69,6 +73,15 @@ class _Lookup(NamedTuple):
     N: int
     K: int
     D: int
+    S: int
+
+
+class _Rows(NamedTuple):
+    """What `find_rows` needs."""
+
+    id_bytes: int
+    ids: Any
+    K: int
     S: int
 
 
@@ -97,84 +110,194 @@ def gather_sum(
     """
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
-    ids = checked_ids(row_ids, code_stride or num_rows, name, is_code=code_stride > 0)
+    is_code, limit = code_stride > 0, code_stride or num_rows
     work = num_tokens * num_lookups * dim
     out = torch.empty(num_tokens, dim, dtype=dtype or table.dtype)
     if not work:
+        checked_ids(row_ids, limit, name, is_code=is_code)
         return out.zero_()
-    is_split = code_stride > 0 and num_tokens > 1 and table.nbytes > _CACHED_BYTES
-    sums = flat_out = flat_rows(out)
+    is_split = is_code and num_tokens > _FEW_TOKENS and table.nbytes > _CACHED_BYTES
+    # Kernels are given addresses; these names keep what lies there.
+    table, ids, scores, sums = table.contiguous(), row_ids.contiguous(), scores.contiguous(), out
     if is_split and out.dtype != torch.float32:
-        sums = np.empty(num_tokens * dim, np.float32)
-    lookup = _Lookup(*ids, flat_rows(table), flat(scores), flat_out, sums, num_tokens, num_lookups, dim, code_stride)
+        sums = torch.empty(num_tokens, dim)
     if scales is not None:
+        rows = _Rows(*checked_ids(ids, limit, name, is_code=is_code), num_lookups, code_stride)
         factor = np.float32(E4M3_FACTOR if table.dtype == torch.uint8 else 1.0)
-        lookup = lookup._replace(scores=_times_scales(lookup, flat(scales), factor))
+        scores = torch.from_numpy(_times_scales(rows, num_tokens, flat(scores), flat(scales), factor))
+    rows_like, out_place = LIKE[table.dtype], out.data_ptr()
+    lookup = (
+        rows_like,
+        rows_like if dtype is None else LIKE[dtype],
+        limit if can_be_bad(ids, limit) else 0,
+        ids.itemsize,
+        ids.data_ptr(),
+        table.data_ptr(),
+        scores.data_ptr(),
+        out_place if sums is out else sums.data_ptr(),
+        out_place,
+        num_tokens,
+        num_lookups,
+        dim,
+        code_stride,
+    )
     threads = num_threads(work, worth=_PARALLEL_WORK if num_tokens > 1 else _PARALLEL_WORK_OF_ONE)
     if is_split and num_tokens >= _PACK_READS * code_stride and dim % NARROW == 0:
         chunk = min(num_lookups, max(1, _PACK_BYTES // (code_stride * MIDDLE * table.itemsize)))
         num_tiles = dim // MIDDLE + dim % MIDDLE // NARROW
-        call(_packed, threads, lookup, chunk, -(-threads // num_tiles))
-        return out
-    chunk = min(num_lookups, _LOOKUPS_TOGETHER) if is_split else num_lookups
-    if threads == 1:
-        _direct(lookup, _Part(0, num_tokens, 0, dim), chunk)
+        bad = call(_packed, threads, chunk, -(-threads // num_tiles), *lookup)
     else:
-        token_parts = min(num_tokens, threads)
-        call(_direct_parts, threads, lookup, chunk, token_parts, -(-threads // token_parts))
+        chunk = min(num_lookups, _LOOKUPS_TOGETHER) if is_split else num_lookups
+        if threads == 1:
+            bad = _direct(chunk, *lookup)
+        else:
+            token_parts = min(num_tokens, threads)
+            bad = call(_direct_parts, threads, chunk, token_parts, -(-threads // token_parts), *lookup)
+    if bad >= 0:
+        raise bad_id(row_ids, bad, limit, name, is_code=is_code)
     return out
 
 
 @jit()
-def _times_scales(lookup: Any, scales: Any, factor: Any) -> Any:
+def _times_scales(lookup: Any, N: Any, scores: Any, scales: Any, factor: Any) -> Any:
     """Return each score times its row's scale and `factor`."""
-    row_ids = find_rows(lookup, 0, lookup.N, 0, lookup.K, 0)
+    row_ids = find_rows(lookup, 0, N, 0, lookup.K, 0)
     weights = np.empty(row_ids.size, np.float32)
     for i in range(row_ids.size):
-        weights[i] = at(lookup.scores, i) * at(scales, at(row_ids, i)) * factor
+        weights[i] = at(scores, i) * at(scales, at(row_ids, i)) * factor
     return weights
 
 
+@jit_part()
+def _opened(
+    rows_like: Any,
+    out_like: Any,
+    limit: Any,
+    id_bytes: Any,
+    ids: Any,
+    table: Any,
+    scores: Any,
+    sums: Any,
+    out: Any,
+    N: Any,
+    K: Any,
+    D: Any,
+    S: Any,
+) -> Any:
+    """Return the lookup, addresses as arrays, and the place of its first id not below `limit`, or -1; 0: all are."""
+    bytes_like, floats = np.empty(0, np.uint8), np.empty(0, np.float32)
+    lookup = _Lookup(
+        id_bytes,
+        array_at(ids, bytes_like),
+        array_at(table, rows_like),
+        array_at(scores, floats),
+        array_at(out, out_like),
+        array_at(sums, floats),
+        N,
+        K,
+        D,
+        S,
+    )
+    bad = -1
+    if limit:
+        bad = first_bad(lookup.ids, id_bytes, N * K, limit)
+    return lookup, bad
+
+
+# What Python calls takes `_opened`'s arguments and returns the place of a bad id, so that nothing was read, or -1.
+
+
+@jit()
+def _direct(chunk: Any, *arguments: Any) -> Any:
+    lookup, bad = _opened(*arguments)
+    if bad < 0:
+        _add_part(lookup, _Part(0, lookup.N, 0, lookup.D), chunk)
+    return bad
+
+
+@jit()
+def _direct_parts(chunk: Any, token_parts: Any, column_parts: Any, *arguments: Any) -> Any:
+    lookup, bad = _opened(*arguments)
+    if bad < 0:
+        _add_parts(lookup, chunk, token_parts, column_parts)
+    return bad
+
+
+@jit()
+def _packed(chunk: Any, token_parts: Any, *arguments: Any) -> Any:
+    lookup, bad = _opened(*arguments)
+    if bad < 0:
+        _add_packed(lookup, chunk, token_parts)
+    return bad
+
+
 @jit(parallel=True)
-def _direct_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> None:
+def _add_parts(lookup: Any, chunk: Any, token_parts: Any, column_parts: Any) -> None:
     tokens = -(-lookup.N // token_parts)
     columns = -(-lookup.D // (column_parts * WIDE)) * WIDE
     for index in numba.prange(token_parts * column_parts):
         low = min(lookup.N, index // column_parts * tokens)
         left = min(lookup.D, index % column_parts * columns)
         part = _Part(low, min(lookup.N, low + tokens), left, min(lookup.D, left + columns))
-        _direct(lookup, part, chunk)
+        _add_part(lookup, part, chunk)
 
 
-@jit()
-def _direct(lookup: Any, part: Any, chunk: Any) -> None:
+@jit_part()
+def _add_part(lookup: Any, part: Any, chunk: Any) -> None:
     for first in range(0, lookup.K, chunk):
         end = min(lookup.K, first + chunk)
         rows = find_rows(lookup, part.low, part.high, first, end, 0)
         for n in range(part.low, part.high):
-            column = part.left
-            while column + WIDE <= part.right:
-                _add_rows(lookup, rows, part.low, n, first, end, column, zeros_wide())
-                column += WIDE
-            while column + NARROW <= part.right:
-                _add_rows(lookup, rows, part.low, n, first, end, column, zeros_narrow())
-                column += NARROW
-            while column < part.right:
-                _add_rows(lookup, rows, part.low, n, first, end, column, zeros_single())
-                column += 1
+            column = _add_tiles(lookup, rows, part, n, first, end, part.left, zeros_wide())
+            column = _add_tiles(lookup, rows, part, n, first, end, column, zeros_half())
+            column = _add_tiles(lookup, rows, part, n, first, end, column, zeros_narrow())
+            column = _add_tiles(lookup, rows, part, n, first, end, column, zeros_few())
+            _add_tiles(lookup, rows, part, n, first, end, column, zeros_single())
 
 
 @jit_part(forceinline=True)
-def _add_rows(lookup: Any, rows: Any, low: Any, n: Any, first: Any, end: Any, column: Any, zeros: Any) -> None:
-    """Add lookups [first, end) of token n in one tile of columns; `rows` are those of tokens from `low` on."""
-    table, D = lookup.table, lookup.D
+def _add_tiles(lookup: Any, rows: Any, part: Any, n: Any, first: Any, end: Any, column: Any, zeros: Any) -> Any:
+    """Add as many tiles of columns as there is room for; return the column after them."""
+    start = (n - part.low) * (end - first)
+    while column + width(zeros) <= part.right:
+        after = column + width(zeros)
+        next_start, next_column = start, after
+        if after == part.right:  # the next token comes next
+            next_start, next_column = min(start + end - first, rows.size - (end - first)), part.left
+        _add_rows(lookup, rows, n, first, end, start, column, next_start, next_column, zeros)
+        column = after
+    return column
+
+
+@jit_part()
+def _add_rows(
+    lookup: Any,
+    rows: Any,
+    n: Any,
+    first: Any,
+    end: Any,
+    start: Any,
+    column: Any,
+    next_start: Any,
+    next_column: Any,
+    zeros: Any,
+) -> None:
+    """Add lookups [first, end) of token n in the tile at `column`, and fetch what comes after.
+
+    Their rows are those from `rows[start]` on; what comes next are those from `rows[next_start]` on at `next_column`.
+    """
+    table, D, count = lookup.table, lookup.D, end - first
+    ahead = min(_AHEAD, count)
     total = zeros
     if first > 0:
         total = load(lookup.sums, n * D + column, zeros)
-    start = (n - low) * (end - first)
-    last = rows.size - 1
-    for i in range(end - first):
-        prefetch(table, at(rows, min(start + i + _AHEAD, last)) * D + column, zeros)
+    for i in range(count):
+        to_fetch = (
+            at(rows, start + i + ahead) * D + column
+            if i + ahead < count
+            else (at(rows, next_start + i + ahead - count) * D + next_column)
+        )
+        prefetch(table, to_fetch, zeros)
         total = scaled_add(
             load_mixed(table, at(rows, start + i) * D + column, zeros),
             at(lookup.scores, n * lookup.K + first + i),
@@ -187,24 +310,24 @@ def _add_rows(lookup: Any, rows: Any, low: Any, n: Any, first: Any, end: Any, co
 
 
 @jit(parallel=True)
-def _packed(lookup: Any, chunk: Any, token_parts: Any) -> None:
-    N, K = lookup.N, lookup.K
+def _add_packed(lookup: Any, chunk: Any, token_parts: Any) -> None:
+    N, K, D = lookup.N, lookup.K, lookup.D
     # In the order in which they are used: by chunks of lookups, then by tokens; rows count from a chunk's first.
-    rows, scores = np.empty(N * K, np.int32), np.empty(N * K, np.float32)
+    rows, weights = np.empty(N * K, np.int32), np.empty(N * K, np.float32)
     for index in numba.prange(-(-K // chunk)):
-        _order_chunk(lookup, index * chunk, min(K, index * chunk + chunk), rows, scores)
-    num_middle = lookup.D // MIDDLE
-    num_tiles = num_middle + lookup.D % MIDDLE // NARROW
+        _order_chunk(lookup, index * chunk, min(K, index * chunk + chunk), rows, weights)
+    num_middle = D // MIDDLE
+    num_tiles = num_middle + D % MIDDLE // NARROW
     tokens = -(-N // token_parts)
     for task in numba.prange(num_tiles * token_parts):
         tile = task // token_parts
         low = min(N, task % token_parts * tokens)
         high = min(N, low + tokens)
         if tile < num_middle:
-            _pass_tokens(lookup, chunk, rows, scores, low, high, tile * MIDDLE, zeros_middle())
+            _pass_tokens(lookup, chunk, rows, weights, low, high, tile * MIDDLE, zeros_middle())
         else:
             column = num_middle * MIDDLE + (tile - num_middle) * NARROW
-            _pass_tokens(lookup, chunk, rows, scores, low, high, column, zeros_narrow())
+            _pass_tokens(lookup, chunk, rows, weights, low, high, column, zeros_narrow())
 
 
 @jit_part()

@@ -15,8 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from mfdist.kernels.cpu_ids import checked_ids, find_rows
-from mfdist.kernels.cpu_rows import flat, flat_rows, in_huge_pages
+from mfdist.kernels.cpu_rows import flat, flat_rows
 from mfdist.kernels.cpu_threads import call, jit, jit_part, num_threads
+from mfdist.kernels.huge_pages import in_huge_pages
 from mfdist.kernels.lanes import (
     MIDDLE,
     NARROW,

@@ -129,7 +129,7 @@ class StepFiles:
         except UnsoundFile as error:
             raise CheckpointError(
                 f"a checkpoint must be what was saved; {place.damage(self.manifest.step, str(error))}, in {self.root}; "
-                "load another step, or copy the file from elsewhere."
+                "copy the file from elsewhere, load another step, or delete this one to go on from the one before."
             ) from error
 
     def each(self, act: Callable[[Any], Result], items: Sequence[Any]) -> Iterator[Result]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdist.kernels import gather_sum
+from mfdist.kernels.huge_pages import in_huge_pages
 from mfdist.optim import RowOptimizer
 from mfdist.spec import TableSpec
 from mfdist.table import Table, autocast_dtype
@@ -30,7 +31,8 @@ class LocalTable(Table):
     ) -> None:
         super().__init__(spec)
         self.std = std
-        self.weight = nn.Parameter(torch.empty(spec.num_rows, spec.row_dim, dtype=spec.dtype, device=device))
+        rows = torch.empty(spec.num_rows, spec.row_dim, dtype=spec.dtype, device=device)
+        self.weight = nn.Parameter(in_huge_pages(rows))
         self.reset_parameters()
         if fuse is not None:
             self.fuse(fuse)

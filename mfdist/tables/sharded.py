@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdist.errors import ConfigError
+from mfdist.kernels.huge_pages import in_huge_pages
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.routes.planned import check_mesh, route_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, RowGradient
@@ -54,7 +55,8 @@ class ShardedTable(Table):
         self._route = route_of(plan, exchanges)
         for exchange in exchanges.all:
             exchange.know(plan.name, plan.kind)
-        self.weight = nn.Parameter(torch.empty(self.region.shape, dtype=plan.dtype, device=device))
+        rows = torch.empty(self.region.shape, dtype=plan.dtype, device=device)
+        self.weight = nn.Parameter(in_huge_pages(rows))
         self._draw(new_seed() if seed is None else seed)
 
     @property
