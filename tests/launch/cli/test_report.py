@@ -72,6 +72,9 @@ def test_the_live_page_says_its_address_first_and_ends_with_ctrl_c(run, workplac
         stderr=subprocess.PIPE,
         text=True,
         env=environment(workplace / "cache"),
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # heard also where the tests run behind a shell
     )
     try:
         address = process.stdout.readline().strip()
