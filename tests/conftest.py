@@ -1,6 +1,7 @@
 """What every test has: its own caches, a fixed seed, and GPU tests skipped where there is no GPU."""
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,11 @@ from hypothesis import HealthCheck, settings
 # Machines differ in speed and are shared: no deadline a example, and no example lost to a slow moment.
 settings.register_profile("mfdist", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("mfdist")
+
+
+# A shell lets what runs in its background ignore Ctrl-C, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
