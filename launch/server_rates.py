@@ -19,6 +19,7 @@ class ServerRates:
     address: str
     problem: str | None  # why it says nothing
     state: str  # serving, draining, unreachable
+    role: str | None  # in its pair: primary, alone (a primary), replica, copying (a replica); single without one
     epoch: int
     requests_per_s: float | None
     errors_per_s: float | None
@@ -45,6 +46,7 @@ class TableRates:
     row_dim: int
     num_bytes: int
     checkpoint_lag: float
+    replica_lag: float
     row_hits: float
     row_hits_per_s: float | None
     updates_per_s: float | None
@@ -58,6 +60,7 @@ def server_rates(before: "Seen | None", now: "Seen") -> ServerRates:
         address=now.address,
         problem=str(now.error) if now.error else None,
         state=state,
+        role=next((labels["role"] for labels, value in now.values("mfdist_role") if value), None),
         epoch=now.epoch,
         requests_per_s=rate("mfdist_requests_total", lambda labels: True),
         errors_per_s=rate("mfdist_requests_total", lambda labels: labels.get("code") != "OK"),
@@ -81,6 +84,7 @@ def table_rates(before: "Seen | None", now: "Seen") -> list[TableRates]:
     for table in now.tables:
         hits = [value for labels, value in now.values("mfdist_row_hits_total") if labels["table"] == table.name]
         lags = [value for labels, value in now.values("mfdist_table_checkpoint_lag") if labels["table"] == table.name]
+        behind = [value for labels, value in now.values("mfdist_table_replica_lag") if labels["table"] == table.name]
         versions = {seen.name: seen.version for seen in before.tables} if before is not None else {}
         elapsed_s = now.at_s - before.at_s if before is not None else 0.0
         rose = table.version - versions.get(table.name, table.version)
@@ -94,6 +98,7 @@ def table_rates(before: "Seen | None", now: "Seen") -> list[TableRates]:
                 row_dim=table.row_dim,
                 num_bytes=table.num_bytes,
                 checkpoint_lag=sum(lags),
+                replica_lag=sum(behind),
                 row_hits=sum(hits),
                 row_hits_per_s=rate("mfdist_row_hits_total", partial(_is_of, table.name)),
                 updates_per_s=rose / elapsed_s if is_known else None,
@@ -114,7 +119,8 @@ def quantile(share: float, buckets: list[tuple[float, float]]) -> float | None:
     rank, lower, below = share * buckets[-1][1], 0.0, 0.0
     for upper, count in buckets:
         if count >= rank and count > below:
-            return lower if math.isinf(upper) else lower + (upper - lower) * (rank - below) / (count - below)
+            within = (rank - below) / (count - below)
+            return lower if math.isinf(upper) else min(upper, lower + (upper - lower) * within)
         lower, below = upper, count
     return None
 

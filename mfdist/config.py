@@ -233,6 +233,10 @@ class RunConfig(Section):
     def _check_servers(self) -> Self:
         if not self.servers.addresses:
             return self
+        if len(self.servers.addresses) % self.servers.replicas:
+            raise ValueError(
+                f"servers.addresses must be pairs where servers.replicas=2; got {len(self.servers.addresses)} of them"
+            )
         if self.model.kind == "memory" and not self.optimizer.tables.is_fused:
             raise ValueError(
                 "rows on servers are trained there, by a row optimiser; got "

@@ -42,7 +42,13 @@ class ServersConfig(Section):
         None, description="what sums travel as; by default what rows are kept in"
     )
     backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
+    replicas: Literal[1, 2] = Field(
+        1, description="2: addresses are those of pairs, one after the other; see mfdist serve --peer"
+    )
     deadline_s: Positive = Field(300.0, description="longest wait for a server, its restart included")
+    failover_s: Positive = Field(
+        3.0, description="how long the first of a pair may not answer before the second is asked to take over"
+    )
     token_file: Path | None = Field(None, description="file with this client's token alone")
     ca: Path | None = Field(None, description="PEM of the authority of the servers' certificates; turns TLS on")
     certificate: Path | None = Field(None, description="this client's certificate, PEM, for mutual TLS")

@@ -37,6 +37,12 @@ class UnavailableError(MfdistError, ConnectionError):
     kind: ClassVar[str] = "unavailable"
 
 
+class NotPrimaryError(UnavailableError):
+    """A server may not do this, because the other one of its pair has taken over, or could. Ask that one."""
+
+    kind: ClassVar[str] = "not_primary"
+
+
 class ConsistencyError(MfdistError, RuntimeError):
     """Two parts that must agree do not; going on would compute something else."""
 
@@ -67,6 +73,7 @@ OUTCOMES: dict[str, tuple[int, str]] = {
     "row_id": (2, "OUT_OF_RANGE"),
     "data": (2, "FAILED_PRECONDITION"),
     "unavailable": (1, "UNAVAILABLE"),
+    "not_primary": (1, "UNAVAILABLE"),
     "consistency": (1, "ABORTED"),
     "non_finite": (1, "ABORTED"),
     "checkpoint": (1, "DATA_LOSS"),

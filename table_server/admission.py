@@ -12,6 +12,7 @@ from mfdist.table_server.calls import Call, Refusal
 from mfdist.table_server.limits import ClientLimits, Sieve
 from mfdist.table_server.sections import LimitsConfig, SecurityConfig
 
+_ENDLESS = "Replicate"  # lasts as long as the servers of a pair do, and moves what all clients do
 _LINES_PER_MINUTE = 10.0  # of refusals of one host and reason
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Admission:
             yield
         finally:
             self._limits.leave(client.name)
-            self._limits.bytes[client.name].charge(call.request_bytes + call.reply_bytes)
+            if call.name != _ENDLESS:
+                self._limits.bytes[client.name].charge(call.request_bytes + call.reply_bytes)
 
     def check_size(self, call: Call, num_bytes: int) -> None:
         """Count a message that arrived.
@@ -81,7 +83,7 @@ class Admission:
             ("max_message_mib", "a message", num_bytes, self._limits.max_message_bytes),
             ("max_request_mib", "a request", call.request_bytes, self._limits.max_request_bytes),
         ):
-            if size > limit:
+            if size > limit and (size == num_bytes or call.name != _ENDLESS):
                 raise Refusal(
                     "size",
                     StatusCode.RESOURCE_EXHAUSTED,

@@ -43,6 +43,8 @@ RIGHTS: dict[str, Right] = {
     "Save": "admin",
     "Load": "admin",
     "Stats": "read",
+    "Promote": "push",
+    "Replicate": "admin",
 }
 SERVICE = "mfdist.table.v1.TableService"
 _HEALTH = "grpc.health.v1.Health"  # probes have no tokens, and learn nothing but that the server is there

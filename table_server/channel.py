@@ -51,19 +51,13 @@ def client_channel(
             secret; a certificate is not valid now.
     """
     config = config or ChannelConfig()
+    check_reachable(address, config)
     token = _token(config.token_file) if config.token_file is not None else None
     chosen: dict[str, Any] = {
         "grpc.max_receive_message_length": _MAX_MESSAGE_BYTES,
         "grpc.max_send_message_length": -1,
     }
     if config.ca is None:
-        if not is_loopback(address) and not config.insecure:
-            raise ConfigError(
-                f"a server must be reached by TLS unless it is on loopback; got {address} without ca; "
-                "give the PEM file of its authority, or insecure where nobody listens on that network"
-            )
-        if token is not None and not is_loopback(address):
-            raise ConfigError(f"a token must not travel in the clear; got {address} without ca; give ca, or no token")
         extra = _token_interceptors(token) if token is not None else None
         return grpc.aio.insecure_channel(address, options=[*(chosen | dict(options)).items()], interceptors=extra)
     if config.server_name:
@@ -72,6 +66,28 @@ def client_channel(
     if token is not None:
         credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
     return grpc.aio.secure_channel(address, credentials, options=[*(chosen | dict(options)).items()])
+
+
+def check_reachable(address: str, config: ChannelConfig, what: str = "an address") -> None:
+    """Allow loopback to all, any other address with the authority of its certificate.
+
+    Args:
+        address: of a server.
+        config: how it is to be reached.
+        what: what messages call the address.
+
+    Raises:
+        ConfigError: it is none, or neither loopback nor secured.
+    """
+    if config.ca is not None or is_loopback(address, what):
+        return
+    if not config.insecure:
+        raise ConfigError(
+            f"a server must be reached by TLS unless it is on loopback; got {address} without ca; "
+            "give the PEM file of its authority, or insecure where nobody listens on that network"
+        )
+    if config.token_file is not None:
+        raise ConfigError(f"a token must not travel in the clear; got {address} without ca; give ca, or no token")
 
 
 def _credentials(config: ChannelConfig, ca: Path) -> grpc.ChannelCredentials:

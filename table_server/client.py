@@ -13,8 +13,9 @@ from mfdist.sharding.table_plan import TablePlan
 from mfdist.spec import Region
 from mfdist.table import Table
 from mfdist.table_server.codec import blocks, dtype_code, packed, unpacked
-from mfdist.table_server.connection import Server, TableServers, gathered, sending
+from mfdist.table_server.connection import TableServers, gathered, sending
 from mfdist.table_server.messages import ShardSpec, optimizer_message, shard_message
+from mfdist.table_server.owner import Owner
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.routing import Part, cut, joined_score_gradients, joined_sums, parts_of
 from mfdist.table_server.shard import Lookups
@@ -99,8 +100,8 @@ class RemoteTable(Table):
         Raises:
             ConsistencyError: they have not had the same; load a checkpoint.
         """
-        self.servers.wait(gathered([self._server(shard.owner).join() for shard in self.plan.shards]))
-        steps = [self._server(shard.owner).steps.get(self.spec.name, 0) for shard in self.plan.shards]
+        self.servers.wait(gathered([self._owner(shard.owner).join(is_anew=True) for shard in self.plan.shards]))
+        steps = [self._owner(shard.owner).steps.get(self.spec.name, 0) for shard in self.plan.shards]
         if len(set(steps)) > 1:
             raise ConsistencyError(
                 f'the servers of table "{self.spec.name}" must have had the same updates; they have had '
@@ -172,14 +173,13 @@ class RemoteTable(Table):
 
     # On the event loop.
 
-    def _server(self, owner: int) -> Server:
-        return self.servers.server(owner)
+    def _owner(self, index: int) -> Owner:
+        return self.servers.owner(index)
 
     async def _create(self, optimizer: RowOptimizer | None) -> None:
         async def create(owner: int, region: Region) -> None:
             spec = ShardSpec(table=self.spec, region=region, optimizer=optimizer, std=self.std, seed=self.seed)
-            request, server = pb.CreateRequest(shard=shard_message(spec)), self._server(owner)
-            await server.once(server.stub.Create, request)
+            await self._owner(owner).once("Create", pb.CreateRequest(shard=shard_message(spec)))
 
         await gathered([create(shard.owner, shard.region) for shard in self.plan.shards])
 
@@ -187,18 +187,17 @@ class RemoteTable(Table):
         request = pb.TrainRequest(
             table=self.spec.name, optimizer=None if optimizer is None else optimizer_message(optimizer)
         )
-        servers = [self._server(shard.owner) for shard in self.plan.shards]
-        await gathered([server.once(server.stub.Train, request) for server in servers])
+        await gathered([self._owner(shard.owner).once("Train", request) for shard in self.plan.shards])
 
     async def _sums(self, parts: Sequence[Part]) -> list[Tensor]:
         return await gathered([self._sums_of(part) for part in parts])
 
     async def _sums_of(self, part: Part) -> Tensor:
-        server, requests = self._server(part.server), self.lookup_messages(part)
+        server, requests = self._owner(part.server), self.lookup_messages(part)
         requests[0].min_version = 0 if server.is_asynchronous else self._num_steps
 
         async def call(left_s: float) -> list[pb.Tensor]:
-            replies = server.stub.Lookup(sending(requests), timeout=left_s, wait_for_ready=True)
+            replies = server.stub.Lookup(sending(requests), timeout=left_s)
             return [reply.sums async for reply in replies]
 
         return unpacked(await server.repeated(call), "sums").to(self.spec.dtype)
@@ -235,14 +234,15 @@ class RemoteTable(Table):
         self, part: Part, requests: Sequence[pb.PushRequest], gradients: "asyncio.Future[Tensor]"
     ) -> None:
         """Push until it is acknowledged; the gradients are there earlier."""
-        server = self._server(part.server)
+        server = self._owner(part.server)
 
         async def call(left_s: float) -> None:
             requests[0].epoch = server.epoch
             received: list[pb.Tensor] = []
-            stream = server.stub.Push(sending(requests), timeout=left_s, wait_for_ready=True)
+            stream = server.stub.Push(sending(requests), timeout=left_s)
             async for reply in stream:
                 if reply.HasField("acknowledged"):
+                    server.acknowledged[self.spec.name] = reply.acknowledged.step
                     if not gradients.done():
                         gradients.set_exception(_answered_too_late(self.spec.name, server))
                     return
@@ -261,11 +261,11 @@ class RemoteTable(Table):
 
     async def _frozen(self, parts: Sequence[Part], grad_output: Tensor) -> list[Tensor]:
         async def asked(part: Part) -> Tensor:
-            requests, server = self._push_messages(part, grad_output), self._server(part.server)
+            requests, server = self._push_messages(part, grad_output), self._owner(part.server)
             requests[0].is_frozen = True
 
             async def call(left_s: float) -> list[pb.Tensor]:
-                replies = server.stub.Push(sending(requests), timeout=left_s, wait_for_ready=True)
+                replies = server.stub.Push(sending(requests), timeout=left_s)
                 return [reply.score_gradients async for reply in replies]
 
             return unpacked(await server.repeated(call), "score gradients")
@@ -290,12 +290,12 @@ class RemoteTable(Table):
 
     async def _gathered(self, state: str) -> Tensor:
         async def gather(owner: int) -> Tensor:
-            server = self._server(owner)
+            server = self._owner(owner)
             least = 0 if server.is_asynchronous else self._num_steps
             request = pb.GatherRequest(table=self.spec.name, state=state, min_version=least)
 
             async def call(left_s: float) -> list[pb.Tensor]:
-                replies = server.stub.Gather(request, timeout=left_s, wait_for_ready=True)
+                replies = server.stub.Gather(request, timeout=left_s)
                 return [reply.values async for reply in replies]
 
             return unpacked(await server.repeated(call), "rows")
@@ -310,13 +310,13 @@ class RemoteTable(Table):
 
     async def _write(self, rows: Tensor) -> None:
         async def write(owner: int, region: Region) -> None:
-            server, part = self._server(owner), rows[slice(*region.rows), slice(*region.columns)]
+            server, part = self._owner(owner), rows[slice(*region.rows), slice(*region.columns)]
 
             async def messages() -> AsyncIterator[pb.WriteRequest]:
                 for run in blocks(len(part), part.shape[1] * part.element_size()):
                     yield pb.WriteRequest(values=packed(part[run]), table=self.spec.name)
 
-            await server.repeated(lambda left_s: server.stub.Write(messages(), timeout=left_s, wait_for_ready=True))
+            await server.repeated(lambda left_s: server.stub.Write(messages(), timeout=left_s))
 
         await gathered([write(shard.owner, shard.region) for shard in self.plan.shards])
 
@@ -381,7 +381,7 @@ def _is_all(received: Sequence[pb.Tensor], lookups: Lookups) -> bool:
     return num_received == lookups.row_ids.shape[0]
 
 
-def _answered_too_late(table: str, server: Server) -> ConsistencyError:
+def _answered_too_late(table: str, server: Owner) -> ConsistencyError:
     return ConsistencyError(
         f'a push must be answered before the next; server {server.address} has had a later update of table "{table}"; '
         "another process pushes as this client; give each its own number"

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from mfdist.config_errors import explain
 from mfdist.errors import ConfigError
+from mfdist.table_server.channel import ChannelConfig
 from mfdist.table_server.sections import (
     LimitsConfig,
     LogsConfig,
@@ -38,10 +39,21 @@ class ServerSection(Section):
     drain_s: Positive = Field(30.0, description="how long calls may still run after SIGTERM")
 
 
+class ReplicationConfig(ChannelConfig):
+    """The other server of a pair, which holds the same shards; how it is reached is as for any client.
+
+    Both servers name each other; which of them is the primary is settled by clients, and may change.
+    """
+
+    peer: str = Field("", description="HOST:PORT of the other server; empty: none. Its token must have the right admin")
+    timeout_s: Positive = Field(10.0, description="how long the other one may be silent before it is taken to be gone")
+
+
 class ServerConfig(Section):
     """Everything a server is told before it starts."""
 
     server: ServerSection = ServerSection()
+    replication: ReplicationConfig = ReplicationConfig()
     security: SecurityConfig = SecurityConfig()
     limits: LimitsConfig = LimitsConfig()
     metrics: MetricsConfig = MetricsConfig()

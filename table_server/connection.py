@@ -1,10 +1,11 @@
-"""The servers as a client reaches them: channels, deadlines, and calls that are safe to repeat.
+"""The servers as a client reaches them, all of them together.
 
 All traffic runs on one event loop in a thread of its own; callers wait for it from theirs.
 """
 
 import asyncio
 import concurrent.futures
+import itertools
 import secrets
 import threading
 import time
@@ -14,18 +15,12 @@ from typing import Any, TypeVar
 import grpc
 
 from mfdist.errors import ConfigError, ConsistencyError, UnavailableError
-from mfdist.table_server.channel import ChannelConfig, client_channel
+from mfdist.table_server.channel import ChannelConfig
+from mfdist.table_server.owner import Membership, Owner
 from mfdist.table_server.proto import table_v1_pb2 as pb
-from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
 from mfdist.table_server.status import error_of
 
 _T = TypeVar("_T")
-
-_OPTIONS = (
-    # A server that comes back is found within a second, not after a backoff of minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
 
 
@@ -33,10 +28,13 @@ class TableServers:
     """The servers that hold a model's tables, as one client among `num_clients` that train them.
 
     Args:
-        addresses: HOST:PORT of each; a plan's owner i is the i-th.
+        addresses: HOST:PORT of each; a plan's owner i is the i-th, or with two replicas the i-th pair.
         client: this one's number.
         num_clients: how many train together, the same for all; each step of a table needs all of them.
+        replicas: 2 where servers come in pairs, of which the second goes on when the first is gone; see
+            `mfdist serve --peer`.
         deadline_s: longest wait for an answer, a server's restart included.
+        failover_s: how long the primary of a pair may not answer before the other one is asked to take over.
         channel: TLS and token; by default neither, which servers on loopback allow.
 
     Raises:
@@ -53,15 +51,23 @@ class TableServers:
         *,
         client: int = 0,
         num_clients: int = 1,
+        replicas: int = 1,
         deadline_s: float = 60.0,
+        failover_s: float = 3.0,
         channel: ChannelConfig | None = None,
     ) -> None:
         if not addresses or len(set(addresses)) != len(addresses):
             raise ConfigError(f"each table server has an address of its own; got {list(addresses)}")
         if not 0 <= client < num_clients:
             raise ConfigError(f"a client's number must lie in [0, {num_clients}); got {client}")
+        if replicas not in (1, 2) or len(addresses) % replicas:
+            raise ConfigError(
+                "rows are held by one server, or by pairs of them that are listed one after the other; got "
+                f"replicas={replicas} and {len(addresses)} addresses"
+            )
         self.addresses = tuple(addresses)
-        self.client, self.num_clients, self.deadline_s = client, num_clients, deadline_s
+        self.client, self.num_clients, self.replicas = client, num_clients, replicas
+        self.deadline_s, self.failover_s = deadline_s, failover_s
         self.channel = channel
         self.session = secrets.randbits(63) or 1
         self._loop = asyncio.new_event_loop()
@@ -71,15 +77,13 @@ class TableServers:
         self._pushing: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         try:
-            self._servers = self.wait(self._connect())
-            described = self.describe()
-            for one in range(len(described)):
-                for other in range(one):
-                    if described[one].server_id == described[other].server_id:
-                        raise ConsistencyError(
-                            f"each address must be a server of its own; {addresses[other]} and {addresses[one]} are "
-                            "the same; name it once"
-                        )
+            self._owners = self.wait(self._connect())
+            known: dict[str, str] = {}
+            for address, server_id in itertools.chain(*self.wait(self.all(lambda owner: owner.identities()))):
+                if (other := known.setdefault(server_id, address)) != address:
+                    raise ConsistencyError(
+                        f"each address must be a server of its own; {other} and {address} are the same; name it once"
+                    )
         except BaseException:
             self.close()
             raise
@@ -91,7 +95,7 @@ class TableServers:
         self.close()
 
     def __len__(self) -> int:
-        return len(self.addresses)
+        return len(self.addresses) // self.replicas
 
     def close(self) -> None:
         """Wait for pushes to be on disk, and let the channels go; what did not arrive is not raised here."""
@@ -104,8 +108,8 @@ class TableServers:
         self._loop.close()
 
     def describe(self) -> list[pb.DescribeReply]:
-        """Return what each server says it is and holds."""
-        return self.wait(self.all(lambda server: server.once(server.stub.Describe, pb.DescribeRequest())))
+        """Return what each server says it is and holds; of pairs, the one that is asked now."""
+        return self.wait(self.all(lambda owner: owner.once("Describe", pb.DescribeRequest())))
 
     def flush(self) -> None:
         """Wait until everything pushed is on disk.
@@ -131,21 +135,22 @@ class TableServers:
         All clients must look up and push nothing meanwhile; their tables then follow with `RemoteTable.resume`.
         """
         self.flush()
-        replies = self.wait(
-            self.all(lambda server: server.once(server.stub.Load, pb.LoadRequest(directory=directory, step=step)))
-        )
-        self.wait(self.all(lambda server: server.join()))
+        request = pb.LoadRequest(directory=directory, step=step)
+        replies = self.wait(self.all(lambda owner: owner.once("Load", request, of_any_epoch=True)))
+        self.wait(self.all(lambda owner: owner.join(is_anew=True)))
         return int(replies[0].step)
 
     def drop(self, table: str) -> None:
         """Let all servers forget a table and its rows."""
-        self.wait(self.all(lambda server: server.once(server.stub.Drop, pb.DropRequest(table=table))))
+        self.wait(self.all(lambda owner: owner.once("Drop", pb.DropRequest(table=table))))
+        for owner in self._owners:
+            owner.acknowledged.pop(table, None)
 
     # For RemoteTable.
 
-    def server(self, index: int) -> "Server":
-        """Return the server that a plan's owner is."""
-        return self._servers[index]
+    def owner(self, index: int) -> Owner:
+        """Return a plan's owner."""
+        return self._owners[index]
 
     def wait(self, doing: Coroutine[Any, Any, _T]) -> _T:
         """Return what comes of a coroutine on the event loop. Not to be called from there."""
@@ -155,9 +160,9 @@ class TableServers:
         """Begin a coroutine on the event loop."""
         return asyncio.run_coroutine_threadsafe(doing, self._loop)
 
-    async def all(self, call: Callable[["Server"], Awaitable[_T]]) -> list[_T]:
-        """Return what a call on every server comes to, all at once."""
-        return await gathered([call(server) for server in self._servers])
+    async def all(self, call: Callable[[Owner], Awaitable[_T]]) -> list[_T]:
+        """Return what a call on every owner comes to, all at once."""
+        return await gathered([call(owner) for owner in self._owners])
 
     def keep(self, pushing: "asyncio.Task[None]") -> None:
         """Keep a push until it is acknowledged; its failure is raised by whoever next asks. On the event loop."""
@@ -176,8 +181,21 @@ class TableServers:
             failed, self._failed = self._failed, None
             raise failed
 
-    async def _connect(self) -> "list[Server]":
-        return [Server(index, address, self) for index, address in enumerate(self.addresses)]
+    async def _connect(self) -> list[Owner]:
+        member = Membership(self.client, self.num_clients, self.session)
+        owners = [
+            Owner(
+                index,
+                self.addresses[index * self.replicas : (index + 1) * self.replicas],
+                member,
+                deadline_s=self.deadline_s,
+                failover_s=self.failover_s,
+                channel=self.channel,
+            )
+            for index in range(len(self))
+        ]
+        await gathered([owner.connect() for owner in owners])
+        return owners
 
     async def _flush(self) -> None:
         if self._pushing:
@@ -191,8 +209,8 @@ class TableServers:
         while True:
             meeting = "save" + secrets.token_hex(8)
             calls = {
-                asyncio.ensure_future(self._save_part(server, directory, step, meeting, until)): server
-                for server in self._servers
+                asyncio.ensure_future(self._save_part(owner, directory, step, meeting, until)): owner
+                for owner in self._owners
             }
             done, late = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
             for call in late:
@@ -201,85 +219,29 @@ class TableServers:
             failed = [(calls[call], error) for call in done if (error := call.exception()) is not None]
             if not failed:
                 return
-            server, raised = failed[0]
-            error = error_of(raised, server.address) if isinstance(raised, grpc.RpcError) else raised
+            owner, raised = failed[0]
+            error = error_of(raised, owner.address) if isinstance(raised, grpc.RpcError) else raised
             if not isinstance(error, UnavailableError) or time.monotonic() + pause_s >= until:
                 raise error from None
             await asyncio.sleep(pause_s)
             pause_s = min(_LAST_PAUSE_S, 2 * pause_s)
 
-    async def _save_part(self, server: "Server", directory: str, step: int, meeting: str, until: float) -> Any:
+    async def _save_part(self, owner: Owner, directory: str, step: int, meeting: str, until: float) -> Any:
+        await owner.connect()  # of a pair to its primary, which may be another one than before
         request = pb.SaveRequest(
-            directory=directory, step=step, rank=server.index, world_size=len(self), meeting=meeting
+            directory=directory, step=step, rank=owner.index, world_size=len(self), meeting=meeting
         )
         left_s = max(0.001, until - time.monotonic())
-        return await server.stub.Save(request, timeout=left_s, wait_for_ready=True)
+        return await owner.stub.Save(request, timeout=left_s, wait_for_ready=self.replicas == 1)
 
     async def _disconnect(self) -> None:
         if self._pushing:
             await asyncio.wait(list(self._pushing), timeout=self.deadline_s)
-        for server in getattr(self, "_servers", []):
-            await server.channel.close()
+        for owner in getattr(self, "_owners", []):
+            await owner.close()
         for task in asyncio.all_tasks():
             if task is not asyncio.current_task():
                 task.cancel()
-
-
-class Server:
-    """One server. All methods run on the client's event loop."""
-
-    def __init__(self, index: int, address: str, of: TableServers) -> None:
-        self.index = index
-        self.address = address
-        self.channel = client_channel(address, of.channel, _OPTIONS)
-        self.stub = TableServiceStub(self.channel)  # type: ignore[no-untyped-call]
-        self.epoch = 0
-        self.is_asynchronous = False
-        #: table → this client's steps, as the server had them when it was joined.
-        self.steps: dict[str, int] = {}
-        self._of = of
-        self._joining = asyncio.Lock()
-
-    async def once(self, method: Any, request: Any) -> Any:
-        """Return the answer of a unary call that may be repeated."""
-        return await self.repeated(lambda left_s: method(request, timeout=left_s, wait_for_ready=True))
-
-    async def join(self) -> None:
-        """Become the client that this process is, and learn the server's epoch."""
-        of = self._of
-        request = pb.JoinRequest(client=of.client, num_clients=of.num_clients, session=of.session)
-        async with self._joining:
-            reply = await self.once(self.stub.Join, request)
-            self.epoch, self.steps = reply.epoch, dict(reply.steps)
-            self.is_asynchronous = reply.is_asynchronous
-
-    async def joined(self) -> None:
-        """Join unless that is done."""
-        if not self.epoch:
-            await self.join()
-
-    async def repeated(
-        self, call: Callable[[float], Awaitable[_T]], *, before_again: Callable[[], Awaitable[None]] | None = None
-    ) -> _T:
-        """Return what a call comes to, made again while the server cannot be reached, until the deadline.
-
-        Args:
-            call: given the seconds that are left.
-            before_again: done before each repetition.
-        """
-        until = time.monotonic() + self._of.deadline_s
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                return await call(max(0.001, until - time.monotonic()))
-            except grpc.RpcError as raised:
-                error = error_of(raised, self.address)
-                if not isinstance(error, UnavailableError) or time.monotonic() + pause_s >= until:
-                    raise error from None
-            await asyncio.sleep(pause_s)
-            pause_s = min(_LAST_PAUSE_S, 2 * pause_s)
-            if before_again is not None:
-                await before_again()
 
 
 async def sending(messages: Sequence[Any]) -> AsyncIterator[Any]:

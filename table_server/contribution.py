@@ -34,15 +34,24 @@ def lookups_of(messages: Sequence[pb.Lookups], code_stride: int, first_slot: int
 
 
 def push_of(messages: Sequence[pb.PushRequest]) -> Push:
-    """Return the push that messages are; the log's bytes are theirs.
+    """Return the push that messages are; the log's bytes are theirs, without epoch and session.
+
+    Those change where a push is sent again, and it is still the same.
 
     Raises:
         ConfigError: they do not fit together.
         ConsistencyError: bytes were damaged on the way.
     """
     first = messages[0]
+    first.ClearField("epoch")
+    first.ClearField("session")
     payload = [message.SerializeToString() for message in messages]
     return Push(first.client, first.step, first.lr, contribution_of(messages), payload)
+
+
+def parsed_push(messages: Sequence[bytes]) -> Push:
+    """Return the push that serialised messages are, as they were logged."""
+    return push_of([pb.PushRequest.FromString(message) for message in messages])
 
 
 def contribution_of(messages: Sequence[pb.PushRequest]) -> Contribution | None:

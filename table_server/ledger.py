@@ -143,8 +143,12 @@ class Ledger:
         with self._has_work:
             return sorted({name for segment in self._segments for name in segment.newest})
 
-    def pushes(self, table: str) -> Iterator[LoggedPush]:
-        """Yield the pushes of a table that are on disk, in the order they were appended; for recovery, before writes.
+    def pushes(self, table: str, after: int = -1) -> Iterator[LoggedPush]:
+        """Yield the pushes of a table that are on disk when this is called, in the order they were appended.
+
+        Args:
+            table: of which.
+            after: only pushes of later steps.
 
         Raises:
             CheckpointError: a push is not what was written.
@@ -152,7 +156,7 @@ class Ledger:
         for segment in list(self._segments):
             before = 0
             for (name, step, client), last in segment.pushes():
-                if name == table:
+                if name == table and step > after:
                     yield LoggedPush(step, client, segment.payload(before + 1, last))
                 before = last
 

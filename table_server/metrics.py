@@ -37,6 +37,7 @@ class TableFigures(NamedTuple):
     num_bytes: int  # of its rows and optimiser state
     row_hits: int  # rows read or updated since the start
     saved_version: int  # the version that the last checkpoint has
+    replica_lag: int = 0  # updates that the replica has not acknowledged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Observed:
     log_pending_bytes: Callable[[], float] = lambda: 0.0  # accepted, not yet on disk
     checkpoint_age_s: Callable[[], float] = lambda: 0.0  # since the last checkpoint, or the start
     epoch: Callable[[], float] = lambda: 0.0
+    role: Callable[[], str] = lambda: "single"  # or primary, alone (a primary), replica, copying (a replica)
 
 
 class Metrics:
@@ -197,8 +199,13 @@ class _Asked(Collector):
             ("mfdist_epoch", "The server's epoch.", seen.epoch),
         ):
             yield GaugeMetricFamily(name, about, value=ask())
+        role = GaugeMetricFamily("mfdist_role", "1 of what the server is in its pair.", labels=["role"])
+        role.add_metric([seen.role()], 1)
         version = GaugeMetricFamily("mfdist_table_version", "Updates so far.", labels=["table"])
         lag = GaugeMetricFamily("mfdist_table_checkpoint_lag", "Updates that no checkpoint has.", labels=["table"])
+        behind = GaugeMetricFamily(
+            "mfdist_table_replica_lag", "Updates that the replica has not acknowledged.", labels=["table"]
+        )
         rows = GaugeMetricFamily("mfdist_table_rows", "Rows held here.", labels=["table"])
         size = GaugeMetricFamily("mfdist_table_bytes", "Bytes of rows and optimiser state.", labels=["table"])
         hits = CounterMetricFamily("mfdist_row_hits", "Rows read or updated.", labels=["table"])
@@ -206,10 +213,11 @@ class _Asked(Collector):
             label = [table.name]
             version.add_metric(label, table.version)
             lag.add_metric(label, table.version - table.saved_version)
+            behind.add_metric(label, table.replica_lag)
             rows.add_metric(label, table.num_rows)
             size.add_metric(label, table.num_bytes)
             hits.add_metric(label, table.row_hits)
-        yield from (version, lag, rows, size, hits)
+        yield from (role, version, lag, behind, rows, size, hits)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

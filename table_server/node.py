@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from typing import TypeVar
@@ -14,15 +14,20 @@ from typing import TypeVar
 import torch
 
 from mfdist.checkpoint.directory import CheckpointDirectory
-from mfdist.checkpoint.ranks import OneRank, Ranks, StoreRanks
-from mfdist.checkpoint.state import CheckpointState, TableShard, TableState
+from mfdist.checkpoint.state import TableState
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import ConfigError, ConsistencyError, MfdistError, UnavailableError
 from mfdist.optim import RowOptimizer
-from mfdist.table_server.config import ServerSection
-from mfdist.table_server.contribution import push_of
+from mfdist.table_server import saving
+from mfdist.table_server.codec import unpacked
+from mfdist.table_server.config import ReplicationConfig, ServerSection
+from mfdist.table_server.contribution import parsed_push
+from mfdist.table_server.follower import Follower
+from mfdist.table_server.life import Life
 from mfdist.table_server.messages import ShardSpec
+from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.shard import Shard
+from mfdist.table_server.standing import Standing
 from mfdist.table_server.status import UnknownTableError
 from mfdist.table_server.store import Held, Store
 from mfdist.table_server.updates import Updates
@@ -33,22 +38,6 @@ _T = TypeVar("_T")
 _LOOK_S = 1.0
 
 
-@dataclass
-class Life:
-    """A shard from its making, or its last loading, on."""
-
-    name: str
-    updates: Updates
-    since: int  # updates before it began
-    is_as_drawn: bool = False  # no update, and nothing written
-    is_unsaved: bool = False  # something was written that no checkpoint has
-
-    @property
-    def shard(self) -> Shard:
-        """Return the shard."""
-        return self.updates.shard
-
-
 class Node:
     """The shards of a server, recovered from its folder.
 
@@ -56,16 +45,18 @@ class Node:
 
     Args:
         config: of the server; its folder must be given.
+        replication: its pair, by default none.
 
     Raises:
+        ConfigError: the folder is not given, or pushes are not logged, which a pair needs.
         UnavailableError: another server holds the folder.
         CheckpointError: what is in it is damaged.
     """
 
-    def __init__(self, config: ServerSection) -> None:
+    def __init__(self, config: ServerSection, replication: ReplicationConfig | None = None) -> None:
         if config.data is None:
             raise ConfigError("a server needs a folder for its data; give server.data or --data DIR")
-        self.config = config
+        self.config, replication = config, replication or ReplicationConfig()
         self.store = Store(Path(config.data), is_logged=config.durability == "log")
         num_threads = config.threads or os.cpu_count() or 1
         torch.set_num_threads(num_threads)
@@ -73,19 +64,23 @@ class Node:
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="mfdist-table")
         self._num_running = 0
         #: Counts since the start, by name.
+        #: What follows a primary, where this is the replica of a pair.
+        self.follower = Follower(self, replication.timeout_s)
         self.counters: Counter[str] = Counter()
         self.row_hits: Counter[str] = Counter()
         self.is_draining = False
-        self._sessions: dict[int, int] = {}  # client → session
-        self._admin = asyncio.Lock()
-        self.num_clients = self.store.num_clients
-        #: Rows are others than those acknowledged after each start where pushes are not logged.
-        self.epoch = self.store.epoch if self.store.is_logged else self.store.next_epoch()
+        #: Held by whatever changes which shards there are.
+        self.admin = asyncio.Lock()
+        try:
+            self.standing = Standing(self.store, replication.peer)
+        except BaseException:
+            self.close()
+            raise
         self._lives: dict[str, Life] = {}
         for held in self.store.find():
             life = self._life(held)
-            logged = ((version, push_of(messages)) for version, messages in self.store.pushes(held.life))
-            self.counters["replayed_pushes"] += life.updates.replay(logged, self.num_clients)
+            logged = ((version, parsed_push(messages)) for version, messages in self.store.pushes(held.life))
+            self.counters["replayed_pushes"] += life.updates.replay(logged, self.standing.num_clients)
             self._lives[held.shard.name] = life
 
     @property
@@ -103,8 +98,11 @@ class Node:
 
         Raises:
             UnknownTableError: there is none here.
+            UnavailableError: this is a replica that is being copied to.
         """
         if table not in self._lives:
+            if not self.standing.is_whole:
+                raise UnavailableError(f'a replica must have its rows; "{table}" is being copied; ask the primary')
             known = ", ".join(f'"{name}"' for name in sorted(self._lives)[:3]) or "none"
             raise UnknownTableError(f'a table must be made before it is used; got "{table}", this server has {known}')
         return self._lives[table]
@@ -124,7 +122,8 @@ class Node:
             ConsistencyError: it is there with other values.
             ConfigError: there is no memory for it.
         """
-        async with self._admin:
+        self.standing.check_primary()
+        async with self.admin:
             if (known := self._lives.get(spec.table.name)) is not None:
                 # How rows are trained may have changed since, and who only looks up does not say.
                 if known.shard.spec != (
@@ -135,17 +134,24 @@ class Node:
                         f"{spec}; drop it first, or give the new one another name"
                     )
                 return known, True
-            shard = await self.run(_drawn, spec)
-            name = await self.run(self.store.add, spec)
-            life = self._lives[spec.table.name] = replace(self._life(Held(shard, name, {}, {})), is_as_drawn=True)
+            life = await self.draw(spec)
+            await self._tell_replica()
             return life, False
+
+    async def draw(self, spec: ShardSpec, name: str | None = None) -> Life:
+        """Make a shard whose rows are drawn from its seed, under a name of its life. Holding `admin`."""
+        shard = await self.run(_drawn, spec)
+        name = await self.run(self.store.add, spec, name)
+        life = self._lives[spec.table.name] = replace(self._life(Held(shard, name, {}, {})), is_as_drawn=True)
+        return life
 
     async def train(self, table: str, optimizer: RowOptimizer | None) -> Life:
         """Train a shard by another optimiser from its next update on, or freeze it.
 
         Asked by several clients for the same, it is done once.
         """
-        async with self._admin, contextlib.AsyncExitStack() as stack:
+        self.standing.check_primary()
+        async with self.admin, contextlib.AsyncExitStack() as stack:
             before = self.life(table)
             shard = before.shard
             if shard.spec.optimizer == optimizer and before.since == shard.version:
@@ -158,67 +164,75 @@ class Node:
                 if before.is_as_drawn and not shard.version:
                     held = Held(fresh, await self.run(self.store.add, spec), {}, {})
                 else:
-                    held = Held(fresh, token_hex(8), {}, {})
-                    others = [_held(life) for life in self.lives if life is not before]
-                    await self.run(self.store.checkpoint, [held, *others])
-                self._lives[table] = replace(self._life(held), is_as_drawn=before.is_as_drawn)
-                before.updates.forget()
+                    held = Held(fresh, token_hex(8), {}, {}, is_saved=True)
+                    await self._save_own([held])
+                self._use([held])
+                self._lives[table].is_as_drawn = before.is_as_drawn
+            await stack.aclose()
+            await self._tell_replica()
             return self._lives[table]
 
     async def drop(self, table: str) -> bool:
         """Forget a table; return whether it was there."""
-        async with self._admin:
-            life = self._lives.pop(table, None)
-            if life is not None:
-                async with life.updates.changing:
-                    await self.run(self.store.forget, table)
-                    life.updates.forget()
-            return life is not None
+        self.standing.check_primary()
+        async with self.admin:
+            was_there = await self.forget(table)
+            await self._tell_replica()
+            return was_there
 
-    async def join(self, client: int, num_clients: int, session: int) -> None:
+    async def forget(self, table: str) -> bool:
+        """Forget a table; return whether it was there. Holding `admin`."""
+        life = self._lives.pop(table, None)
+        if life is not None:
+            async with life.updates.changing:
+                await self.run(self.store.forget, table)
+                life.updates.forget()
+        return life is not None
+
+    async def join(self, client: int, num_clients: int, session: int, seen: int = 0) -> None:
         """Let a client take part, in the place of an earlier one of its number.
+
+        Args:
+            client: its number.
+            num_clients: how many there are.
+            session: what it drew when it started.
+            seen: the highest epoch it has had.
 
         Raises:
             ConfigError: its number is not one of `num_clients`.
             ConsistencyError: others joined with another number of clients while pushes wait.
+            NotPrimaryError: the server of the pair to join is the other one.
         """
+        self.standing.check_primary()
+        self.standing.check_seen(seen)
         if not 0 <= client < num_clients:
             raise ConfigError(f"a client's number must lie in [0, {num_clients}); got {client}")
-        async with self._admin:
-            if num_clients != self.num_clients:
+        if num_clients != self.standing.num_clients:
+            async with self.admin:
+                known = self.standing.num_clients
                 if any(life.updates.is_waiting for life in self._lives.values()):
                     raise ConsistencyError(
-                        f"the number of clients changes between steps; pushes of {self.num_clients} clients wait for "
-                        f"the others and client {client} says there are {num_clients}; load a checkpoint first"
+                        f"the number of clients changes between steps; pushes of {known} clients wait for the others "
+                        f"and client {client} says there are {num_clients}; load a checkpoint first"
                     )
-                await self.run(self.store.set_num_clients, num_clients)
-                self.num_clients = num_clients
-                self._sessions.clear()
-            self._sessions[client] = session
-
-    def check_client(self, client: int, session: int, epoch: int) -> None:
-        """Raise ConsistencyError unless a client may push."""
-        if epoch != self.epoch:
-            raise ConsistencyError(
-                f"a push must be of the server's epoch {self.epoch}; got {epoch}; rows were loaded anew: join again"
-            )
-        if client not in self._sessions:
-            raise UnavailableError(f"a client must join before it pushes; client {client} has not since the start")
-        if self._sessions[client] != session:
-            raise ConsistencyError(
-                f"one process at a time may be client {client}; another one has joined after this one"
-            )
+                if known != num_clients:
+                    await self.standing.set_num_clients(num_clients)
+                    await self._tell_replica()
+            self.standing.check_primary()
+        self.standing.joined(client, session)
 
     async def checkpoint(self) -> StepInfo:
-        """Save all shards in the server's own folder and empty the log; lookups go on meanwhile, updates wait."""
-        async with self._admin, contextlib.AsyncExitStack() as stack:
+        """Save all shards in the server's own folder and empty the log; lookups go on meanwhile, updates wait.
+
+        Raises:
+            UnavailableError: this is a replica that is being copied to.
+        """
+        async with self.admin, contextlib.AsyncExitStack() as stack:
+            if not self.standing.is_whole:
+                raise UnavailableError("a server must have its rows to save them; they are being copied; try again")
             for life in self.lives:
                 await stack.enter_async_context(life.updates.changing)
-            self.counters["checkpoints"] += 1
-            info = await self.run(self.store.checkpoint, [_held(life) for life in self.lives])
-            for life in self.lives:
-                life.is_unsaved = False
-            return info
+            return await self._save_own()
 
     async def life_to_push_to(self, table: str) -> Life:
         """Return the shard of a table, what was written to it on disk: a push is logged on top of that."""
@@ -230,7 +244,7 @@ class Node:
         """Checkpoint whenever the log has grown to its limit; runs until it is cancelled."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            if self.store.ledger.num_bytes > self.config.log_gib * 2**30:
+            if self.store.ledger.num_bytes > self.config.log_gib * 2**30 and self.standing.is_whole:
                 await self.checkpoint()
 
     async def save(self, directory: Path, step: int, rank: int, world_size: int, meeting: str) -> StepInfo:
@@ -240,30 +254,18 @@ class Node:
             UnavailableError: another server did not come, or another writer holds the directory.
             CheckpointError: the directory cannot be written.
         """
-        async with self._admin, contextlib.AsyncExitStack() as stack:
+        self.standing.check_primary()
+        async with self.admin, contextlib.AsyncExitStack() as stack:
             for life in self.lives:
                 await stack.enter_async_context(life.updates.changing)
-            shards, versions = {}, {}
-            for life in self.lives:
-                spec, state = life.shard.spec, life.shard.state()
-                shards[spec.table.name] = [
-                    TableShard(
-                        num_rows=spec.table.num_rows,
-                        row_dim=spec.table.row_dim,
-                        region=spec.region,
-                        weight=state.weight,
-                        optimizer=state.optimizer,
-                    )
-                ]
-                versions[_version_of(spec.table.name)] = torch.tensor(life.shard.version)
-            state_of_all = CheckpointState(step=step, tables={}, shards=shards, dense=versions, attributes={})
-            ranks = _meeting(directory, rank, world_size, meeting)
-            saving = asyncio.ensure_future(self.run(CheckpointDirectory(directory, ranks=ranks).save, state_of_all))
+            state = saving.part_of(step, [life.shard for life in self.lives])
+            ranks = saving.meeting(directory, rank, world_size, meeting)
+            written = asyncio.ensure_future(self.run(CheckpointDirectory(directory, ranks=ranks).save, state))
             try:
-                return await asyncio.shield(saving)
+                return await asyncio.shield(written)
             except asyncio.CancelledError:  # whoever asked has gone, or asks anew: another server has died
                 ranks.leave()
-                await asyncio.gather(saving, return_exceptions=True)  # it reads what may not change meanwhile
+                await asyncio.gather(written, return_exceptions=True)  # it reads what may not change meanwhile
                 raise
 
     async def load(self, directory: Path, step: int | None) -> int:
@@ -272,7 +274,8 @@ class Node:
         Raises:
             CheckpointError: there is no such step, it lacks a table or a state, or is damaged; nothing was changed.
         """
-        async with self._admin, contextlib.AsyncExitStack() as stack:
+        self.standing.check_primary()
+        async with self.admin, contextlib.AsyncExitStack() as stack:
             for life in self.lives:
                 await stack.enter_async_context(life.updates.changing)
             regions = {life.shard.name: [life.shard.spec.region] for life in self.lives}
@@ -280,37 +283,83 @@ class Node:
             made = []
             for life in self.lives:
                 name, shard = life.shard.name, loaded.shards[life.shard.name][0]
-                version = int(loaded.dense.get(_version_of(name), torch.tensor(loaded.step)))
+                version = saving.version_in(loaded, name)
                 state = TableState(weight=shard.weight, optimizer=shard.optimizer)
                 fresh = Shard(life.shard.spec, state, version)
-                made.append(Held(fresh, token_hex(8), {}, {}))
+                made.append(Held(fresh, token_hex(8), {}, {}, is_saved=True))
             for life in self.lives:
                 await stack.enter_async_context(life.updates.gate.writing())
             # The commit of this checkpoint is what changes the server's mind, for good.
-            await self.run(self.store.checkpoint, made)
-            self.epoch = await self.run(self.store.next_epoch)
-            self._sessions.clear()
-            for held in made:
-                before = self._lives[held.shard.name]
-                self._lives[held.shard.name] = self._life(held)
-                before.updates.forget()
+            await self._save_own(made)
+            await self.standing.loaded()
+            self._use(made)
+            await stack.aclose()
+            await self._tell_replica()
             return loaded.step
 
-    async def write(self, table: str, values: torch.Tensor, row_ids: torch.Tensor | None, at: int, state: str) -> None:
-        """Replace rows, or values of a state, at ids or from the shard's row `at` on; on disk after `checkpoint`."""
-        life = self.life(table)
-        updates = life.updates
-        async with updates.changing, updates.gate.writing():
-            place = slice(at, at + len(values)) if row_ids is None else row_ids
-            life.is_as_drawn, life.is_unsaved = False, True
-            await self.run(updates.shard.write, values, place, state)
+    async def write(self, life: Life, request: pb.WriteRequest, at: int, edit: str) -> int:
+        """Do what a message of a write says, from the shard's row `at` on; return how many values it had.
 
-    async def set_version(self, table: str, version: int) -> None:
-        """Go on from a number of updates, as rows that were written have had them."""
-        updates = self.life(table).updates
+        On disk after `checkpoint`. `edit` names it, for replicas.
+        """
+        has_values = request.HasField("values") or not request.HasField("version")
+        values = await self.run(unpacked, [request.values], "values") if has_values else None
+        row_ids = unpacked([request.row_ids], "row_ids") if request.HasField("row_ids") else None
+        updates = life.updates
         async with updates.changing:
-            updates.shard.set_version(version)
-            updates.forget()
+            await updates.on_disk(updates.shard.version)  # a replica has them before what is written now
+            async with updates.gate.writing():
+                life.is_as_drawn, life.is_unsaved, life.edit = False, True, edit
+                if values is not None:
+                    place = slice(at, at + len(values)) if row_ids is None else row_ids
+                    await self.run(updates.shard.write, values, place, request.state)
+                if request.HasField("version"):
+                    updates.shard.set_version(request.version)
+                    updates.forget()
+            link = self.standing.link
+            told = link.wrote(life.name, request, at, edit) if link is not None else None
+        if told is not None:
+            await told
+        return 0 if values is None else len(values)
+
+    # For the pair.
+
+    async def use_copies(self, made: Sequence[Held]) -> None:
+        """Hold shards that were copied from the primary. Holding `admin`."""
+        for held in made:
+            if held.shard.name not in self._lives:
+                await self.run(self.store.add, held.shard.spec)
+        await self._save_own(made)
+        self._use(made)
+
+    async def let_go(self, table: str) -> None:
+        """Free the rows of a shard that is about to be copied; they stay on disk. Holding `admin`."""
+        life = self._lives.pop(table, None)
+        if life is not None:
+            async with life.updates.changing:
+                life.updates.forget()
+
+    async def _tell_replica(self) -> None:
+        """Let the replica have the shards as they are now, if it is there. Holding `admin`."""
+        if self.standing.link is not None:
+            await self.standing.link.sync()
+
+    async def _save_own(self, made: Sequence[Held] = ()) -> StepInfo:
+        """Save all shards, some of which are about to be others. Holding `admin`, and all shards' `changing`."""
+        names = {held.shard.name for held in made}
+        kept = [life for life in self.lives if life.shard.name not in names]
+        self.counters["checkpoints"] += 1
+        info = await self.run(self.store.checkpoint, [*made, *(life.held for life in kept)])
+        for life in kept:
+            life.is_unsaved, life.base = False, life.shard.version
+        return info
+
+    def _use(self, made: Sequence[Held]) -> None:
+        for held in made:
+            before = self._lives.get(held.shard.name)
+            self._lives[held.shard.name] = self._life(held)
+            if before is not None:
+                before.updates.forget()
 
     def close(self) -> None:
         """Let threads and folder go."""
@@ -319,10 +368,11 @@ class Node:
 
     def _life(self, held: Held) -> Life:
         staleness = None if self.config.consistency == "synchronous" else self.config.max_staleness
-        updates = Updates(held.shard, self.store.log(held.life), self.run, staleness)
+        updates = Updates(held.shard, self.standing.log(held.life), self.run, staleness)
         updates.steps.update(held.steps)
         updates.kept.update(held.kept)
-        return Life(held.life, updates, held.shard.version)
+        version = held.shard.version
+        return Life(held.life, updates, version, base=version if held.is_saved else None, edit=held.edit)
 
 
 def _drawn(spec: ShardSpec) -> Shard:
@@ -335,29 +385,3 @@ def _drawn(spec: ShardSpec) -> Shard:
             f"a shard must fit into the server's memory; got {spec.region.shape} in {spec.table.dtype} for table "
             f'"{spec.table.name}"; spread it over more servers'
         ) from None
-
-
-def _held(life: Life) -> Held:
-    return Held(life.shard, life.name, dict(life.updates.steps), dict(life.updates.kept))
-
-
-def _version_of(table: str) -> str:
-    return f"versions/{table}"
-
-
-def _meeting(directory: Path, rank: int, world_size: int, name: str) -> Ranks:
-    if world_size <= 1:
-        return OneRank()
-    if not name.isidentifier():
-        raise ConfigError(
-            f"a save of several servers needs a name of letters and digits for them to meet; got {name!r}"
-        )
-    from torch.distributed import FileStore  # type: ignore[attr-defined]
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnavailableError(
-            f"servers must reach the checkpoint's directory; {directory}: {error.strerror}"
-        ) from None
-    return StoreRanks(FileStore(str(directory / f".meeting-{name}"), world_size), rank, world_size)

@@ -21,6 +21,7 @@ def observed(node: Node) -> Observed:
                 num_bytes=shard.num_bytes,
                 row_hits=node.row_hits[shard.name],
                 saved_version=min(saved.get(shard.name, 0), shard.version),
+                replica_lag=node.standing.lag(life.name, shard.version),
             )
 
     return Observed(
@@ -29,5 +30,6 @@ def observed(node: Node) -> Observed:
         log_bytes=lambda: float(node.store.ledger.num_bytes),
         log_pending_bytes=lambda: float(node.store.ledger.waiting_bytes),
         checkpoint_age_s=lambda: time.monotonic() - node.store.saved_at_s,
-        epoch=lambda: float(node.epoch),
+        epoch=lambda: float(node.standing.epoch),
+        role=lambda: node.standing.state,
     )

@@ -36,7 +36,9 @@ class ServedTables:
             config.addresses,
             client=world.rank,
             num_clients=world.world_size,
+            replicas=config.replicas,
             deadline_s=config.deadline_s,
+            failover_s=config.failover_s,
             channel=ChannelConfig(
                 token_file=config.token_file,
                 ca=config.ca,

@@ -1,7 +1,6 @@
 """The process: listens, tells its health, drains on SIGTERM."""
 
 import asyncio
-import contextlib
 import logging
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from mfdist import __version__
 from mfdist.errors import UnavailableError
 from mfdist.table_server import logs
 from mfdist.table_server.addresses import check_exposure, is_loopback, join_address, split_address
+from mfdist.table_server.channel import check_reachable
 from mfdist.table_server.config import ServerConfig
 from mfdist.table_server.interceptors import interceptors, server_options
 from mfdist.table_server.metrics import Metrics, MetricsPage
@@ -21,6 +21,7 @@ from mfdist.table_server.node import Node
 from mfdist.table_server.observation import observed
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import add_TableServiceServicer_to_server
+from mfdist.table_server.replicator import Replicator
 from mfdist.table_server.service import TableService
 from mfdist.table_server.tls import server_credentials
 
@@ -48,7 +49,9 @@ def serve(config: ServerConfig, on_listening: Callable[[str, str | None], None])
     if config.metrics.listen:
         check_exposure(config.metrics.listen, config.security, "metrics.listen")
     logs.configure(config.logs)
-    node = Node(config.server)
+    if config.replication.peer:
+        check_reachable(config.replication.peer, config.replication, "replication.peer")
+    node = Node(config.server, config.replication)
     try:
         asyncio.run(_serve(node, config, on_listening))
     finally:
@@ -74,16 +77,20 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str, 
         await status.set(service, health_pb2.HealthCheckResponse.SERVING)
     _tell(config, address, page)
     on_listening(address, page.address if page else None)
-    checkpointing = asyncio.create_task(node.checkpoint_when_full())
+    running = [asyncio.create_task(node.checkpoint_when_full())]
+    if config.replication.peer:
+        running.append(asyncio.create_task(Replicator(node, config.replication).run()))
     await stopping.wait()
     _logger.info("draining", extra={"fields": {"address": address}})
     node.is_draining = True
     await status.enter_graceful_shutdown()
+    node.follower.end()
     await server.stop(config.server.drain_s)
-    checkpointing.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await checkpointing
-    await node.checkpoint()
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    if node.standing.is_whole:
+        await node.checkpoint()
     if page is not None:
         page.stop()
     _logger.info("stopped", extra={"fields": {"address": address}})

@@ -1,8 +1,10 @@
 """The RPCs of proto/table_v1.proto over a `Node`. What each does is written there."""
 
+import contextlib
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeAlias
 
 import grpc
@@ -11,14 +13,17 @@ from mfdist import __version__
 from mfdist.errors import ConfigError
 from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, dtype_of, packed, unpacked
 from mfdist.table_server.contribution import contribution_of, lookups_of, push_of
+from mfdist.table_server.life import Life
 from mfdist.table_server.messages import optimizer_of, shard_message, shard_of
 from mfdist.table_server.metrics import Metrics
-from mfdist.table_server.node import Life, Node
+from mfdist.table_server.node import Node
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceServicer
 from mfdist.table_server.shard import Shard
 
 Context: TypeAlias = grpc.aio.ServicerContext
+
+_ROLES = {"single": pb.ROLE_UNSPECIFIED, "primary": pb.PRIMARY, "replica": pb.REPLICA}
 
 
 class TableService(TableServiceServicer):
@@ -38,13 +43,16 @@ class TableService(TableServiceServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         """Return what this server is."""
-        node = self._node
+        node, standing = self._node, self._node.standing
         return pb.DescribeReply(
             server_id=node.store.server_id,
-            epoch=node.epoch,
+            epoch=standing.epoch,
             version=__version__,
             shards=[_status(life) for life in node.lives],
             is_draining=node.is_draining,
+            role=_ROLES[standing.role],
+            peer=standing.peer,
+            is_in_sync=standing.is_whole if standing.role == "replica" else standing.is_in_sync,
         )
 
     async def Create(self, request: pb.CreateRequest, context: Context) -> pb.CreateReply:
@@ -63,10 +71,18 @@ class TableService(TableServiceServicer):
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         """Let a client take part."""
-        await self._node.join(request.client, request.num_clients, request.session)
+        await self._node.join(request.client, request.num_clients, request.session, request.seen_epoch)
         steps = {life.shard.name: life.updates.done(request.client) for life in self._node.lives}
+        held = {life.shard.name: life.updates.held(request.client) for life in self._node.lives}
         is_asynchronous = self._node.config.consistency == "asynchronous"
-        return pb.JoinReply(epoch=self._node.epoch, steps=steps, is_asynchronous=is_asynchronous)
+        standing = self._node.standing
+        return pb.JoinReply(
+            epoch=standing.epoch,
+            steps=steps,
+            is_asynchronous=is_asynchronous,
+            rows_since=standing.rows_since,
+            held_steps=held,
+        )
 
     async def Lookup(
         self, request_iterator: AsyncIterator[pb.LookupRequest], context: Context
@@ -77,7 +93,7 @@ class TableService(TableServiceServicer):
             if first is None:
                 first = request
                 updates = self._node.life(first.table).updates
-                await updates.reached(first.min_version, self._wait_s(context), self._node.num_clients)
+                await updates.reached(first.min_version, self._wait_s(context), self._node.standing.num_clients)
             async with updates.gate.reading():
                 version = updates.shard.version
                 sums = await self._node.run(_sums, updates.shard, first, request)
@@ -88,7 +104,7 @@ class TableService(TableServiceServicer):
     async def Gather(self, request: pb.GatherRequest, context: Context) -> AsyncIterator[pb.Rows]:
         """Return rows, block by block, all of one version."""
         updates = self._node.life(request.table).updates
-        await updates.reached(request.min_version, self._wait_s(context), self._node.num_clients)
+        await updates.reached(request.min_version, self._wait_s(context), self._node.standing.num_clients)
         row_ids = unpacked([request.row_ids], "row_ids") if request.HasField("row_ids") else None
         async with updates.gate.reading():
             version = updates.shard.version
@@ -107,9 +123,9 @@ class TableService(TableServiceServicer):
         """Take a push in; return the scores' gradients, and, once it is on disk, say so."""
         messages = await self._received(request_iterator)
         first, node = messages[0], self._node
-        updates = (await node.life_to_push_to(first.table)).updates
         self._count["pushes"] += 1
         if first.is_frozen:
+            updates = node.life(first.table).updates
             contribution = await node.run(contribution_of, messages)
             if contribution is None:
                 raise ConfigError(f'a push to frozen rows needs lookups; got none for table "{first.table}"')
@@ -118,52 +134,58 @@ class TableService(TableServiceServicer):
             async for reply in self._gradients(gradients):
                 yield reply
             return
-        node.check_client(first.client, first.session, first.epoch)
+        epoch = first.epoch
+        node.standing.check_client(first.client, first.session, epoch)
+        updates = (await node.life_to_push_to(first.table)).updates
         push = await node.run(push_of, messages)
         if push.contribution is not None:
             await node.run(updates.shard.check, push.contribution)
             node.row_hits[first.table] += push.contribution.lookups.row_ids.numel()
         del messages
-        answer = await updates.push(push, node.num_clients, self._wait_s(context))
+        pushing = updates.push(push, node.standing.num_clients, self._wait_s(context))
+        answer = await node.standing.within(epoch, pushing)
         self._count["known_pushes"] += answer.was_known
         if answer.score_gradients is not None:
             async for reply in self._gradients(answer.score_gradients):
                 yield reply
-        await answer.on_disk
+        await node.standing.within(epoch, answer.on_disk)
         yield pb.PushReply(acknowledged=pb.Acknowledged(step=push.step, was_known=answer.was_known))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepReply:
         """Take part in a step without a push."""
-        node = self._node
-        node.check_client(request.client, request.session, request.epoch)
+        node, standing = self._node, self._node.standing
+        standing.check_client(request.client, request.session, request.epoch)
         updates = (await node.life_to_push_to(request.table)).updates
         updates.shard.trained()
         message = pb.PushRequest(table=request.table, client=request.client, step=request.step, lr=request.lr)
-        answer = await updates.push(push_of([message]), node.num_clients, self._wait_s(context))
-        await answer.on_disk
+        pushing = updates.push(push_of([message]), standing.num_clients, self._wait_s(context))
+        answer = await standing.within(request.epoch, pushing)
+        await standing.within(request.epoch, answer.on_disk)
         return pb.StepReply(was_known=answer.was_known)
 
     async def Barrier(self, request: pb.BarrierRequest, context: Context) -> pb.BarrierReply:
         """Wait for a table's update."""
         updates = self._node.life(request.table).updates
-        await updates.reached(request.version, self._wait_s(context), self._node.num_clients)
+        await updates.reached(request.version, self._wait_s(context), self._node.standing.num_clients)
         version = updates.shard.version
         await updates.on_disk(version)
         return pb.BarrierReply(version=version)
 
     async def Write(self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context) -> pb.WriteReply:
         """Replace rows."""
+        node = self._node
+        node.standing.check_primary()
         first, at = None, 0
         async for request in request_iterator:
-            first = first or request
-            values = await self._node.run(unpacked, [request.values], "values")
-            row_ids = unpacked([request.row_ids], "row_ids") if request.HasField("row_ids") else None
-            await self._node.write(first.table, values, row_ids, at, first.state)
-            at += len(values)
+            if first is None:
+                first, version = request, request.version if request.HasField("version") else None
+            request.state = first.state
+            request.ClearField("version")  # it is set last
+            at += await node.write(node.life(first.table), request, at, token_hex(4))
         if first is None:
             raise ConfigError("a write must hold at least one message; got none")
-        if first.HasField("version"):
-            await self._node.set_version(first.table, first.version)
+        if version is not None:
+            await node.write(node.life(first.table), pb.WriteRequest(version=version), at, token_hex(4))
         return pb.WriteReply()
 
     async def Save(self, request: pb.SaveRequest, context: Context) -> pb.SaveReply:
@@ -179,12 +201,24 @@ class TableService(TableServiceServicer):
         """Take all shards from a checkpoint."""
         step = request.step if request.HasField("step") else None
         loaded = await self._node.load(Path(request.directory), step)
-        return pb.LoadReply(step=loaded, epoch=self._node.epoch)
+        return pb.LoadReply(step=loaded, epoch=self._node.standing.epoch)
 
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
         """Return counters."""
         counters = {**self._count, **self._metrics.samples()}
         return pb.StatsReply(counters=counters, row_hits=self._node.row_hits)
+
+    async def Promote(self, request: pb.PromoteRequest, context: Context) -> pb.PromoteReply:
+        """Take over from the primary."""
+        return pb.PromoteReply(epoch=await self._node.follower.take_over(request.seen_epoch))
+
+    async def Replicate(
+        self, request_iterator: AsyncIterator[pb.ReplicateRequest], context: Context
+    ) -> AsyncIterator[pb.ReplicateReply]:
+        """Follow the primary."""
+        async with contextlib.aclosing(self._node.follower.follow(request_iterator)) as replies:
+            async for reply in replies:
+                yield reply
 
     async def _received(self, requests: AsyncIterator[pb.PushRequest]) -> list[pb.PushRequest]:
         """Return all messages of a push, once the last has come."""

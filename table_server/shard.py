@@ -300,9 +300,15 @@ class Shard:
 
 def _is_alike(contributions: Sequence[Contribution]) -> bool:
     """Return whether all are dense and differ in their number of tokens alone."""
-    kinds = {
-        (one.lookups.tokens is None, *one.lookups.row_ids.shape[1:], one.lookups.code_stride, one.lookups.first_slot)
+    forms = {
+        (
+            one.lookups.tokens is None,
+            *one.lookups.row_ids.shape[1:],
+            one.lookups.code_stride,
+            one.lookups.first_slot,
+            one.lookups.row_ids.dtype,
+            one.grad_output.dtype,
+        )
         for one in contributions
     }
-    kinds |= {(one.lookups.row_ids.dtype, one.grad_output.dtype) for one in contributions} if len(kinds) == 1 else set()
-    return len(kinds) == 2 and contributions[0].lookups.tokens is None
+    return len(forms) == 1 and contributions[0].lookups.tokens is None

@@ -5,8 +5,9 @@
     ledger/           pushes since the last of them, and what the server was told: shards, clients, epoch
 
 A shard is found again as the last checkpoint that has it, or its first rows drawn from its seed, and the pushes after
-that. Pushes are logged under the name of the shard's life: a table that was dropped and made again, or loaded, begins
-another one, so that what was logged before can never be applied to it.
+that. Pushes are logged under the name of the shard's life, its history in the protocol: a table that was dropped and
+made again, or loaded, begins another one, so that what was logged before can never be applied to it. A replica that
+takes over begins another one too, from the version that it has: what the old primary logged on its own is none of it.
 """
 
 import concurrent.futures
@@ -14,7 +15,7 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Held:
     life: str
     steps: Mapping[int, int]
     kept: Mapping[int, Kept]
+    edit: str = ""  # names what was last written to its rows
+    is_saved: bool = False  # whether it is as a checkpoint has it
 
 
 class Store:
@@ -73,29 +76,28 @@ class Store:
 
     # What the server was told.
 
-    @property
-    def epoch(self) -> int:
-        """Return how often rows became others than those acknowledged; see the protocol."""
-        return int(self.ledger.get("epoch") or b"1")
+    def number(self, key: str, default: int = 0) -> int:
+        """Return a number that was remembered: epoch, rows_since, num_clients."""
+        return int(self.ledger.get(key) or default)
 
-    def next_epoch(self) -> int:
-        """Count one more, on disk when this returns."""
-        epoch = self.epoch + 1
-        self.ledger.put("epoch", str(epoch).encode()).result()
-        return epoch
+    def remember(self, **values: int | str) -> None:
+        """Remember values by name, on disk when this returns."""
+        for done in [self.ledger.put(key, str(value).encode()) for key, value in values.items()]:
+            done.result()
 
     @property
-    def num_clients(self) -> int:
-        """Return how many clients push, 0 before the first joined."""
-        return int(self.ledger.get("num_clients") or b"0")
+    def role(self) -> str:
+        """Return which of a pair this was last, or nothing."""
+        return (self.ledger.get("role") or b"").decode()
 
-    def set_num_clients(self, number: int) -> None:
-        """Remember the number of clients, on disk when this returns."""
-        self.ledger.put("num_clients", str(number).encode()).result()
+    @property
+    def has_shards(self) -> bool:
+        """Return whether there is any shard."""
+        return bool(self.ledger.items("shard/"))
 
-    def add(self, spec: ShardSpec) -> str:
+    def add(self, spec: ShardSpec, life: str | None = None) -> str:
         """Remember a shard, on disk when this returns; return the name of its life."""
-        life = secrets.token_hex(8)
+        life = life or secrets.token_hex(8)
         record = pb.CreateRequest(shard=shard_message(spec)).SerializeToString(deterministic=True)
         self.ledger.put(f"shard/{spec.table.name}", life.encode() + record).result()
         return life
@@ -103,6 +105,12 @@ class Store:
     def forget(self, table: str) -> None:
         """Forget a shard and its pushes."""
         self.ledger.delete(f"shard/{table}").result()
+
+    def fork(self, lives: Sequence[str]) -> list[str]:
+        """Begin other lives from what these have, on disk when this returns; return their names, in order."""
+        names = [secrets.token_hex(8) for _ in lives]
+        self.remember(**{f"fork/{old}": new for old, new in zip(lives, names, strict=True)})
+        return names
 
     # Recovery.
 
@@ -115,7 +123,7 @@ class Store:
             name = spec.table.name
             told = _told(saved, name)
             if saved is None or told is None or told["born"] != born:
-                yield Held(Shard(spec), born, {}, {})
+                yield Held(Shard(spec), self._names(born)[-1], {}, {})
                 continue
             assert key == f"shard/{name}"
             kept = {
@@ -126,12 +134,25 @@ class Store:
             spec = shard_of(pb.Shard.FromString(bytes.fromhex(told["spec"])))
             shard = Shard(spec, saved.tables[name], told["version"])
             self.saved_versions[name] = shard.version
-            yield Held(shard, told["life"], {int(client): step for client, step in told["steps"].items()}, kept)
+            steps = {int(client): step for client, step in told["steps"].items()}
+            yield Held(shard, self._names(told["life"])[-1], steps, kept, told.get("edit", ""), is_saved=True)
 
-    def pushes(self, life: str) -> Iterator[tuple[int, list[pb.PushRequest]]]:
-        """Yield (version, messages) of each push of a life, in the order they were logged."""
-        for logged in self.ledger.pushes(life):
-            yield logged.step, pb_messages(logged.payload)
+    def pushes(self, life: str, after: int = -1) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield (version, messages) of each push of a life, in the order they were logged, those before a fork first.
+
+        What was logged before a fork for versions after it may come again behind it, and is then what holds.
+
+        Args:
+            life: its name.
+            after: only pushes of later versions.
+        """
+        before = {new: old for old, new in self._forks().items()}
+        names = [life]
+        while names[-1] in before:
+            names.append(before[names[-1]])
+        for name in reversed(names):
+            for logged in self.ledger.pushes(name, after):
+                yield logged.step, _messages(logged.payload)
 
     def log(self, life: str) -> "LifeLog":
         """Return where pushes of a life go."""
@@ -141,7 +162,7 @@ class Store:
 
     def checkpoint(self, shards: list[Held]) -> StepInfo:
         """Save shards, which must not change meanwhile, and drop the pushes that are in them from the log."""
-        committed = self.checkpoints.steps()
+        committed, forks = self.checkpoints.steps(), self._forks()
         tables, dense = {}, dict[str, Tensor]()
         told: dict[str, JSON] = {}
         for held in shards:
@@ -157,6 +178,7 @@ class Store:
                 "version": held.shard.version,
                 "steps": {str(client): step for client, step in held.steps.items()},
                 "kept": {str(client): [kept.step, kept.version] for client, kept in held.kept.items()},
+                "edit": held.edit,
             }
         state = CheckpointState(
             step=committed[-1].step + 1 if committed else 1,
@@ -169,6 +191,9 @@ class Store:
         self.saved_at_s = time.monotonic()
         for held in shards:
             self.ledger.drop(held.life, held.shard.version)
+        for old in forks:
+            self.ledger.drop(old)
+            self.ledger.delete(f"fork/{old}")
         self.checkpoints.prune(_KEPT_CHECKPOINTS)
         return info
 
@@ -176,6 +201,16 @@ class Store:
         """Let the folder go, with everything on disk."""
         self.ledger.close()
         os.close(self._lock)
+
+    def _forks(self) -> dict[str, str]:
+        return {key.removeprefix("fork/"): value.decode() for key, value in self.ledger.items("fork/")}
+
+    def _names(self, life: str) -> list[str]:
+        """Return the names that a life has had from this one on."""
+        forks, names = self._forks(), [life]
+        while names[-1] in forks:
+            names.append(forks[names[-1]])
+        return names
 
     def _saved(self) -> CheckpointState | None:
         return self.checkpoints.load() if self.checkpoints.steps() else None
@@ -203,23 +238,23 @@ class LifeLog:
     def append(self, version: int, client: int, payload: list[bytes]) -> "concurrent.futures.Future[None]":
         """Return what is done once the push is on disk."""
         if self._store.is_logged:
-            return self._store.ledger.append(self._life, version, client, pb_payload(payload))
+            return self._store.ledger.append(self._life, version, client, _payload(payload))
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         done.set_result(None)
         return done
 
 
-def pb_payload(messages: list[bytes]) -> list[bytes]:
+def _payload(messages: list[bytes]) -> list[bytes]:
     """Return serialised messages as what is logged: each after its length, in 8 bytes."""
     return [part for message in messages for part in (len(message).to_bytes(8, "little"), message)]
 
 
-def pb_messages(payload: bytes) -> list[pb.PushRequest]:
-    """Return the messages of a logged push."""
+def _messages(payload: bytes) -> list[bytes]:
+    """Return the serialised messages of a logged push."""
     messages, at, view = [], 0, memoryview(payload)
     while at < len(view):
         end = at + 8 + int.from_bytes(view[at : at + 8], "little")
-        messages.append(pb.PushRequest.FromString(bytes(view[at + 8 : end])))
+        messages.append(bytes(view[at + 8 : end]))
         at = end
     return messages
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from mfdist.errors import ConsistencyError, UnavailableError
+from mfdist.errors import ConsistencyError, InternalError, UnavailableError
 from mfdist.table_server.gate import Gate
 from mfdist.table_server.shard import Contribution, Shard
 
@@ -143,6 +143,27 @@ class Updates:
         self.kept.clear()
         self._num_noted = self.shard.version
 
+    async def follow(self, version: int, push: Push, num_clients: int) -> Awaitable[None]:
+        """Take in, as a replica, what the primary has logged, and apply what is complete; return what is on disk then.
+
+        Raises:
+            InternalError: asynchronous pushes did not come in their order.
+        """
+        on_disk = self._written(version, push)
+        if version <= self.shard.version:
+            return on_disk
+        if self._max_staleness is not None:
+            if version != self.shard.version + 1:
+                raise InternalError(f'update {version} of table "{self.shard.name}" came after {self.shard.version}')
+            async with self.changing:
+                await self._change([push])
+            await self._tell()
+            return on_disk
+        self._waiting.setdefault(version, {})[push.client] = push
+        while len(group := self._waiting.get(self.shard.version + 1, {})) == num_clients > 0:
+            await self._apply(self.shard.version + 1, group)
+        return on_disk
+
     def replay(self, pushes: Iterable[tuple[int, Push]], num_clients: int) -> int:
         """Apply what the log holds, as (version, push) in its order, before the server listens; return how many.
 
@@ -181,7 +202,7 @@ class Updates:
                 f'"{self.shard.name}" came before with other contents; load a checkpoint and go on from there'
             )
         if key not in self._answers:
-            self._answers[key] = asyncio.get_running_loop().create_future()
+            self._answers[key] = _heeded(asyncio.get_running_loop().create_future())
         answer, on_disk = self._answers[key], self._written(push.step, push)
         if len(group) == num_clients and push.step not in self._applying:
             await _whatever_happens(self._apply(push.step, group))
@@ -266,6 +287,13 @@ class Updates:
         """Return how many steps of a client are applied."""
         return self._num_noted if self._max_staleness is None else self.steps.get(client, 0)
 
+    def held(self, client: int) -> int:
+        """Return how many steps of a client are here, applied or waiting for those of others."""
+        step = self.done(client)
+        while client in self._waiting.get(step + 1, {}):
+            step += 1
+        return step
+
     def _written(self, version: int, push: Push) -> "asyncio.Future[None]":
         """Return what is done once a push is on disk, which it is sent to unless it is on its way.
 
@@ -273,7 +301,7 @@ class Updates:
         """
         key = (version, push.client)
         if (known := self._unwritten.get(key)) and not (known.done() and known.exception()):
-            return asyncio.shield(known)
+            return _heeded(asyncio.shield(known))
         future = asyncio.wrap_future(self.log.append(version, push.client, push.payload))
         self._unwritten[key] = future
 
@@ -282,7 +310,7 @@ class Updates:
                 del self._unwritten[key]
 
         future.add_done_callback(finished)
-        return asyncio.shield(future)
+        return _heeded(asyncio.shield(future))
 
     async def _until(self, holds: Callable[[], bool], wait_s: float, num_clients: int) -> None:
         async with self._progress:
@@ -311,6 +339,12 @@ async def _nothing_to_wait_for() -> None:
 async def _whatever_happens(doing: Coroutine[Any, Any, _T]) -> _T:
     """Wait for what must not stop half way because the call that asked for it is gone."""
     return await asyncio.shield(asyncio.ensure_future(doing))
+
+
+def _heeded(future: "asyncio.Future[_T]") -> "asyncio.Future[_T]":
+    """Return a future whose failure is no news where nobody waits for it any more, as after a call was given up."""
+    future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return future
 
 
 def _loaded_anew() -> ConsistencyError:

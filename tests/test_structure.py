@@ -57,7 +57,7 @@ DOORS = {
         "mfdist.launch.connection_checks",
         "mfdist.parallelize",
         "mfdist.sharding.",
-        "mfdist.table_server.node",
+        "mfdist.table_server.saving",
         "mfdist.testing.",
         "mfdist.training.spread",
         "mfdist.training.world",

@@ -22,6 +22,9 @@ def serve(
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the server's log and checkpoints.")
     ] = None,
+    peer: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The other server of a pair, which holds the same rows.")
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Where Prometheus may read metrics.")
     ] = None,
@@ -44,6 +47,8 @@ def serve(
 
     Example: mfdist serve --data /var/lib/mfdist/0 --listen 127.0.0.1:7070
 
+    Example: mfdist serve --data /var/lib/mfdist/0 --listen 127.0.0.1:7070 --peer 127.0.0.1:7071
+
     Example: mfdist serve --init-tls tls --host tables-0.example.org
 
     Example: mfdist serve --tls tls --data /var/lib/mfdist/0 --listen 0.0.0.0:7070
@@ -62,6 +67,7 @@ def serve(
     trial = {"certificate": "server.pem", "private_key": "server.key", "token_file": "tokens.toml"} if tls else {}
     given: dict[str, dict[str, Any]] = {
         "server": {"listen": listen, "data": data},
+        "replication": {"peer": peer},
         "metrics": {"listen": metrics},
         "security": {"insecure": insecure or None, **{key: tls / name for key, name in trial.items() if tls}},
     }

@@ -12,6 +12,7 @@ from mfdist import quantities
 from mfdist.launch.server_rates import ServerRates, TableRates
 
 _STYLES = {"serving": "green", "draining": "yellow", "unreachable": "bold red"}
+_ROLE_STYLES = {"alone": "yellow", "copying": "yellow"}
 _GAP = 2
 
 
@@ -63,10 +64,12 @@ def _of_servers(servers: Sequence[ServerRates]) -> list[_Column]:
     def column(title: str, rank: int, cells: list[str]) -> _Column:
         return _Column(title, [Text(cell) for cell in cells], rank)
 
+    roles = [Text(server.role or "–", _ROLE_STYLES.get(server.role or "", "")) for server in servers]
     saved = [f"{quantities.duration(s.checkpoint_age_s)} ago" if not s.problem else "" for s in servers]
     return [
         _Column("server", [Text(server.address) for server in servers], 0, "left"),
         _Column("state", [Text(server.state, _STYLES[server.state]) for server in servers], 1, "left"),
+        *([_Column("role", roles, 2, "left")] if any(str(role) not in ("–", "single") for role in roles) else []),
         column("requests/s", 2, [_count(server.requests_per_s) for server in servers]),
         column("errors/s", 6, [_count(server.errors_per_s) for server in servers]),
         column("refused/s", 13, [_count(server.refusals_per_s) for server in servers]),
@@ -87,6 +90,7 @@ def _of_tables(tables: Sequence[TableRates]) -> list[_Column]:
     def column(title: str, rank: int, cells: list[str]) -> _Column:
         return _Column(title, [Text(cell) for cell in cells], rank)
 
+    lags = [quantities.count(table.replica_lag) for table in tables]
     names = [_shortened(quantities.printable(table.table).replace("\n", " ")) for table in tables]
     return [
         _Column("table", [Text(name) for name in names], 0, "left"),
@@ -94,6 +98,7 @@ def _of_tables(tables: Sequence[TableRates]) -> list[_Column]:
         column("version", 1, [str(table.version) for table in tables]),
         column("updates/s", 4, [_count(table.updates_per_s) for table in tables]),
         column("unsaved", 8, [quantities.count(table.checkpoint_lag) for table in tables]),
+        *([column("replica lag", 7, lags)] if any(table.replica_lag for table in tables) else []),
         column("rows", 5, [quantities.count(table.num_rows) for table in tables]),
         column("columns", 9, [str(table.row_dim) for table in tables]),
         column("memory", 7, [quantities.num_bytes(table.num_bytes) for table in tables]),

@@ -19,6 +19,12 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UINT16: _ClassVar[DType]
     INT32: _ClassVar[DType]
     INT64: _ClassVar[DType]
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    PRIMARY: _ClassVar[Role]
+    REPLICA: _ClassVar[Role]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 FLOAT16: DType
@@ -29,6 +35,9 @@ UINT8: DType
 UINT16: DType
 INT32: DType
 INT64: DType
+ROLE_UNSPECIFIED: Role
+PRIMARY: Role
+REPLICA: Role
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data", "crc32c", "row_scales")
@@ -117,18 +126,24 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("server_id", "epoch", "version", "shards", "is_draining")
+    __slots__ = ("server_id", "epoch", "version", "shards", "is_draining", "role", "peer", "is_in_sync")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    IS_IN_SYNC_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     epoch: int
     version: str
     shards: _containers.RepeatedCompositeFieldContainer[ShardStatus]
     is_draining: bool
-    def __init__(self, server_id: _Optional[str] = ..., epoch: _Optional[int] = ..., version: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., is_draining: _Optional[bool] = ...) -> None: ...
+    role: Role
+    peer: str
+    is_in_sync: bool
+    def __init__(self, server_id: _Optional[str] = ..., epoch: _Optional[int] = ..., version: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., is_draining: _Optional[bool] = ..., role: _Optional[_Union[Role, str]] = ..., peer: _Optional[str] = ..., is_in_sync: _Optional[bool] = ...) -> None: ...
 
 class ShardStatus(_message.Message):
     __slots__ = ("shard", "version", "num_bytes")
@@ -181,18 +196,27 @@ class DropReply(_message.Message):
     def __init__(self, was_there: _Optional[bool] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("client", "num_clients", "session")
+    __slots__ = ("client", "num_clients", "session", "seen_epoch")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     NUM_CLIENTS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    SEEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     client: int
     num_clients: int
     session: int
-    def __init__(self, client: _Optional[int] = ..., num_clients: _Optional[int] = ..., session: _Optional[int] = ...) -> None: ...
+    seen_epoch: int
+    def __init__(self, client: _Optional[int] = ..., num_clients: _Optional[int] = ..., session: _Optional[int] = ..., seen_epoch: _Optional[int] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("epoch", "steps", "is_asynchronous")
+    __slots__ = ("epoch", "steps", "is_asynchronous", "rows_since", "held_steps")
     class StepsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class HeldStepsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -202,10 +226,14 @@ class JoinReply(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     IS_ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    HELD_STEPS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     steps: _containers.ScalarMap[str, int]
     is_asynchronous: bool
-    def __init__(self, epoch: _Optional[int] = ..., steps: _Optional[_Mapping[str, int]] = ..., is_asynchronous: _Optional[bool] = ...) -> None: ...
+    rows_since: int
+    held_steps: _containers.ScalarMap[str, int]
+    def __init__(self, epoch: _Optional[int] = ..., steps: _Optional[_Mapping[str, int]] = ..., is_asynchronous: _Optional[bool] = ..., rows_since: _Optional[int] = ..., held_steps: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Lookups(_message.Message):
     __slots__ = ("row_ids", "scores", "tokens", "num_tokens")
@@ -430,3 +458,154 @@ class StatsReply(_message.Message):
     counters: _containers.ScalarMap[str, float]
     row_hits: _containers.ScalarMap[str, int]
     def __init__(self, counters: _Optional[_Mapping[str, float]] = ..., row_hits: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class PromoteRequest(_message.Message):
+    __slots__ = ("seen_epoch",)
+    SEEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    seen_epoch: int
+    def __init__(self, seen_epoch: _Optional[int] = ...) -> None: ...
+
+class PromoteReply(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class ReplicateRequest(_message.Message):
+    __slots__ = ("number", "hello", "shards", "copy", "push", "write", "settled")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    hello: Hello
+    shards: ShardList
+    copy: ShardCopy
+    push: LoggedPush
+    write: AppliedWrite
+    settled: Settled
+    def __init__(self, number: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., shards: _Optional[_Union[ShardList, _Mapping]] = ..., copy: _Optional[_Union[ShardCopy, _Mapping]] = ..., push: _Optional[_Union[LoggedPush, _Mapping]] = ..., write: _Optional[_Union[AppliedWrite, _Mapping]] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ...) -> None: ...
+
+class ReplicateReply(_message.Message):
+    __slots__ = ("number", "holding")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    holding: Holding
+    def __init__(self, number: _Optional[int] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("epoch", "server_id")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    server_id: str
+    def __init__(self, epoch: _Optional[int] = ..., server_id: _Optional[str] = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("epoch", "server_id", "shards")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    server_id: str
+    shards: _containers.RepeatedCompositeFieldContainer[HeldShard]
+    def __init__(self, epoch: _Optional[int] = ..., server_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[HeldShard, _Mapping]]] = ...) -> None: ...
+
+class HeldShard(_message.Message):
+    __slots__ = ("history", "version", "edit")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EDIT_FIELD_NUMBER: _ClassVar[int]
+    history: str
+    version: int
+    edit: str
+    def __init__(self, history: _Optional[str] = ..., version: _Optional[int] = ..., edit: _Optional[str] = ...) -> None: ...
+
+class ShardList(_message.Message):
+    __slots__ = ("entries", "num_clients")
+    class Source(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SOURCE_UNSPECIFIED: _ClassVar[ShardList.Source]
+        KEPT: _ClassVar[ShardList.Source]
+        DRAWN: _ClassVar[ShardList.Source]
+        COPIED: _ClassVar[ShardList.Source]
+    SOURCE_UNSPECIFIED: ShardList.Source
+    KEPT: ShardList.Source
+    DRAWN: ShardList.Source
+    COPIED: ShardList.Source
+    class Entry(_message.Message):
+        __slots__ = ("shard", "held", "source")
+        SHARD_FIELD_NUMBER: _ClassVar[int]
+        HELD_FIELD_NUMBER: _ClassVar[int]
+        SOURCE_FIELD_NUMBER: _ClassVar[int]
+        shard: Shard
+        held: HeldShard
+        source: ShardList.Source
+        def __init__(self, shard: _Optional[_Union[Shard, _Mapping]] = ..., held: _Optional[_Union[HeldShard, _Mapping]] = ..., source: _Optional[_Union[ShardList.Source, str]] = ...) -> None: ...
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[ShardList.Entry]
+    num_clients: int
+    def __init__(self, entries: _Optional[_Iterable[_Union[ShardList.Entry, _Mapping]]] = ..., num_clients: _Optional[int] = ...) -> None: ...
+
+class ShardCopy(_message.Message):
+    __slots__ = ("history", "rows", "answer", "is_last", "state")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    history: str
+    rows: Rows
+    answer: KeptAnswer
+    is_last: bool
+    state: str
+    def __init__(self, history: _Optional[str] = ..., rows: _Optional[_Union[Rows, _Mapping]] = ..., answer: _Optional[_Union[KeptAnswer, _Mapping]] = ..., is_last: _Optional[bool] = ..., state: _Optional[str] = ...) -> None: ...
+
+class KeptAnswer(_message.Message):
+    __slots__ = ("client", "step", "version", "score_gradients")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SCORE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    client: int
+    step: int
+    version: int
+    score_gradients: Tensor
+    def __init__(self, client: _Optional[int] = ..., step: _Optional[int] = ..., version: _Optional[int] = ..., score_gradients: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class LoggedPush(_message.Message):
+    __slots__ = ("history", "version", "message", "is_last")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
+    history: str
+    version: int
+    message: bytes
+    is_last: bool
+    def __init__(self, history: _Optional[str] = ..., version: _Optional[int] = ..., message: _Optional[bytes] = ..., is_last: _Optional[bool] = ...) -> None: ...
+
+class AppliedWrite(_message.Message):
+    __slots__ = ("history", "edit", "at", "request")
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    EDIT_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    history: str
+    edit: str
+    at: int
+    request: WriteRequest
+    def __init__(self, history: _Optional[str] = ..., edit: _Optional[str] = ..., at: _Optional[int] = ..., request: _Optional[_Union[WriteRequest, _Mapping]] = ...) -> None: ...
+
+class Settled(_message.Message):
+    __slots__ = ("epoch", "rows_since")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    rows_since: int
+    def __init__(self, epoch: _Optional[int] = ..., rows_since: _Optional[int] = ...) -> None: ...

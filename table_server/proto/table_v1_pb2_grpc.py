@@ -104,6 +104,16 @@ class TableServiceStub:
                 request_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.StatsRequest.SerializeToString,
                 response_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.StatsReply.FromString,
                 _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/mfdist.table.v1.TableService/Promote',
+                request_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.PromoteReply.FromString,
+                _registered_method=True)
+        self.Replicate = channel.stream_stream(
+                '/mfdist.table.v1.TableService/Replicate',
+                request_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.ReplicateRequest.SerializeToString,
+                response_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.ReplicateReply.FromString,
+                _registered_method=True)
 
 
 class TableServiceServicer:
@@ -210,6 +220,21 @@ class TableServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Promote(self, request, context):
+        """Makes a replica the primary. Asked of the primary, it changes nothing. It is refused while the replica hears from
+        the primary, and where the replica lacks what the client has seen. Right: push.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Replicate(self, request_iterator, context):
+        """Between the two servers of a pair alone: what the primary has and does, in its order; see the messages. Right: admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TableServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -282,6 +307,16 @@ def add_TableServiceServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.StatsRequest.FromString,
                     response_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.StatsReply.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.PromoteRequest.FromString,
+                    response_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.PromoteReply.SerializeToString,
+            ),
+            'Replicate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Replicate,
+                    request_deserializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.ReplicateRequest.FromString,
+                    response_serializer=mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.ReplicateReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -662,6 +697,60 @@ class TableService:
             '/mfdist.table.v1.TableService/Stats',
             mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.StatsRequest.SerializeToString,
             mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.StatsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mfdist.table.v1.TableService/Promote',
+            mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.PromoteRequest.SerializeToString,
+            mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.PromoteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replicate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/mfdist.table.v1.TableService/Replicate',
+            mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.ReplicateRequest.SerializeToString,
+            mfdist_dot_table__server_dot_proto_dot_table__v1__pb2.ReplicateReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,8 @@ def look(
             'mfdist_row_hits_total{table="t"}': hits,
             'mfdist_row_hits_total{table="u"}': 1e9,
             'mfdist_table_checkpoint_lag{table="t"}': 4,
+            'mfdist_table_replica_lag{table="t"}': 3,
+            'mfdist_role{role="alone"}': 1,
             "mfdist_queue_depth": 7,
         },
     )
@@ -44,12 +46,12 @@ def test_rates_are_differences_over_time() -> None:
     assert rates.errors_per_s == pytest.approx(2)
     assert rates.request_bytes_per_s == pytest.approx(1000)
     assert rates.refusals_per_s == 0
-    assert (rates.in_flight, rates.queue_depth) == (5, 7)
+    assert (rates.in_flight, rates.queue_depth, rates.role) == (5, 7, "alone")
     half, most = rates.latency_s["Lookup"]
     assert half == pytest.approx(0.001 * 100 / 198)  # 198 of 200 were fast
     assert most == pytest.approx(0.001)
     [table] = table_rates(before, now)
-    assert (table.version, table.checkpoint_lag, table.row_hits) == (7, 4, 250)
+    assert (table.version, table.checkpoint_lag, table.replica_lag, table.row_hits) == (7, 4, 3, 250)
     assert (table.updates_per_s, table.row_hits_per_s) == (2.0, 100.0)
 
 

@@ -26,6 +26,7 @@ class ServerProcess:
     def __init__(self, data: Path, **settings: Any) -> None:
         self.data, self.settings = data, settings
         self.address = f"127.0.0.1:{_free_port()}"
+        self.peer = ""  # address of the other server of a pair
         self._process: Any = None
 
     def start(self) -> "ServerProcess":
@@ -38,7 +39,7 @@ class ServerProcess:
         """Start it."""
         assert self._process is None or self._process.exitcode is not None
         self._said, theirs = _CONTEXT.Pipe(duplex=False)
-        settings = {"data": self.data, "listen": self.address, "threads": 1, **self.settings}
+        settings = {"data": self.data, "listen": self.address, "threads": 1, "peer": self.peer, **self.settings}
         self._process = _CONTEXT.Process(target=_serve, args=(settings, theirs), daemon=True)
         self._process.start()
         theirs.close()
@@ -105,7 +106,7 @@ def until(holds: Any, deadline_s: float = DEADLINE_S) -> None:
 
 
 def _serve(settings: dict[str, Any], said: Connection) -> None:
-    from mfdist.table_server.config import ServerConfig, ServerSection
+    from mfdist.table_server.config import ReplicationConfig, ServerConfig, ServerSection
     from mfdist.table_server.server import serve
 
     if (limit := settings.pop("file_bytes", None)) is not None:  # a disk that is full once a file is this long
@@ -116,8 +117,10 @@ def _serve(settings: dict[str, Any], said: Connection) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    pair = ReplicationConfig(peer=settings.pop("peer"), timeout_s=settings.pop("timeout_s", 10.0))
     try:
-        serve(ServerConfig(server=ServerSection(**settings)), lambda address, _: said.send(address))
+        config = ServerConfig(server=ServerSection(**settings), replication=pair)
+        serve(config, lambda address, _: said.send(address))
     except Exception as error:  # noqa: BLE001 - the test's
         said.send(error)
 

@@ -25,6 +25,7 @@ class Proxy:
         host, _, port = target.rpartition(":")
         self._target, self._limits = (host, int(port)), limits
         self.delay_s = 0.0  # of everything on its way up
+        self.is_cut = False
         self.num_connections = self.num_cuts = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -41,6 +42,19 @@ class Proxy:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
+    def cut(self) -> None:
+        """Cut all connections, and carry none until `mend`."""
+        self.is_cut = True
+        with self._lock:
+            sockets, self._sockets = self._sockets, set()
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Carry again."""
+        self.is_cut = False
+
     def _accept(self) -> None:
         while True:
             try:
@@ -48,6 +62,8 @@ class Proxy:
             except OSError:
                 return
             try:
+                if self.is_cut:
+                    raise ConnectionError
                 server = socket.create_connection(self._target, 5.0)
                 server.settimeout(None)
             except OSError:

@@ -22,7 +22,9 @@ from mfdist.table_server.sections import MetricsConfig, SecurityConfig
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "table_server" / "grafana" / "dashboard.json"
 PAGE = ROOT / "docs" / "reference" / "metrics.md"
-TABLE = TableFigures(name='we"ird\\', version=7, num_rows=100, num_bytes=6400, row_hits=55, saved_version=4)
+TABLE = TableFigures(
+    name='we"ird\\', version=7, num_rows=100, num_bytes=6400, row_hits=55, saved_version=4, replica_lag=2
+)
 
 
 @contextmanager
@@ -46,6 +48,7 @@ def busy() -> Metrics:
             log_pending_bytes=lambda: 24.0,
             checkpoint_age_s=lambda: 60.0,
             epoch=lambda: 2.0,
+            role=lambda: "alone",
         )
     )
     for method in ("Lookup", "Push", "Lookup"):
@@ -86,6 +89,8 @@ def test_the_page_has_what_was_counted_and_what_the_server_is_asked() -> None:
         ("mfdist_log_pending_bytes",): 24,
         ("mfdist_checkpoint_age_seconds",): 60,
         ("mfdist_epoch",): 2,
+        ("mfdist_role", "alone"): 1,
+        ("mfdist_table_replica_lag", TABLE.name): 2,
         ("mfdist_table_version", TABLE.name): 7,
         ("mfdist_table_checkpoint_lag", TABLE.name): 3,
         ("mfdist_table_rows", TABLE.name): 100,

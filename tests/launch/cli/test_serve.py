@@ -11,6 +11,8 @@ import pytest
         (["--listen", "0.0.0.0:0"], "server.listen must be loopback, or have TLS and tokens; got 0.0.0.0:0"),
         (["--metrics", "0.0.0.0:0"], "metrics.listen must be loopback, or have TLS and tokens; got 0.0.0.0:0"),
         (["--listen", "nowhere"], 'server.listen must be HOST:PORT, such as 127.0.0.1:0 or [::1]:7400; got "nowhere"'),
+        (["--peer", "10.0.0.9:7070"], "a server must be reached by TLS unless it is on loopback; got 10.0.0.9:7070"),
+        (["--peer", "nowhere"], 'replication.peer must be HOST:PORT, such as 127.0.0.1:0 or [::1]:7400; got "nowhere"'),
         (["--host", "x"], "--host goes with --init-tls"),
     ],
 )
