@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
             from tests.distributed.ray_nodes import RayNodes
 
-            environment |= stack.enter_context(RayNodes(hosts, hosts.folder)).environment
+            environment |= stack.enter_context(RayNodes(hosts)).environment
         try:
             if options.command:
                 chosen = list(hosts) if options.everywhere else [hosts[0]]

@@ -13,12 +13,12 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 _PORT = 6379
-_UP_S = 90.0
+_UP_S = 180.0
 _OBJECT_STORE_BYTES = 128 << 20
 #: How soon the head knows of a host that died: a second between checks, five missed. Ray's own take 16 s.
 HEALTH_CHECKS = {
@@ -63,6 +63,7 @@ class _Hosts(Protocol):
     folder: Path
 
     def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[_Host]: ...
     def __getitem__(self, index: int) -> _Host: ...
 
 
@@ -132,14 +133,15 @@ class RayNodes:
         ]
         environment = {**self.environment, **self._of_host.get(index, {})}
         del environment["RAY_ADDRESS"]  # it would be the address to join, of the head too
-        self._processes[index] = host.start(
-            arguments,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is meant for a driver
-        )
+        with self._log(host).open("wb") as log:
+            self._processes[index] = host.start(
+                arguments,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C is meant for a driver
+            )
 
     def revive(self) -> list[int]:
         """Start the nodes whose process ended by itself, as systemd would, and return whose they were."""
@@ -161,4 +163,10 @@ class RayNodes:
             env=self.environment,
         )
         if done.returncode:
-            raise TimeoutError(f"{number} nodes must be up within {_UP_S} s; {done.stderr[-2000:]}")
+            said = "\n".join(
+                self._log(host).read_text("utf-8", errors="replace") for host in self._hosts if self._log(host).exists()
+            )
+            raise TimeoutError(f"{number} nodes must be up within {_UP_S} s; {done.stderr[-2000:]}\n{said}")
+
+    def _log(self, host: _Host) -> Path:
+        return self._hosts.folder / f"ray-{host.name}.log"

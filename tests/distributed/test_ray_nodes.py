@@ -1,9 +1,11 @@
 """A Ray cluster over several hosts: every node has its own, and one that dies is missed and comes back."""
 
+import subprocess
 import sys
 
 import pytest
 
+from tests.distributed import hosts as hosts_module
 from tests.distributed.hosts import Hosts
 from tests.distributed.loopback_hosts import LoopbackHosts
 from tests.distributed.ray_nodes import RayNodes
@@ -20,7 +22,8 @@ print(json.dumps(ray.get([address.options(resources={name: 0.1}).remote() for na
 """
 
 
-@pytest.mark.parametrize("kind", [LoopbackHosts, pytest.param(Hosts, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests of mfdist launch start such clusters anyway
+@pytest.mark.parametrize("kind", [LoopbackHosts, Hosts])
 def test_a_node_runs_in_each_host_and_is_missed_when_that_is_killed(
     kind: type[Hosts], request: pytest.FixtureRequest
 ) -> None:
@@ -34,3 +37,11 @@ def test_a_node_runs_in_each_host_and_is_missed_when_that_is_killed(
         nodes.wait_for(1)
         nodes.start(1)
         nodes.wait_for(2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("namespaces")
+def test_a_command_runs_beside_the_nodes_of_hosts() -> None:
+    script = [sys.executable, hosts_module.__file__, "--hosts", "2", "--ray", "--", sys.executable, "-c", WHERE]
+    done = subprocess.run([*script, "host0", "host1"], capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines()[-1:] == ['["198.18.0.1", "198.18.0.2"]'], done.stderr
