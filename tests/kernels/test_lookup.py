@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mfdist.errors import ConfigError, RowIdError
-from mfdist.kernels import check_errors, gather_sum, row_gradient
+from mfdist.kernels import RowRule, check_errors, fused_row_update, gather_sum, row_gradient
+from mfdist.kernels.cpu_ids import first_bad
 from mfdist.kernels.gather_sum import cpu_impl as sum_on_cpu
 from mfdist.kernels.row_gradient import cpu_impl as gradient_on_cpu
 from mfdist.testing import oracles
@@ -44,6 +45,37 @@ def test_numbers_of_lookups(num_lookups: int, is_compact: bool) -> None:
 def test_dtypes(dtype: torch.dtype, id_dtype: torch.dtype) -> None:
     assert_matches_oracle(make_lookup(63, 4, 32, 100, dtype=dtype, id_dtype=id_dtype))
     assert_matches_oracle(make_lookup(63, 4, 32, 100, dtype=dtype, id_dtype=id_dtype, is_compact=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("row_dim", "num_lookups"), [(80, 1), (1000, 3), (1000, 1), (12288, 1), (12288, 3)])
+def test_widths(row_dim: int, num_lookups: int, dtype: torch.dtype) -> None:
+    for num_tokens in (1, 63):
+        assert_matches_oracle(make_lookup(num_tokens, num_lookups, 5, row_dim, dtype=dtype))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory that is never touched may count")
+def test_more_elements_than_an_int32_counts() -> None:
+    """The system gives a page only to rows that are written, so that the table takes a few kilobytes."""
+    num_rows, row_dim = (1 << 22) + 3, 1024
+    table = torch.empty(num_rows, row_dim, dtype=torch.bfloat16)
+    assert table.numel() > 1 << 32
+    ids = torch.tensor([[0, num_rows - 1], [num_rows // 2, num_rows - 1]])
+    for row, value in ((0, 1.0), (num_rows // 2, 2.0), (num_rows - 1, 3.0)):
+        table[row] = value
+    scores, grads = torch.ones(2, 2), torch.ones(2, row_dim, dtype=torch.bfloat16)
+    out = gather_sum(table, ids, scores)
+    assert (out[0] == 4).all() and (out[1] == 5).all()
+    lr, step = torch.ones(1), torch.ones(1, dtype=torch.int64)
+    grad_scores = fused_row_update(table, [], ids, scores, grads, RowRule(kind="sgd"), lr, step)
+    assert grad_scores.tolist() == [[1024, 3 * 1024], [2 * 1024, 3 * 1024]]
+    assert [table[row, -1].item() for row in (0, num_rows // 2, num_rows - 1)] == [0, 1, 1]
+
+
+def test_a_negative_id_in_a_table_of_more_rows_than_its_bits_count() -> None:
+    ids = np.array([5, -1], np.int32).view(np.uint8)
+    assert first_bad(ids, 4, 2, 1 << 40) == 1
+    assert first_bad(np.array([5, 6], np.int64).view(np.uint8), 8, 2, 1 << 40) == -1
 
 
 def test_zero_wide_rows() -> None:
