@@ -51,6 +51,8 @@ _LOOKUPS_TOGETHER = 16
 _FEW_TOKENS = 64
 #: Lookups between a row's use and the fetch of a later one.
 _AHEAD = 12
+#: Rows between the one that is copied and the one that is fetched.
+_COPIED_AHEAD = 16
 #: Tables of a few lookups that are copied together: half of a core's second-level cache.
 _PACK_BYTES = 512 << 10
 #: Reads of a row, on average, that repay copying it.
@@ -350,6 +352,7 @@ def _pass_tokens(lookup: Any, chunk: Any, rows: Any, scores: Any, low: Any, high
     for first in range(0, K, chunk):
         count = min(K - first, chunk)
         for row in range(count * S):
+            prefetch(lookup.table, (first * S + min(row + _COPIED_AHEAD, count * S - 1)) * D + column, zeros)
             copy(pack, row * tile, lookup.table, (first * S + row) * D + column, zeros)
         for n in range(low, high):
             total = zeros

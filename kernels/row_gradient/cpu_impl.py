@@ -42,6 +42,9 @@ _MAX_OWN_ROWS = 4096
 _LEAST_READS = 4
 #: Lookups between a row's use and the fetch of a later one.
 _AHEAD = 2
+#: Rows between the one that is copied and the one that is fetched; tokens, likewise.
+_COPIED_AHEAD = 16
+_TOKENS_AHEAD = 8
 _PARALLEL_WORK = 1 << 16
 
 
@@ -151,9 +154,11 @@ def _pass_tokens(
     tile = width(zeros)
     origin = first * lookup.S
     for row in range(count * lookup.S):
+        prefetch(table, (origin + min(row + _COPIED_AHEAD, count * lookup.S - 1)) * D + column, zeros)
         store(rows, row * tile, load(table, (origin + row) * D + column, zeros))
         store(sums, row * tile, zeros)
     for n in range(N):
+        prefetch(grads, min(n + _TOKENS_AHEAD, N - 1) * D + column, zeros)
         grad = load(grads, n * D + column, zeros)
         for i in range(count):
             start = at(row_ids, n * count + i) * tile
