@@ -18,12 +18,11 @@ from tests.table_server.raw_client import RawClient
 from tests.table_server.training import OPTIMIZER, STRIDE, batch, spec_of
 
 PLAN = column_wise(spec_of("one"), [0])
-TIMEOUT_S = 2.0
 
 
 @contextlib.contextmanager
 def running_pair(folder: Path, **settings: Any) -> Iterator[list[ServerProcess]]:
-    processes = [ServerProcess(folder / name, timeout_s=TIMEOUT_S, **settings) for name in "ab"]
+    processes = [ServerProcess(folder / name, **settings) for name in "ab"]
     try:
         for process, other in zip(processes, reversed(processes), strict=True):
             process.peer = other.address
@@ -40,6 +39,12 @@ def described(process: ServerProcess) -> pb.DescribeReply:
         stub = TableServiceStub(channel)  # type: ignore[no-untyped-call]
         reply: pb.DescribeReply = stub.Describe(pb.DescribeRequest(), timeout=DEADLINE_S, wait_for_ready=True)
         return reply
+
+
+def counters_of(process: ServerProcess) -> dict[str, float]:
+    with grpc.insecure_channel(process.address) as channel:
+        stub = TableServiceStub(channel)  # type: ignore[no-untyped-call]
+        return dict(stub.Stats(pb.StatsRequest(), timeout=DEADLINE_S).counters)
 
 
 def primary_of(pair: list[ServerProcess]) -> int:
@@ -64,7 +69,7 @@ def rows_of(process: ServerProcess, table: str = "one") -> np.ndarray:
 
 
 def connected(pair: list[ServerProcess], **settings: object) -> TableServers:
-    settings = {"replicas": 2, "failover_s": 0.5, "deadline_s": DEADLINE_S, **settings}
+    settings = {"replicas": 2, "failover_s": 1.0, "deadline_s": DEADLINE_S, **settings}
     return TableServers([process.address for process in pair], **settings)  # type: ignore[arg-type]
 
 

@@ -17,7 +17,17 @@ from mfdist.errors import ConfigError, ConsistencyError, UnavailableError
 from mfdist.table_server.client import RemoteTable
 from mfdist.table_server.connection import TableServers
 from mfdist.table_server.proto import table_v1_pb2 as pb
-from tests.table_server.pairs import PLAN, connected, described, made, primary_of, rows_of, running_pair, step
+from tests.table_server.pairs import (
+    PLAN,
+    connected,
+    counters_of,
+    described,
+    made,
+    primary_of,
+    rows_of,
+    running_pair,
+    step,
+)
 from tests.table_server.processes import DEADLINE_S, ServerProcess, until
 from tests.table_server.proxy import Proxy
 from tests.table_server.raw_client import RawClient, acknowledged, tensor
@@ -40,11 +50,11 @@ def kind_of(error: grpc.RpcError) -> str:
     return dict(error.trailing_metadata())["mfdist-error"]
 
 
-@pytest.mark.parametrize("num_kills", [6, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])])
+@pytest.mark.parametrize("num_kills", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])])
 def test_training_ends_in_the_bits_of_a_run_that_nobody_disturbed(pair: list[ServerProcess], num_kills: int) -> None:
     """Any of the two is killed, mostly the primary; it comes back while training goes on, and has the same bits."""
     draw = random.Random(num_kills)
-    clients = Clients([process.address for process in pair], [PLAN], replicas=2, failover_s=0.3)
+    clients = Clients([process.address for process in pair], [PLAN], replicas=2, failover_s=1.0)
     for _ in range(num_kills):
         clients.go_on(draw.randrange(1, 5))
         primary = primary_of(pair)
@@ -110,9 +120,7 @@ def test_a_replica_that_was_away_catches_up_by_the_log_or_by_a_copy(pair: list[S
             replica.start()
             primary_of(pair)
             assert np.array_equal(rows_of(replica), table.rows().numpy())
-            client = RawClient(replica.address)
-            counters = client.stub.Stats(pb.StatsRequest(), timeout=DEADLINE_S).counters
-            client.channel.close()
+            counters = counters_of(replica)
             assert counters.get("copied_shards", 0) == is_saved
             assert counters.get("followed_pushes", 0) == (0 if is_saved else 3)
 
@@ -156,7 +164,7 @@ def test_one_that_goes_on_alone_acknowledges_nothing_until_all_clients_know(tmp_
         clients[0].deadline_s = 2.0
         unknown = error_of(clients[0].push(clients[0].message("one", 1, row_dim=PLAN.row_dim)))
         assert unknown.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert described(pair[primary]).shards[0].version == 1  # it is applied, and not acknowledged
+        until(lambda: described(pair[primary]).shards[0].version == 1)  # it is applied, and was not acknowledged
         clients[1].join()
         clients[0].deadline_s = DEADLINE_S
         answer = acknowledged(clients[0].push(clients[0].message("one", 1, row_dim=PLAN.row_dim)))
@@ -199,19 +207,20 @@ def test_what_is_acknowledged_may_wait_for_another_client(pair: list[ServerProce
         message = clients[1].message("one", 1, row_dim=PLAN.row_dim)
         message.lr = OPTIMIZER.lr
         assert error_of(clients[1].push(message)).code() in (
-            grpc.StatusCode.DEADLINE_EXCEEDED,  # on both disks, and not applied: client 0 has not pushed
+            grpc.StatusCode.DEADLINE_EXCEEDED,  # it is not applied: client 0 has not pushed
             grpc.StatusCode.UNAVAILABLE,
         )
+        until(lambda: counters_of(pair[1 - primary]).get("followed_pushes", 0) >= 1)
         pair[primary].kill()
         with connected(pair, client=1, num_clients=2) as others:
-            others.wait(others.all(lambda owner: owner.join()))
-            reply = others.owner(0)
-            reply.acknowledged["one"] = 1
-            others.wait(reply.join())  # it holds step 1
-            assert reply.steps["one"] == 0
-            reply.acknowledged["one"] = 2
+            owner = others.owner(0)
+            others.wait(owner.join())
+            assert owner.steps["one"] == 0
+            owner.acknowledged["one"] = 1
+            others.wait(owner.join())  # it holds step 1
+            owner.acknowledged["one"] = 2
             with pytest.raises(ConsistencyError, match=r"must have what was acknowledged; .* has 1 of 2 steps"):
-                others.wait(reply.join())
+                others.wait(owner.join())
         for client in clients:
             client.channel.close()
 
@@ -307,7 +316,7 @@ def test_asynchronous_pushes_survive_too(tmp_path: Path) -> None:
         with connected(pair) as servers:
             made(servers).resume()
         plan_rows, steps, client = None, 0, None
-        for _ in range(3):
+        for _ in range(2):
             primary = primary_of(pair)
             client = RawClient(pair[primary].address)
             if plan_rows is None:
