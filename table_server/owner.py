@@ -5,6 +5,7 @@ answer, the client turns to the other one, and makes it the primary if nobody el
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Owner:
         self._at = 0
         self._lost_at_s: float | None = None  # since when there is no primary
         self._primary_epoch = 0  # of the primary, when it was last looked for
+        self._watching: asyncio.Task[None] | None = None
         self._joining, self._finding = asyncio.Lock(), asyncio.Lock()
 
     @property
@@ -104,6 +106,8 @@ class Owner:
         """Find the primary of a pair, or make one."""
         if len(self._copies) > 1:
             await self._again(lambda left_s: self._find_one())
+            if self._watching is None:
+                self._watching = asyncio.ensure_future(self._watch())
 
     async def once(self, method: str, request: Any, *, of_any_epoch: bool = False) -> Any:
         """Return the answer of a unary RPC that may be repeated, by its name; see `repeated`."""
@@ -215,8 +219,19 @@ class Owner:
 
     async def close(self) -> None:
         """Let the channels go."""
+        if self._watching is not None:
+            self._watching.cancel()
         for copy in self._copies:
             await copy.channel.close()
+
+    async def _watch(self) -> None:
+        """Join again when an epoch begins, also while nothing is asked for: others wait until all have joined."""
+        while True:
+            await asyncio.sleep(self._failover_s)
+            with contextlib.suppress(MfdistError):  # whoever asks next meets it, too
+                seen = await self._look(self._copies[self._at])
+                if seen is not None and seen.role == pb.PRIMARY and 0 < self.epoch < seen.epoch:
+                    await self.join()
 
     async def _turned(self) -> None:
         if len(self._copies) > 1:
