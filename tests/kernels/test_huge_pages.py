@@ -1,5 +1,6 @@
 """Memory of large tensors: in huge pages where there are enough, and left alone everywhere else."""
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def is_marked(tensor):
 def test_large_memory_is_marked_where_enough_huge_pages_are_free():
     if huge_pages._free_bytes() < 8 * SIZE:  # other programs take some between the question and the answer
         pytest.skip("this machine has too few free huge pages")
-    large, small = torch.empty(SIZE, dtype=torch.uint8), torch.empty(1 << 20, dtype=torch.uint8)
+    # Memory of its own: the C library may hand out again what NumPy has marked for a large array that is gone.
+    own = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    large, small = torch.empty(SIZE, dtype=torch.uint8), torch.frombuffer(own, dtype=torch.uint8)
     assert huge_pages.in_huge_pages(large) is large and is_marked(large)
     assert huge_pages.in_huge_pages(small) is small and not is_marked(small)
 
