@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import mfdist
 from mfdist.errors import ConfigError, InternalError, UnavailableError
@@ -197,13 +197,15 @@ class Places:
         name: of them in the cluster, never used before.
         reserved: of each.
         number: how many.
-        is_spread: over hosts, as far as they go; else packed on as few as possible.
+        apart: whether they must, or may as far as there are hosts, be on one host each; no: on as few as possible.
     """
 
-    def __init__(self, name: str, reserved: Reserved, number: int, *, is_spread: bool) -> None:
+    def __init__(
+        self, name: str, reserved: Reserved, number: int, *, apart: Literal["must", "may", "no"] = "no"
+    ) -> None:
         from ray.util import placement_group
 
-        strategy = "SPREAD" if is_spread else "PACK"
+        strategy = {"must": "STRICT_SPREAD", "may": "SPREAD", "no": "PACK"}[apart]
         self._group = placement_group([reserved.bundle()] * number, strategy=strategy, name=name)
         self._ready = self._group.ready()
 

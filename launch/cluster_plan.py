@@ -52,7 +52,7 @@ def plan_job(config: RunConfig, hosts: Sequence[Host], fit: Fit) -> JobPlan:
 def _on_servers(config: RunConfig, question: Question, hosts: Sequence[Host]) -> JobPlan:
     from mfdist.table_server.placement import server_plan
 
-    number = config.launch.servers
+    number = config.launch.servers // config.servers.replicas
     plan = server_plan(
         config.servers.kind,
         question.specs,
@@ -66,12 +66,14 @@ def _on_servers(config: RunConfig, question: Question, hosts: Sequence[Host]) ->
         weights = holdings.rows * holdings.columns * float(table.dtype.itemsize)
         for server, num_bytes in enumerate(holdings.on_ranks(weights + state_bytes(holdings, question.workload))):
             held[server] += float(num_bytes)
-    found = JobPlan(server_bytes=tuple(int(num_bytes) for num_bytes in held))
-    room = sum(host.memory_bytes // max(1, found.largest_server) for host in hosts)
-    if room < number:
+    each = [int(num_bytes) for num_bytes in held for _ in range(config.servers.replicas)]
+    found = JobPlan(server_bytes=tuple(each))
+    most_a_host = number if config.servers.replicas > 1 and len(hosts) > 1 else len(each)  # pairs are kept apart
+    room = sum(min(most_a_host, host.memory_bytes // max(1, found.largest_server)) for host in hosts)
+    if room < len(each):
         most = quantities.num_bytes(max(host.memory_bytes for host in hosts))
         raise ConfigError(
-            f"table servers must fit the hosts' memory; the fullest of {number} needs "
+            f"table servers must fit the hosts' memory; the fullest of {len(each)} needs "
             f"{quantities.num_bytes(found.largest_server)}, hosts have up to {most}; more servers, more hosts, or "
             'model.table_dtype="bf16"'
         )

@@ -10,7 +10,7 @@ from mfdist.launch.cluster import Places, Reserved
 from mfdist.launch.happenings import Ended, Event, GroupNotPlaced, GroupStarted, Kind
 from mfdist.launch.job import Job
 from mfdist.launch.pulse import Post
-from mfdist.launch.server import Duty, TableServer
+from mfdist.launch.server import Duty, TableServer, access
 from mfdist.launch.trainer import Assignment, Trainer
 
 _ANSWER_S = 10.0  # for what is known to be there
@@ -62,15 +62,13 @@ class Hands:
         self.trainers: dict[int, Actor] = {}
         self._forming: _Forming | None = None
         self._trainer_places: Places | None = None
-        self._server_places: Places | None = None
+        self._server_places: dict[int, Places] = {}  # by pair; without pairs all are in one
 
     # Servers.
 
     def start_server(self, index: int, incarnation: int, address: str) -> None:
         """Begin to start a table server."""
-        if self._server_places is None:
-            name = f"{self._job.supervisor_name}-servers"
-            self._server_places = Places(name, self.server, self._job.servers, is_spread=True)
+        places, place = self._place(index)
         post = self._post("server", index, incarnation, self._num_server_threads)
         handle = cluster.start_actor(
             TableServer,
@@ -78,13 +76,24 @@ class Hands:
             self._supervisor,
             name=f"{self._job.supervisor_name}-{post.name}-{incarnation}",
             reserved=self.server,
-            places=self._server_places,
-            index=index,
+            places=places,
+            index=place,
         )
         files = self._job.files
         data = files.server_data(index, self._server_data)
-        duty = Duty(data=str(data), secrets=str(files.secrets), address=address)
+        peer = index ^ 1 if self._job.replicas > 1 else None
+        duty = Duty(data=str(data), secrets=str(files.secrets), address=address, peer=peer)
         self.servers[index] = Actor(post, handle, handle.serve.remote(duty))
+
+    def _place(self, index: int) -> tuple[Places, int]:
+        """Return where a server belongs. Those of a pair are on different hosts, where there are any."""
+        job = self._job
+        pair, place = divmod(index, job.replicas) if job.replicas > 1 else (0, index)
+        if pair not in self._server_places:
+            name = f"{job.supervisor_name}-servers-{pair}"
+            number, must = (job.servers, False) if job.replicas == 1 else (job.replicas, len(cluster.hosts()) > 1)
+            self._server_places[pair] = Places(name, self.server, number, apart="must" if must else "may")
+        return self._server_places[pair], place
 
     def end_server(self, index: int) -> None:
         """End a table server at once."""
@@ -96,7 +105,7 @@ class Hands:
     def form_group(self, generation: int, size: int, addresses: tuple[str, ...], now: float) -> None:
         """Begin to place trainers; `look` goes on with it."""
         name = f"{self._job.supervisor_name}-trainers-{generation}"
-        places = Places(name, self.trainer, size, is_spread=False)
+        places = Places(name, self.trainer, size)
         self._trainer_places = places
         self._forming = _Forming(generation, size, addresses, places, now + self._replace_s)
 
@@ -115,9 +124,9 @@ class Hands:
         self.end_group()
         for index in list(self.servers):
             self.end_server(index)
-        if self._server_places is not None:
-            self._server_places.give_back()
-            self._server_places = None
+        for places in self._server_places.values():
+            places.give_back()
+        self._server_places.clear()
 
     # Both.
 
@@ -208,13 +217,9 @@ class Hands:
 
         if not addresses:
             return ()
-        secrets = self._job.files.secrets
         listed = ", ".join(f'"{address}"' for address in addresses)
-        overrides = [f"servers.addresses=[{listed}]", f'servers.token_file="{secrets / "admin.token"}"']
-        if not all(is_loopback(address) for address in addresses):
-            # The certificate is the job's own; whatever host a server is on, it says localhost.
-            overrides += [f'servers.ca="{secrets / "ca.pem"}"', 'servers.server_name="localhost"']
-        return tuple(overrides)
+        keys = access(self._job.files.secrets, all(is_loopback(address) for address in addresses))
+        return (f"servers.addresses=[{listed}]", *(f'servers.{key}="{value}"' for key, value in keys.items()))
 
     def _post(self, kind: Kind, index: int, incarnation: int, threads: int) -> Post:
         return Post(

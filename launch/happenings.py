@@ -55,6 +55,11 @@ class Ended:
     message: str = ""
     step: int = 0
 
+    @property
+    def said(self) -> str:
+        """Return how it ended, for people."""
+        return f"died: {self.message}" if self.how == "died" else f"failed: {self.message}"
+
 
 @dataclass(frozen=True)
 class StopAsked:

@@ -54,6 +54,7 @@ class Job:
         sizes: numbers of trainers that will do, largest first.
         cpus, gpus: of a trainer.
         servers, server_cpus, server_bytes: table servers, and what is reserved for each.
+        replicas: 2 where servers are pairs, one after the other.
         hosts: on how many hosts ranks are taken to be, so that a plan does not change when a trainer moves.
         overrides: `section.key=value`, stored in the run once training goes on with them.
     """
@@ -68,6 +69,7 @@ class Job:
     servers: int = 0
     server_cpus: float = 0.0
     server_bytes: int = 0
+    replicas: int = 1
     hosts: int = 1
     overrides: tuple[str, ...] = ()
 

@@ -26,8 +26,18 @@ from mfdist.training.events import Event, Preparing, Saved, Started, Warned
 BEAT_S = 0.5
 _FENCED = 71  # exit code
 
-#: What a supervisor answers: go on; save, and end; end at once.
-Answer = Literal["go on", "stop", "end"]
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a supervisor answers.
+
+    Args:
+        order: go on; save, and end; end at once.
+        addresses: of all table servers, where they are or last were.
+    """
+
+    order: Literal["go on", "stop", "end"]
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,7 @@ class Report:
     events: tuple[Event, ...] = ()
     committed: int = 0
     address: str = ""
+    role: str = ""  # of a server in its pair
 
 
 class Pulse:
@@ -80,6 +91,9 @@ class Pulse:
         self._over = threading.Event()
         self._committed = 0
         self._address = ""
+        self._role: Callable[[], str] = str
+        self._addresses: tuple[str, ...] = ()
+        self._on_addresses: Callable[[tuple[str, ...]], None] | None = None
         self._is_ready = False
         self._is_asked = False
         self._process = psutil.Process()
@@ -107,6 +121,12 @@ class Pulse:
         """Say that SIGTERM is caught from now on, and where a server listens."""
         self._address = address
         self._is_ready = True
+        self._changed.set()
+
+    def follow(self, on_addresses: Callable[[tuple[str, ...]], None], role: Callable[[], str] = str) -> None:
+        """Pass on where table servers are, now and whenever one has moved; tell a server's role with each beat."""
+        self._role = role
+        self._on_addresses = on_addresses
         self._changed.set()
 
     def finish(self) -> None:
@@ -151,12 +171,16 @@ class Pulse:
             events=tuple(events),
             committed=self._committed,
             address=self._address,
+            role=self._role(),
         )
 
     def _obey(self, answer: Answer) -> None:
-        if answer == "end":
+        if answer.order == "end":
             os._exit(_FENCED)
-        if answer == "stop" and self._is_ready and not self._is_asked and not self._over.is_set():
+        if self._on_addresses is not None and answer.addresses != self._addresses:
+            self._addresses = answer.addresses
+            self._on_addresses(answer.addresses)
+        if answer.order == "stop" and self._is_ready and not self._is_asked and not self._over.is_set():
             self._is_asked = True
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -22,11 +22,13 @@ class Duty:
         data: its folder.
         secrets: the job's folder of certificates and tokens.
         address: where it was before, to be there again if that is this host; empty: anywhere.
+        peer: number of the other server of its pair; None: there is none.
     """
 
     data: str
     secrets: str
     address: str = ""
+    peer: int | None = None
 
 
 class TableServer:
@@ -55,7 +57,8 @@ class TableServer:
 
     def _serve(self, duty: Duty) -> None:
         from mfdist.table_server.addresses import is_loopback, join_address, split_address
-        from mfdist.table_server.config import ServerConfig, ServerSection
+        from mfdist.table_server.config import ReplicationConfig, ServerConfig, ServerSection
+        from mfdist.table_server.pairing import Pairing
         from mfdist.table_server.sections import SecurityConfig
         from mfdist.table_server.server import serve
 
@@ -64,13 +67,18 @@ class TableServer:
         security: dict[str, Any] = {"token_file": secrets / "tokens.toml"}
         if not is_loopback(anywhere):
             security |= {"certificate": secrets / "server.pem", "private_key": secrets / "server.key"}
+        pairing, replication = None, ReplicationConfig()
+        if duty.peer is not None:
+            pairing, replication = Pairing(), ReplicationConfig(**access(secrets, is_loopback(anywhere)))
+            peer = duty.peer
+            self._pulse.follow(lambda addresses: pairing.tell(addresses[peer]), lambda: pairing.state)
 
         def listen(address: str) -> None:
             section = ServerSection(
                 data=Path(duty.data), listen=address, threads=self._pulse.post.threads, drain_s=_DRAIN_S
             )
-            config = ServerConfig(server=section, security=SecurityConfig(**security))
-            serve(config, lambda bound, _: self._pulse.be_ready(bound))
+            config = ServerConfig(server=section, replication=replication, security=SecurityConfig(**security))
+            serve(config, lambda bound, _: self._pulse.be_ready(bound), pairing=pairing)
 
         if duty.address and split_address(duty.address, "a server's address")[0] == self._host:
             try:
@@ -80,3 +88,15 @@ class TableServer:
             else:
                 return
         listen(anywhere)
+
+
+def access(secrets: Path, is_local: bool) -> dict[str, Any]:
+    """Return how a job's processes reach its table servers, as keys of `[servers]` and of `[replication]`.
+
+    Args:
+        secrets: the job's folder of certificates and tokens.
+        is_local: whether all of them listen on loopback, and so without TLS.
+    """
+    keys: dict[str, Any] = {"token_file": secrets / "admin.token"}
+    # The certificate is the job's own; whatever host a server is on, it says localhost.
+    return keys if is_local else {**keys, "ca": secrets / "ca.pem", "server_name": "localhost"}

@@ -1,5 +1,6 @@
 """How a job stands, as its supervisor sees it: its servers, its group of trainers, and its patience."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,10 @@ class Limits:
     backoff_s: float = 1.0
     max_backoff_s: float = 60.0
 
+    def pause_s(self, count: int) -> float:
+        """Return the pause after so many failures in a row: none after the first, then one that doubles."""
+        return 0.0 if count <= 1 else min(self.backoff_s * 2.0 ** (count - 2), self.max_backoff_s)
+
 
 @dataclass
 class Server:
@@ -30,6 +35,20 @@ class Server:
     heard: float = 0.0
     address: str = ""
     host: str = ""
+    not_before: float = 0.0  # for it alone, while the other one of its pair goes on
+    num_failures: int = 0  # of that kind, since the last commit
+
+
+def are_serving(servers: Sequence[Server], replicas: int) -> bool:
+    """Return whether trainers reach all rows: a server of each pair is up, and all have been.
+
+    Args:
+        servers: with two replicas, of one pair after the other.
+        replicas: 1 where each server is by itself.
+    """
+    pairs = [servers[first : first + replicas] for first in range(0, len(servers), replicas)]
+    has_been_up = all(server.address for server in servers)
+    return has_been_up and all(any(server.phase == "up" for server in pair) for pair in pairs)
 
 
 @dataclass

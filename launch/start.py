@@ -16,7 +16,7 @@ from mfdist.launch.job import ClusterAddress, Job, JobFiles, group_sizes
 from mfdist.launch.local_cluster import LocalHead
 
 _SUPERVISOR_S = 60.0
-_NO_CERTIFICATE = 'servers.addresses=["127.0.0.1:1"]'  # stands for servers that are to come
+_SERVERS = "servers.addresses=[{}]"  # stands for servers that are to come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,12 @@ def check_wish(config: RunConfig, overrides: Sequence[str], check: Callable[[Seq
     if launch.servers:
         if config.model.kind != "memory":
             raise ConfigError(f'table servers need a MemoryFormer; got model.kind="{config.model.kind}"; --servers 0')
-        check([*overrides, _NO_CERTIFICATE])
+        if launch.servers % config.servers.replicas:
+            raise ConfigError(
+                f"table servers must come in pairs where servers.replicas=2; got launch.servers={launch.servers}; "
+                f"--servers {launch.servers + 1}, or servers.replicas=1"
+            )
+        check([*overrides, _SERVERS.format(", ".join(f'"127.0.0.1:{1 + n}"' for n in range(launch.servers)))])
     if launch.elastic.min and config.sharding.plan is not None:
         raise ConfigError(
             "a sharding.plan is for one number of trainers; got launch.elastic.min too; take a sharding.kind instead"
@@ -154,6 +159,7 @@ class Starting:
             servers=launch.servers,
             server_cpus=launch.server_cpus,
             server_bytes=server_bytes,
+            replicas=config.servers.replicas,
             hosts=num_hosts if len(hosts) > 1 and _packs(hosts, fit, sizes[0]) == len(hosts) else 1,
             overrides=self._wish.overrides,
         )

@@ -6,7 +6,8 @@ reads a clock, so every decision can be tested.
 
 A job's table servers are started first; then trainers form a group. A group is all or nothing: where one of its
 trainers ends, all of it is ended, and the next group goes on from the last commit. Servers are started again one by
-one, while the group waits; only a server that comes back under another address ends the group.
+one, while the group waits; only a server that comes back under another address ends the group. Servers may be pairs:
+then trainers go on with the other one, are told of a new address, and nobody waits.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from mfdist.launch.happenings import (
     StopAsked,
     StopServer,
 )
-from mfdist.launch.standing import Group, Limits, Server
+from mfdist.launch.standing import Group, Limits, Server, are_serving
 
 #: Kinds of errors that come again however often a trainer or server is started.
 FATAL_KINDS = frozenset({"config", "row_id", "data", "non_finite", "internal"})
@@ -53,13 +54,17 @@ class Supervision:
             there is no place for it.
         num_servers: how many table servers.
         limits: how patient.
+        replicas: 2 where servers are pairs, one after the other.
         last_commit: the step of the last commit when the job starts, 0 where there is none.
     """
 
-    def __init__(self, sizes: Sequence[int], num_servers: int, limits: Limits, *, last_commit: int = 0) -> None:
+    def __init__(
+        self, sizes: Sequence[int], num_servers: int, limits: Limits, *, replicas: int = 1, last_commit: int = 0
+    ) -> None:
         self.sizes = tuple(sizes)
         self.limits = limits
         self.servers = [Server() for _ in range(num_servers)]
+        self.replicas = replicas
         self.group: Group | None = None
         self.wanted: Literal["run", "stop", "end"] = "run"
         self.last_commit = last_commit
@@ -84,9 +89,14 @@ class Supervision:
             return "stopping"
         if self.group is not None:
             return {"placing": "starting trainers", "training": "training"}.get(self.group.phase, "handing over")
-        if any(server.phase != "up" for server in self.servers):
+        if not are_serving(self.servers, self.replicas):
             return "starting servers"
         return "waiting"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Return where servers are, or were when they last were up; empty before that."""
+        return tuple(server.address for server in self.servers)
 
     def handle(self, event: Event, now: float) -> None:
         """Take in what happened."""
@@ -151,6 +161,8 @@ class Supervision:
             if event.committed > self.last_commit:
                 self.last_commit = event.committed
                 self.failures.clear()
+                for server in self.servers:
+                    server.num_failures = 0
 
     def _not_placed(self, event: GroupNotPlaced, now: float) -> None:
         assert self.group is not None
@@ -196,12 +208,19 @@ class Supervision:
         server.phase = "absent"
         if was_asked or self.wanted != "run" or self.outcome is not None:
             return
-        if event.how == "failed" and event.error_kind in FATAL_KINDS:
-            self._give_up(f"server-{event.index}: {event.message}", event.error_kind)
-        elif event.how in ("finished", "stopped"):
+        if event.how in ("finished", "stopped"):
             self._told.append(Say(f"server-{event.index} was asked to stop and has saved its rows; starting it again"))
+        elif self.replicas > 1 and self.servers[event.index ^ 1].phase == "up":
+            server.num_failures += 1
+            pause_s = self.limits.pause_s(server.num_failures)
+            server.not_before = now + pause_s
+            after = f" in {pause_s:g} s" if pause_s else ""
+            words = f"server-{event.index} {event.said}; the other one of its pair goes on; starting it again{after}"
+            self._told.append(Say(words, is_failure=True))
+        elif event.how == "failed" and event.error_kind in FATAL_KINDS:
+            self._give_up(f"server-{event.index}: {event.message}", event.error_kind)
         else:
-            self._failed(f"server-{event.index} {_said(event)}", now)
+            self._failed(f"server-{event.index} {event.said}", now)
 
     # Decisions.
 
@@ -222,7 +241,11 @@ class Supervision:
             allowed_s = {"up": limits.silence_s, "starting": limits.start_s, "stopping": limits.stop_s}
             if late_s > allowed_s.get(server.phase, float("inf")):
                 self._told.append(EndServer(index, server.incarnation))
-                ended = Ended("server", index, server.incarnation, "died", message=f"was silent for {late_s:.0f} s")
+                is_late = server.phase == "starting"
+                why = (
+                    f"did not start in launch.start_s={limits.start_s:g} s" if is_late else f"silent for {late_s:.0f} s"
+                )
+                ended = Ended("server", index, server.incarnation, "died", message=why)
                 self._server_ended(ended, now)
         group = self.group
         if group is None or group.phase not in ("training", "placing"):
@@ -252,7 +275,7 @@ class Supervision:
                 if cause.how == "failed" and cause.error_kind in FATAL_KINDS:
                     self._give_up(cause.message, cause.error_kind)
                 else:
-                    self._failed(f"trainer-{rank} {_said(cause)}", now)
+                    self._failed(f"trainer-{rank} {cause.said}", now)
             return
         if len(group.ended) == group.size:
             hows = [ended.how for ended in group.ended.values()]
@@ -274,13 +297,12 @@ class Supervision:
 
     def _ask_group(self, group: Group, now: float) -> None:
         """Ask the group to save and end where it must become another one; end it where there is nothing to save."""
-        addresses = tuple(server.address for server in self.servers)
-        is_up = all(server.phase == "up" for server in self.servers)
+        has_moved = self.replicas == 1 and group.addresses != self.addresses
         if group.phase == "placing":
             if self.wanted != "run" or self.outcome is not None or group.size != self._size:
                 self._end_group()
         elif group.phase == "training":
-            if is_up and group.addresses != addresses:
+            if has_moved and are_serving(self.servers, self.replicas):
                 self._end_group()
                 self._told.append(Say("a table server has come back elsewhere; trainers go on from the last commit"))
             elif (
@@ -306,15 +328,15 @@ class Supervision:
         if now < self.not_before:
             return actions
         for index, server in enumerate(self.servers):
-            if server.phase == "absent":
+            if server.phase == "absent" and now >= server.not_before:
                 server.phase, server.since, server.incarnation = "starting", now, server.incarnation + 1
                 at = "" if server.host in self._draining else server.address
                 actions.append(StartServer(index, server.incarnation, at))
-        if self.group is None and all(server.phase == "up" for server in self.servers):
+        is_stopping = any(server.phase == "stopping" for server in self.servers)
+        if self.group is None and not is_stopping and are_serving(self.servers, self.replicas):
             self.generation += 1
-            addresses = tuple(server.address for server in self.servers)
-            self.group = Group(self.generation, self._size, now, addresses=addresses)
-            actions.append(FormGroup(self.generation, self._size, addresses))
+            self.group = Group(self.generation, self._size, now, addresses=self.addresses)
+            actions.append(FormGroup(self.generation, self._size, self.addresses))
         return actions
 
     def _ending(self, now: float) -> list[Action]:
@@ -356,17 +378,13 @@ class Supervision:
                 "unavailable",
             )
             return
-        pause_s = 0.0 if count == 1 else min(self.limits.backoff_s * 2.0 ** (count - 2), self.limits.max_backoff_s)
+        pause_s = self.limits.pause_s(count)
         self.not_before = max(self.not_before, now + pause_s)
         after = f" in {pause_s:g} s" if pause_s else ""
         self._told.append(Say(f"{cause}; going on from the last commit{after}", is_failure=True))
 
     def _give_up(self, cause: str, kind: str) -> None:
         self.outcome = Finish("failed", cause, kind, self.last_commit)
-
-
-def _said(ended: Ended) -> str:
-    return f"died: {ended.message}" if ended.how == "died" else f"failed: {ended.message}"
 
 
 def _rank_of_cause(ended: Ended) -> int:

@@ -96,7 +96,7 @@ class Supervisor:
         self._launch = launch
         self._batch = batch
         limits = Limits(**{name: getattr(launch, name) for name in Limits.__dataclass_fields__})
-        self._policy = Supervision(job.sizes, job.servers, limits)
+        self._policy = Supervision(job.sizes, job.servers, limits, replicas=job.replicas)
         if job.files.read_state().get("wanted") in ("stop", "end"):
             self._policy.handle(StopAsked(), time.monotonic())
         self._holding = Holding(job.files.folder)
@@ -117,6 +117,7 @@ class Supervisor:
         self._latest = _Latest()
         self._asked: set[tuple[str, int, int]] = set()  # actors that are to stop
         self._current: set[tuple[str, int, int]] = set()  # actors that are to be
+        self._addresses: tuple[str, ...] = ()  # of table servers
         self._state: dict[str, Any] = self._described()
         self._surveyed = self._stored = 0.0
         threading.Thread(target=self._run, name="mfdist-supervisor", daemon=True).start()
@@ -127,7 +128,7 @@ class Supervisor:
         key = (post.kind, post.index, post.incarnation)
         with self._lock:
             if key not in self._current:
-                return "end"
+                return Answer(order="end")
             self._latest.reports[post.name] = (time.monotonic(), report)
             for event in report.events:
                 self._hear(event)
@@ -137,7 +138,7 @@ class Supervisor:
         if report.address:
             self._inbox.put(ServerUp(post.index, post.incarnation, report.address, report.host))
         self._inbox.put(Beat(post.kind, post.index, post.incarnation, bool(report.events), report.committed))
-        return "stop" if is_asked else "go on"
+        return Answer(order="stop" if is_asked else "go on", addresses=self._addresses)
 
     def watch(self, position: int, wait_s: float) -> Watched:
         """Return what was told since `position`, waiting a while where there is nothing.
@@ -219,6 +220,7 @@ class Supervisor:
         for event in events:
             self._policy.handle(event, now)
         actions = self._policy.decide(now)
+        self._addresses = self._policy.addresses
         for action in actions:
             self._act(action, now)
         self._keep_state(now, is_due=bool(actions))
@@ -261,6 +263,7 @@ class Supervisor:
     def _expect(self, kind: Literal["trainer", "server"], index: int, incarnation: int) -> None:
         with self._lock:
             self._current = {key for key in self._current if key[:2] != (kind, index)} | {(kind, index, incarnation)}
+            self._latest.reports.pop(f"{kind}-{index}", None)  # of the one before
 
     def _dismiss(self, kind: Literal["trainer", "server"], index: int | None = None) -> None:
         with self._lock:
@@ -365,6 +368,7 @@ class Supervisor:
             "host": report.host if report else None,
             "pid": report.pid if report else None,
             "address": (report.address or None) if report else None,
+            "role": (report.role or None) if report else None,
             "memory_bytes": report.memory_bytes if report else None,
             "host_received_bytes": report.received_bytes if report else None,
             "host_sent_bytes": report.sent_bytes if report else None,

@@ -90,6 +90,8 @@ class Trainer:
                 from mfdist.table_server.run_tables import ServedTables
 
                 home = stack.enter_context(contextlib.closing(ServedTables(config)))
+                if config.servers.replicas > 1:
+                    self._pulse.follow(home.move_to)
             world = stack.enter_context(joined(config))
             observer = self._pulse.observe if world.is_first else ignore
             stopped = train(run, overrides=overrides, observer=observer, table_home=home)

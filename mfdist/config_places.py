@@ -43,7 +43,9 @@ class ServersConfig(Section):
     )
     backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
     replicas: Literal[1, 2] = Field(
-        1, description="2: addresses are those of pairs, one after the other; see mfdist serve --peer"
+        1,
+        description="2: each row is on two servers, and addresses are those of pairs, one after the other; see mfdist "
+        "serve --peer. Of launch.servers, two are a pair then",
     )
     deadline_s: Positive = Field(300.0, description="longest wait for a server, its restart included")
     failover_s: Positive = Field(

@@ -107,6 +107,15 @@ class TableServers:
         self._thread.join()
         self._loop.close()
 
+    def move(self, addresses: Sequence[str]) -> None:
+        """Begin to reach servers of pairs that were started again elsewhere at their new addresses; does not wait.
+
+        Args:
+            addresses: of all servers, in the order of the first ones.
+        """
+        self.addresses = tuple(addresses)
+        self.submit(self.all(lambda owner: owner.move(self._of(owner.index))))
+
     def describe(self) -> list[pb.DescribeReply]:
         """Return what each server says it is and holds; of pairs, the one that is asked now."""
         return self.wait(self.all(lambda owner: owner.once("Describe", pb.DescribeRequest())))
@@ -181,12 +190,15 @@ class TableServers:
             failed, self._failed = self._failed, None
             raise failed
 
+    def _of(self, index: int) -> tuple[str, ...]:
+        return self.addresses[index * self.replicas : (index + 1) * self.replicas]
+
     async def _connect(self) -> list[Owner]:
         member = Membership(self.client, self.num_clients, self.session)
         owners = [
             Owner(
                 index,
-                self.addresses[index * self.replicas : (index + 1) * self.replicas],
+                self._of(index),
                 member,
                 deadline_s=self.deadline_s,
                 failover_s=self.failover_s,

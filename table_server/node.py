@@ -46,6 +46,7 @@ class Node:
     Args:
         config: of the server; its folder must be given.
         replication: its pair, by default none.
+        is_paired: whether it is of a pair although `replication` does not name the other server; see `Pairing`.
 
     Raises:
         ConfigError: the folder is not given, or pushes are not logged, which a pair needs.
@@ -53,7 +54,9 @@ class Node:
         CheckpointError: what is in it is damaged.
     """
 
-    def __init__(self, config: ServerSection, replication: ReplicationConfig | None = None) -> None:
+    def __init__(
+        self, config: ServerSection, replication: ReplicationConfig | None = None, *, is_paired: bool = False
+    ) -> None:
         if config.data is None:
             raise ConfigError("a server needs a folder for its data; give server.data or --data DIR")
         self.config, replication = config, replication or ReplicationConfig()
@@ -72,7 +75,8 @@ class Node:
         #: Held by whatever changes which shards there are.
         self.admin = asyncio.Lock()
         try:
-            self.standing = Standing(self.store, replication.peer)
+            has_peer = is_paired or bool(replication.peer)
+            self.standing = Standing(self.store, replication.peer if has_peer else None)
         except BaseException:
             self.close()
             raise

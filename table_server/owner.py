@@ -76,11 +76,9 @@ class Owner:
         #: table → the last step of this client that was acknowledged.
         self.acknowledged: dict[str, int] = {}
         self._member, self._deadline_s, self._failover_s = member, deadline_s, failover_s
-        channels = [client_channel(address, channel, _OPTIONS) for address in addresses]
-        self._copies = [
-            _Copy(address, made, TableServiceStub(made))  # type: ignore[no-untyped-call]
-            for address, made in zip(addresses, channels, strict=True)
-        ]
+        self._channel = channel
+        self._copies = [self._reached(address) for address in addresses]
+        self._left: list[_Copy] = []  # whose calls may still be under way
         self._at = 0
         self._lost_at_s: float | None = None  # since when there is no primary
         self._primary_epoch = 0  # of the primary, when it was last looked for
@@ -108,6 +106,14 @@ class Owner:
             await self._again(lambda left_s: self._find_one())
             if self._watching is None:
                 self._watching = asyncio.ensure_future(self._watch())
+
+    async def move(self, addresses: Sequence[str]) -> None:
+        """Reach the servers at other addresses from now on, those that have moved."""
+        async with self._finding:
+            for index, address in enumerate(addresses):
+                if (left := self._copies[index]).address != address:
+                    self._copies[index] = self._reached(address)
+                    self._left.append(left)
 
     async def once(self, method: str, request: Any, *, of_any_epoch: bool = False) -> Any:
         """Return the answer of a unary RPC that may be repeated, by its name; see `repeated`."""
@@ -221,8 +227,12 @@ class Owner:
         """Let the channels go."""
         if self._watching is not None:
             self._watching.cancel()
-        for copy in self._copies:
+        for copy in (*self._copies, *self._left):
             await copy.channel.close()
+
+    def _reached(self, address: str) -> _Copy:
+        channel = client_channel(address, self._channel, _OPTIONS)
+        return _Copy(address, channel, TableServiceStub(channel))  # type: ignore[no-untyped-call]
 
     async def _watch(self) -> None:
         """Join again when an epoch begins, also while nothing is asked for: others wait until all have joined."""

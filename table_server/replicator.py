@@ -34,43 +34,42 @@ class Replicator:
 
     Args:
         node: what the server holds.
-        config: where the replica is.
+        config: how it is reached; where it is, `node.standing` knows.
 
     Called on: the event loop.
     """
 
     def __init__(self, node: Node, config: ReplicationConfig) -> None:
         self._node, self._config = node, config
-        self._channel = client_channel(config.peer, config, _OPTIONS)
 
     async def run(self) -> None:
         """Link to the replica, again and again; runs until it is cancelled."""
         standing, said = self._node.standing, ""
-        async with self._channel as channel:
-            while True:
-                if standing.role == "primary":
-                    link = Link(self._node, channel, self._config.timeout_s)
+        while True:
+            if standing.role == "primary" and (peer := standing.peer):
+                async with client_channel(peer, self._config, _OPTIONS) as channel:
+                    link = Link(self._node, channel, peer, self._config.timeout_s)
                     try:
                         await link.run()
                     except MfdistError as error:
                         if standing.is_in_sync or str(error) != said:  # once, not at each attempt
                             said = str(error)
-                            _logger.warning("no replica: %s", error, extra={"fields": {"peer": self._config.peer}})
+                            _logger.warning("no replica: %s", error, extra={"fields": {"peer": peer}})
                     finally:
                         standing.link = None
-                        link.fail(UnavailableError(f"the replica {self._config.peer} was lost"))
+                        link.fail(UnavailableError(f"the replica {peer} was lost"))
                     await standing.lost_replica()
                     link.close()
-                await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(_PAUSE_S)
 
 
 class Link:
     """One connection to the replica, from the greeting on."""
 
-    def __init__(self, node: Node, channel: grpc.aio.Channel, timeout_s: float) -> None:
+    def __init__(self, node: Node, channel: grpc.aio.Channel, peer: str, timeout_s: float) -> None:
         self._node = node
         self._stub = TableServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._peer, self._timeout_s = node.standing.peer, timeout_s
+        self._peer, self._timeout_s = peer, timeout_s
         self._number = self._acknowledged = 0
         self._outbox: deque[pb.ReplicateRequest] = deque()
         self._outbox_bytes = 0

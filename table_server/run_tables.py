@@ -1,5 +1,7 @@
 """A run's tables on servers, as the configuration's `[servers]` says: what `mfdist train` gives to the loop."""
 
+import threading
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -26,14 +28,17 @@ class ServedTables:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._addresses = tuple(config.servers.addresses)
+        self._moving = threading.Lock()
         self._servers: TableServers | None = None
         self._tables: list[RemoteTable] = []
 
     def move_in(self, model: Transformer, world: World) -> None:
         """Replace the model's tables; each rank is a client."""
         config = self._config.servers
-        self._servers = servers = TableServers(
-            config.addresses,
+        began_at = self._addresses
+        servers = TableServers(
+            began_at,
             client=world.rank,
             num_clients=world.world_size,
             replicas=config.replicas,
@@ -48,6 +53,10 @@ class ServedTables:
                 insecure=config.insecure,
             ),
         )
+        with self._moving:
+            self._servers = servers
+            if self._addresses != began_at:
+                servers.move(self._addresses)
         plan = server_plan(
             config.kind,
             table_specs(model),
@@ -59,6 +68,14 @@ class ServedTables:
         )
         serve_tables(model, servers, plan)
         self._tables = [module for module in model.modules() if isinstance(module, RemoteTable)]
+
+    def move_to(self, addresses: Sequence[str]) -> None:
+        """Reach servers of pairs where they are now; may be called by any thread, before `move_in` too."""
+        with self._moving:
+            if tuple(addresses) != self._addresses:
+                self._addresses = tuple(addresses)
+                if self._servers is not None:
+                    self._servers.move(addresses)
 
     def save(self, run: RunDirectory, step: int, world: World) -> None:
         """Let the servers save, and keep as many steps as the run does, and the one before."""
@@ -90,8 +107,10 @@ class ServedTables:
 
     def close(self) -> None:
         """Wait for what was pushed, and let the servers go."""
-        if self._servers is not None:
-            self._servers.close()
+        with self._moving:
+            servers, self._servers = self._servers, None
+        if servers is not None:
+            servers.close()
 
     def _connected(self) -> TableServers:
         assert self._servers is not None, "move_in comes first"

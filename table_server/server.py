@@ -19,6 +19,7 @@ from mfdist.table_server.interceptors import interceptors, server_options
 from mfdist.table_server.metrics import Metrics, MetricsPage
 from mfdist.table_server.node import Node
 from mfdist.table_server.observation import observed
+from mfdist.table_server.pairing import Pairing
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import add_TableServiceServicer_to_server
 from mfdist.table_server.replicator import Replicator
@@ -31,12 +32,15 @@ _ONE_SERVER_A_PORT = ("grpc.so_reuseport", 0)  # a second one must fail, not sha
 _logger = logging.getLogger(__name__)
 
 
-def serve(config: ServerConfig, on_listening: Callable[[str, str | None], None]) -> None:
+def serve(
+    config: ServerConfig, on_listening: Callable[[str, str | None], None], *, pairing: Pairing | None = None
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running calls end, checkpoint, and return.
 
     Args:
         config: of the server.
         on_listening: called with HOST:PORT once calls are taken, and with that of the metrics page, if there is one.
+        pairing: of a server whose peer is told while it runs; `config.replication` says how to reach it, not where.
 
     Raises:
         UnavailableError: another server holds the data folder, or the address.
@@ -51,7 +55,9 @@ def serve(config: ServerConfig, on_listening: Callable[[str, str | None], None])
     logs.configure(config.logs)
     if config.replication.peer:
         check_reachable(config.replication.peer, config.replication, "replication.peer")
-    node = Node(config.server, config.replication)
+    node = Node(config.server, config.replication, is_paired=pairing is not None)
+    if pairing is not None:
+        pairing.begin(node.standing)
     try:
         asyncio.run(_serve(node, config, on_listening))
     finally:
@@ -78,7 +84,7 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str, 
     _tell(config, address, page)
     on_listening(address, page.address if page else None)
     running = [asyncio.create_task(node.checkpoint_when_full())]
-    if config.replication.peer:
+    if node.standing.role != "single":
         running.append(asyncio.create_task(Replicator(node, config.replication).run()))
     await stopping.wait()
     _logger.info("draining", extra={"fields": {"address": address}})

@@ -42,29 +42,31 @@ class Standing:
 
     Args:
         store: where it is remembered.
-        peer: address of the other server of the pair; empty: there is none.
+        peer: address of the other server of the pair, empty as long as it is not known; None: there is none.
 
     Raises:
         ConfigError: pushes are not logged, which a pair needs.
     """
 
-    def __init__(self, store: Store, peer: str) -> None:
-        if peer and not store.is_logged:
+    def __init__(self, store: Store, peer: str | None) -> None:
+        is_paired = peer is not None
+        if is_paired and not store.is_logged:
             raise ConfigError(
                 'servers of a pair must log pushes; got durability="checkpoint" with the peer '
                 f'{peer}; set server.durability="log"'
             )
-        self._store, self.peer = store, peer
+        self._store = store
+        self.peer = peer or ""
         self.num_clients = store.number("num_clients")
         self.sessions: dict[int, int] = {}  # client → session
         self.rows_since = store.number("rows_since", epochs.FIRST)
-        self.role: Role = _first_role(store) if peer else "single"
+        self.role: Role = _first_role(store) if is_paired else "single"
         self.epoch = store.number("epoch", 0 if self.role == "replica" else epochs.FIRST)
         if self.role == "primary" or not store.is_logged:
             # Of a primary, because its replica may be about to take over; else because pushes may have been lost.
             self.epoch = epochs.after(self.epoch)
             store.remember(epoch=self.epoch)
-        if peer and store.role != self.role:
+        if is_paired and store.role != self.role:
             store.remember(role=self.role)
         #: Of a primary: its replica has everything, and nothing is acknowledged without it.
         self.is_in_sync = False
@@ -266,7 +268,7 @@ class Standing:
     def _not_primary(self) -> NotPrimaryError:
         return NotPrimaryError(
             f"rows must be changed at the primary; this server is the replica, at epoch {epochs.text(self.epoch)}; "
-            f"ask {self.peer}, or promote this one where that is gone"
+            f"ask {self.peer or 'the other one'}, or promote this one where that is gone"
         )
 
     def _changed(self) -> UnavailableError:

@@ -42,7 +42,7 @@ class JobView:
             rates = self._rates.get(actor["name"])
             yield (
                 actor["name"],
-                actor["state"],
+                f"{actor['state']}, {actor['role']}" if actor["role"] else actor["state"],
                 actor["host"] or "",
                 quantities.num_bytes(actor["memory_bytes"]) if actor["memory_bytes"] else "",
                 f"{quantities.num_bytes(rates[0])}/s" if rates else "",

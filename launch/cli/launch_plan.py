@@ -20,7 +20,7 @@ def lines(config: RunConfig, hosts: Sequence[Host], fit: Fit, plan: JobPlan) -> 
     yield (
         f"plan: {len(hosts)} host{'s' if len(hosts) > 1 else ''} with {sum(host.cpus for host in hosts):g} CPUs"
         f"{has_gpus}, {memory} of memory; trainers: {launch.trainers}, each with {each}; "
-        f"table servers: {launch.servers}"
+        f"table servers: {launch.servers}{', in pairs' if launch.servers and config.servers.replicas > 1 else ''}"
     )
     if plan.server_bytes:
         held, most = (quantities.num_bytes(size) for size in (sum(plan.server_bytes), plan.largest_server))

@@ -216,7 +216,9 @@ class _Session:
                 table_home.load(run, state.step, world)
         elif table_home is not None:
             table_home.check_new()
-        num_holders = world.world_size if table_home is None else len(config.servers.addresses)
+        num_holders = (
+            world.world_size if table_home is None else len(config.servers.addresses) // config.servers.replicas
+        )
         world.on_first(lambda: run.write_plan(plan_of(model, num_holders)))
         train_step = TrainStep(model, optimizer, config.training, device, world=world, spread=spread)
         first_step = 0 if state is None else state.step

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -147,6 +148,29 @@ def pid_of(files: JobFiles, actor: str) -> int:
 
     until(is_there, f"{actor} runs")
     return found[0]
+
+
+def actors_of(files: JobFiles, kind: str = "") -> list[dict[str, Any]]:
+    """Return what is known of a job's actors, or of those of one kind."""
+    return [actor for actor in files.read_state().get("actors", ()) if actor["name"].startswith(kind)]
+
+
+def hosts_of(files: JobFiles, kind: str) -> dict[str, str]:
+    return {actor["name"]: actor["host"] for actor in actors_of(files, kind)}
+
+
+def hold_until_whole(files: JobFiles, process: "subprocess.Popen[bytes]", lost: str = "") -> None:
+    """Let training stand still until a pair of servers has both of them, one following the other, none on a host."""
+
+    def is_whole() -> bool:
+        servers = actors_of(files, "server")
+        are_up = all(actor["state"] == "serving" and actor["host"] != lost for actor in servers)
+        return are_up and sorted(str(actor["role"]) for actor in servers) == ["primary", "replica"]
+
+    kill(files, "trainer-0", signal.SIGSTOP)
+    until(lambda: is_whole() or process.poll() is not None, "the pair is whole", 100.0)
+    assert process.poll() is None
+    kill(files, "trainer-0", signal.SIGCONT)
 
 
 def kill(files: JobFiles, actor: str, number: signal.Signals = signal.SIGKILL) -> None:

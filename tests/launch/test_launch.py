@@ -70,6 +70,35 @@ def test_killed_trainers_and_servers_come_back_to_the_same_bits(folder: Path, tr
     assert said.returncode == 0 and said.stdout.count("--- trainer-1, start") >= 3
 
 
+@pytest.mark.timeout(600)
+def test_a_primary_dies_and_its_replica_goes_on_to_the_same_bits(folder: Path, trained: Path) -> None:
+    """No trainer is started anew; who was killed follows, and goes on in its turn when the other one is killed."""
+    path = jobs.config_file(folder, steps=STEPS, every=EVERY)
+    run = folder / "pair"
+    settings = ("launch.cpus=1", "launch.silence_s=120", "servers.replicas=2", "servers.failover_s=0.5")
+    with jobs.ended_afterwards(run) as files:
+        command = ("launch", path, "--out", run, "--trainers", "2", "--servers", "2")
+        process = jobs.begin(*command, *(f"--set={setting}" for setting in settings), log=folder / "pair.log")
+        try:
+            for step in (12, 30):
+                jobs.until(partial(_is_due, run, step, process), f"step {step}")
+                assert process.poll() is None, (folder / "pair.log").read_text()
+                jobs.kill(files, next(actor["name"] for actor in jobs.actors_of(files) if actor["role"] == "primary"))
+                jobs.until(partial(_is_due, run, step + 5, process), "it goes on")
+                assert process.poll() is None, (folder / "pair.log").read_text()
+                jobs.hold_until_whole(files, process)
+            assert process.wait(jobs.DEADLINE_S) == 0, (folder / "pair.log").read_text()
+        finally:
+            process.kill()
+            process.wait(30)
+        state = files.read_state()
+        assert (state["outcome"]["reason"], state["groups"]) == ("finished", 1)
+    jobs.assert_the_same(trained, run)
+    said = "".join(files.log(f"server-{index}").read_text() for index in range(2))
+    assert said.count("took over as the primary") >= 2, said
+    assert (folder / "pair.log").read_text().count("the other one of its pair goes on; starting it again") == 2
+
+
 def begun(path: Path, run: Path, *more: str) -> JobFiles:
     """Launch a job that goes on by itself."""
     done = jobs.mfdist("launch", path, "--out", run, "--trainers", "2", "--set", "launch.cpus=1", "--detach", *more)
