@@ -19,7 +19,7 @@ INSTALL = $(PIP) install $(PIP_FLAGS) --constraint $(STAMPS)/constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format proto bench docs clean
+.PHONY: help demo add test test-all check format proto bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ help: ## list the targets
 demo: $(STAMPS)/base ## train a small MemoryFormer on this machine's Python sources (2-3 minutes) into a new runs/demo-N
 	@mkdir -p runs; n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; \
 	$(BIN)/mfdist train demo --out runs/demo-$$n $(ARGS) && echo 'Here mfdist is $(BIN)/mfdist.'
+
+add: ## install an extra of pyproject.toml into .venv: make add EXTRA=ray
+	@$(if $(EXTRA),,echo 'EXTRA must name an extra of pyproject.toml, as in: make add EXTRA=ray'; exit 2)
+	@$(MAKE) --no-print-directory $(STAMPS)/$(EXTRA)
 
 test: $(STAMPS)/test ## run the tests (less than 30 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -70,8 +74,8 @@ $(STAMPS)/constraints.txt: constraints.txt .ci/torch.sh | $(BIN)/python
 	@PIP='$(PIP)' PIP_FLAGS='$(PIP_FLAGS)' TORCH='$(TORCH)' sh .ci/torch.sh $(BIN)/python $@
 
 $(STAMPS)/base: pyproject.toml $(STAMPS)/constraints.txt
-	@echo 'Installing mfdist into $(VENV), with what reports and table servers need'
-	@$(INSTALL) --editable '.[report,server]'
+	@echo 'Installing mfdist into $(VENV), with what reports, exports and table servers need'
+	@$(INSTALL) --editable '.[report,safetensors,server]'
 	@touch $@
 
 $(STAMPS)/%: pyproject.toml $(STAMPS)/constraints.txt

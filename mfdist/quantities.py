@@ -57,6 +57,11 @@ def share(value: float) -> str:
     return f"{value * 100:.0f} %"
 
 
+def threads(number: int) -> str:
+    """Return a number of CPU threads in words: 1 thread, 2 threads."""
+    return f"{number} thread{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Return `text` with control characters replaced, so that what a model wrote cannot steer a terminal."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

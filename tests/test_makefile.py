@@ -103,6 +103,13 @@ def test_a_python_without_pip_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_adding_nothing_is_told(tmp_path: Path) -> None:
+    done = make(f"VENV={tmp_path}/new", "add")
+    assert done.returncode == 2
+    assert "make add EXTRA=ray" in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
 def test_help_comes_first_and_lists_every_target() -> None:
     listed = {line.split()[1] for line in make().stdout.splitlines()}
     phony = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))

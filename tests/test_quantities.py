@@ -69,6 +69,10 @@ def test_share():
     assert quantities.share(0.414) == "41 %"
 
 
+def test_threads():
+    assert [quantities.threads(number) for number in (1, 2)] == ["1 thread", "2 threads"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_a_question_mark(value):
     assert quantities.count(value) == quantities.num_bytes(value) == "?"

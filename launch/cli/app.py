@@ -10,6 +10,7 @@ from mfdist.launch.cli import bench, checkpoint, failures
 from mfdist.launch.cli.attach import attach
 from mfdist.launch.cli.bench_checkpoint import bench_checkpoint
 from mfdist.launch.cli.bench_decode import bench_decode
+from mfdist.launch.cli.bench_layers import bench_layers
 from mfdist.launch.cli.bench_learning import bench_learning
 from mfdist.launch.cli.bench_plan import bench_plan
 from mfdist.launch.cli.bench_server import bench_server
@@ -49,6 +50,7 @@ checkpoint.app.command("export")(export_checkpoint)
 checkpoint.app.command("import")(import_checkpoint)
 app.add_typer(checkpoint.app, name="checkpoint")
 bench.app.command("decode")(bench_decode)
+bench.app.command("layers")(bench_layers)
 bench.app.command("plan")(bench_plan)
 bench.app.command("checkpoint")(bench_checkpoint)
 bench.app.command("sharding")(bench_sharding)

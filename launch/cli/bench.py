@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
@@ -64,7 +65,7 @@ def kernels(
     from mfdist.benchmarks import ceilings
     from mfdist.benchmarks.kernels import Selection, measure
 
-    device = _device(device)
+    device = chosen_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -75,7 +76,9 @@ def kernels(
     selection.check(device)
     memory = ceilings.measure(device, max(seconds, _DEFAULT_SECONDS[device]))
     facts = _machine(device)
-    typer.echo(f"{facts['name']}, torch {torch.__version__}, {facts['threads']} CPU threads; memory: {_told(memory)}")
+    typer.echo(
+        f"{facts['name']}, torch {torch.__version__}, {quantities.threads(facts['threads'])}; memory: {_told(memory)}"
+    )
     typer.echo(_HEADER)
     found: list[Result] = []
     try:
@@ -91,7 +94,8 @@ def kernels(
     return failures.DONE
 
 
-def _device(asked: str) -> str:
+def chosen_device(asked: str) -> str:
+    """Return "cpu" or "cuda"; auto takes a GPU where there is one."""
     import torch
 
     if asked not in ("auto", "cpu", "cuda"):

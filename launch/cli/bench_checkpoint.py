@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
@@ -83,9 +84,9 @@ def _line(outcome: "Outcome") -> str:
 
 
 def _told(stall: "Stall") -> str:
-    threads = f"{stall.num_threads} thread{'s' if stall.num_threads > 1 else ''}"
     return (
-        f"in the background, steps of {threads}: training stands still for {stall.stall_s * 1e3:.0f} ms, a copy of the "
-        f"memory takes {stall.copy_s * 1e3:.0f} ms, the save {stall.save_s * 1e3:.0f} ms; meanwhile a step takes "
-        f"{stall.step_while_saving_s / stall.step_s:.2f} times as long"
+        f"in the background, steps of {quantities.threads(stall.num_threads)}: training stands still for "
+        f"{stall.stall_s * 1e3:.0f} ms, a copy of the memory takes {stall.copy_s * 1e3:.0f} ms, the save "
+        f"{stall.save_s * 1e3:.0f} ms; meanwhile a step takes {stall.step_while_saving_s / stall.step_s:.2f} times as "
+        "long"
     )

@@ -9,6 +9,7 @@ import typer
 from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
+from mfdist.launch.cli.bench_layers import HEADER, line
 from mfdist.launch.cli.json_output import to_json
 
 
@@ -23,6 +24,11 @@ def bench_decode(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each writes in a turn.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that each takes; medians are reported.")] = 7,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, of all weights and rows.")] = "fp32",
+    distinct: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Layers with weights of their own; the others take theirs in turn."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
     ] = None,
@@ -31,27 +37,36 @@ def bench_decode(
 
     Example: mfdist bench decode tiny --threads 1
 
-    Example: mfdist bench decode base --set model.hidden_dim=2048 --set model.num_layers=4
+    Example: mfdist bench decode base --threads 1 --set model.hidden_dim=2048 --distinct 4
 
-    A model whose vocabulary is its tokenizer's gets data.vocab_size tokens. Tables take their full size in memory.
+    One layer of each, by itself, comes after them; `mfdist bench layers` has more of that. A model whose vocabulary is
+    its tokenizer's gets data.vocab_size tokens. Tables take all their memory; with --distinct, that of N layers.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     import torch
 
-    from mfdist.benchmarks.decoding import dense_twin, measure_decoding
+    from mfdist.benchmarks.decoding import measure_decoding, random_model
+    from mfdist.benchmarks.layers import measure_layers
+    from mfdist.benchmarks.lookup_case import FLOATS
     from mfdist.config import load_config
-    from mfdist.models import build_model, count
+    from mfdist.models import count
 
+    if dtype not in FLOATS:
+        raise ConfigError(f'--dtype must be {" or ".join(FLOATS)}; got "{dtype}"')
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load_config(config, tuple(overrides or ()))
-    sizes = {"kind": "memory", "vocab_size": loaded.model.vocab_size or loaded.data.vocab_size}
-    model = build_model(loaded.model.model_copy(update=sizes), device="cpu").eval().requires_grad_(False)
-    models = {"dense twin": dense_twin(model), "MemoryFormer": model}
+    shape = loaded.model.model_copy(update={"vocab_size": loaded.model.vocab_size or loaded.data.vocab_size})
+    shapes = {
+        name: shape.model_copy(update={"kind": kind})
+        for name, kind in (("dense twin", "dense"), ("MemoryFormer", "memory"))
+    }
+    models = {name: random_model(each, num_distinct=distinct, dtype=FLOATS[dtype]) for name, each in shapes.items()}
     found = measure_decoding(models, num_tokens=tokens, rounds=rounds)
-    typer.echo(f"{machine.cpu()['name']}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch 1, fp32")
-    counts = {name: count(each) for name, each in models.items()}
+    used = quantities.threads(torch.get_num_threads())
+    typer.echo(f"{machine.cpu()['name']}, torch {torch.__version__}, {used}, batch 1, {dtype}")
+    counts = {name: count(random_model(each, dtype=FLOATS[dtype], device="meta")) for name, each in shapes.items()}
     typer.echo(f"{'':<14}{'tokens/s':>10}{'ms/token':>10}{'of twin':>9}{'read a token':>14}{'parameters':>12}")
     for name, speed in found.items():
         read, size = counts[name].bytes_read_per_token, counts[name].num_parameters
@@ -59,6 +74,17 @@ def bench_decode(
             f"{name:<14}{speed.tokens_per_s:>10.1f}{1e3 / speed.tokens_per_s:>10.2f}{speed.ratio:>9.2f}"
             f"{quantities.num_bytes(read):>14}{quantities.count(size):>12}"
         )
+    typer.echo("one layer by itself:")
+    typer.echo(HEADER)
+    layers = [
+        speed
+        for outputs in (1, 3)
+        for speed in measure_layers(
+            shape.hidden_dim, outputs * shape.hidden_dim, (1,), bits=shape.bits, dtype=FLOATS[dtype]
+        )
+    ]
+    for layer in layers:
+        typer.echo(line(layer))
     if json_file is not None:
         results = [
             {"contender": name, **asdict(speed), "bytes_read_per_token": counts[name].bytes_read_per_token}
@@ -67,7 +93,10 @@ def bench_decode(
         document = {
             "machine": {"cpu": machine.cpu(), "threads": torch.get_num_threads()},
             "versions": machine.versions(),
-            "model": model.config.model_dump(),
+            "model": shapes["MemoryFormer"].model_dump(),
+            "distinct_layers": distinct or shape.num_layers,
+            "dtype": dtype,
             "results": results,
+            "layers": [asdict(layer) for layer in layers],
         }
         json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")

@@ -5,15 +5,19 @@ is which.
 """
 
 import os
+import re
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TextIO, cast
 
 import typer
 
+import mfdist
 from mfdist.errors import OUTCOMES, MfdistError
 
 DONE, FAILED, MISUSE = 0, 1, 2
@@ -88,7 +92,16 @@ def _known(error: MfdistError) -> int:
     code, _ = OUTCOMES[error.kind]
     if error.kind == "internal":
         traceback.print_exc()
-    return fail(str(error), code)
+    return fail(f"{error}{_in_a_checkout(str(error))}", code)
+
+
+def _in_a_checkout(message: str) -> str:
+    """Return how an extra that a message asks for gets into a checkout's environment, which has no pip of its own."""
+    asked = re.search(r"pip install ['\"]?mfdist\[(\w+)\]", message)
+    root = Path(mfdist.__file__).absolute().parents[1]
+    if asked is None or not (root / ".git").exists():
+        return ""
+    return f"; in this checkout: make -C {shlex.quote(str(root))} add EXTRA={asked[1]}"
 
 
 def _misuse(error: Exception) -> int:

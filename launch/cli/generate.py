@@ -75,7 +75,7 @@ def generate(
         speeds = _speeds(generator)
         typer.echo(
             f"{speeds['tokens_per_s']:.1f} tokens/s; its dense twin {speeds['twin_tokens_per_s']:.1f}, so "
-            f"{speeds['times_the_twin']:.2f} times as fast, on {speeds['threads']} threads",
+            f"{speeds['times_the_twin']:.2f} times as fast, on {quantities.threads(speeds['threads'])}",
             err=True,
         )
 

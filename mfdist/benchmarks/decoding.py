@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mfdist.config import ModelConfig
+from mfdist.errors import ConfigError
 from mfdist.models import Transformer, build_model
 
 _PROMPT_TOKENS = 16
@@ -19,6 +21,34 @@ class Decoding:
 
     tokens_per_s: float  # median over the rounds
     ratio: float  # of this speed to the first model's, median over the rounds
+
+
+def random_model(
+    config: ModelConfig, *, num_distinct: int | None = None, dtype: torch.dtype, device: str = "cpu"
+) -> Transformer:
+    """Return a model of random weights, for inference.
+
+    Args:
+        config: its shape.
+        num_distinct: layers that have weights of their own; the others take theirs in turn, so that a deep model fits
+            into memory. A token reads as much, and as little of it is in a cache, while these few are larger than one.
+        dtype: of all weights and rows.
+        device: where they are; `meta` has none, to count.
+
+    Raises:
+        ConfigError: there are fewer layers.
+    """
+    num_distinct = config.num_layers if num_distinct is None else num_distinct
+    if not 1 <= num_distinct <= config.num_layers:
+        raise ConfigError(f"distinct layers must lie in 1..model.num_layers={config.num_layers}; got {num_distinct}")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # not cast afterwards: tables of fp32 would need the memory first
+    try:
+        model = build_model(config.model_copy(update={"num_layers": num_distinct}), device=device)
+    finally:
+        torch.set_default_dtype(before)
+    model.blocks = nn.ModuleList(model.blocks[index % num_distinct] for index in range(config.num_layers))
+    return model.eval().requires_grad_(False)
 
 
 def dense_twin(model: Transformer) -> Transformer:

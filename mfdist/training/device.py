@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mfdist import quantities
 from mfdist.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ def describe_device(device: torch.device) -> str:
     """Return the device's name and size as a reader knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {quantities.threads(torch.get_num_threads())}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

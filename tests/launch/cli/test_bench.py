@@ -54,7 +54,7 @@ def test_one_thread_is_timed_by_the_processor_and_told(mfdist, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert code == 0, err
-    assert "1 CPU threads" in out
+    assert ", 1 thread; memory" in out
     assert json.loads((tmp_path / "found.json").read_text("utf-8"))["machine"]["threads"] == 1
 
 
@@ -107,12 +107,44 @@ def test_a_gpu_that_is_not_there(mfdist):
 
 def test_decoding_is_timed_beside_the_twin(mfdist, tmp_path):
     sizes = ["--set", "model.num_layers=1", "--set", "model.hidden_dim=32", "--set", "data.vocab_size=300"]
-    short = ["--tokens", 2, "--rounds", 1, "--threads", 1]
+    short = ["--distinct", 1, "--tokens", 2, "--rounds", 1, "--threads", 1]
     code, out, err = mfdist("bench", "decode", "demo", *sizes, *short, "--json", tmp_path / "found.json")
     assert (code, err) == (0, "")
-    assert [line.split("  ")[0] for line in out.splitlines()[2:]] == ["dense twin", "MemoryFormer"]
+    told = [line.split("  ")[0] for line in out.splitlines()[2:]]
+    assert told == ["dense twin", "MemoryFormer", "one layer by itself:", "layer", "32 → 32", "32 → 96"]
     document = json.loads((tmp_path / "found.json").read_text())
     assert document["model"]["vocab_size"] == 300 and document["machine"]["threads"] == 1
     twin, memory = document["results"]
     assert twin["ratio"] == 1.0
     assert memory["bytes_read_per_token"] < twin["bytes_read_per_token"]
+
+
+def test_layers_are_timed_over_numbers_of_tokens_and_the_crossover_is_told(mfdist, tmp_path):
+    sizes = ["--width", 32, "--width", 16, "--tokens", 8, "--tokens", 1, "--threads", 1, "--seconds", 0]
+    code, out, err = mfdist("bench", "layers", *sizes, "--dtype", "bf16", "--json", tmp_path / "found.json")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].endswith(", 1 thread, bf16, 8 bits")
+    assert [line.split(":")[0] for line in lines if " ahead " in line] == ["16 → 16", "32 → 32"]
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert [(each["in_features"], each["num_tokens"]) for each in document["results"]] == [
+        (16, 1),
+        (16, 8),
+        (32, 1),
+        (32, 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["layers", "--dtype", "fp8"], '--dtype must be fp32 or bf16; got "fp8"'),
+        (["layers", "--device", "tpu"], '--device must be auto, cpu or cuda; got "tpu"'),
+        (["layers", "--width", "12"], "multiple of bits"),
+        (["decode", "demo", "--distinct", "5"], "distinct layers must lie in 1..model.num_layers=4; got 5"),
+        (["decode", "demo", "--dtype", "int8"], '--dtype must be fp32 or bf16; got "int8"'),
+    ],
+)
+def test_what_cannot_be_measured_is_misuse(mfdist, arguments, told):
+    code, _, err = mfdist("bench", *arguments)
+    assert code == 2 and told in err

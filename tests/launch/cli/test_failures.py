@@ -13,6 +13,8 @@ import pytest
 from mfdist import errors
 from mfdist.launch.cli import failures
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def ended(capsys, error):
     """Return the exit code and stderr of a command that raises."""
@@ -52,6 +54,15 @@ def test_what_a_command_returns_is_its_exit_code():
 )
 def test_each_kind_of_error_has_its_code_and_one_line(capsys, error, code):
     assert ended(capsys, error) == (code, f"mfdist: {error}\n")
+
+
+def test_in_a_checkout_a_missing_extra_is_told_as_a_target(capsys):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    _, told = ended(capsys, errors.ConfigError("mfdist launch needs Ray; pip install 'mfdist[ray]'"))
+    assert told.endswith(f"; in this checkout: make -C {ROOT} add EXTRA=ray\n")
+    _, told = ended(capsys, errors.ConfigError("an old package; pip install numpy"))
+    assert "make" not in told
 
 
 def test_a_message_of_several_lines_becomes_one(capsys):
