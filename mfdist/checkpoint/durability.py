@@ -5,10 +5,13 @@ import threading
 from pathlib import Path
 from typing import TypeAlias
 
+from mfdist.checkpoint.direct_io import write_directly
+
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 #: Files that are open at a time because they may not be on disk yet.
 MAX_UNSYNCED = 64
+_SMALL_BYTES = 64 << 10  # not worth the questions
 
 
 def fsync(path: Path) -> None:
@@ -21,11 +24,16 @@ def fsync(path: Path) -> None:
 
 
 def write_file(path: Path, *parts: Bytes) -> int:
-    """Write a new file, and have the disk begin with it; return it open."""
+    """Write a new file, and have the disk begin with it; return it open.
+
+    What lies in whole pages of memory (PageMemory) is written past the page cache, where the file system can.
+    """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for part in parts:
             left = memoryview(part)
+            if len(left) >= _SMALL_BYTES:
+                left = left[write_directly(fd, left) :]
             while left:  # a single call writes 2 GiB at most
                 left = left[os.write(fd, left) :]
         if hasattr(os, "posix_fadvise"):  # on Linux this starts writing, and waits for nothing

@@ -12,7 +12,7 @@ from mfdist.spec import Region
 
 #: A file is the unit of writing, of checksums and of sharing between steps: small, so that few rows are written for one
 #: that changed, though not so small that the disk minds; larger in large arrays, so that there are not too many.
-MIN_FILE_BYTES = 1 << 20
+MIN_FILE_BYTES = 2 << 20
 MAX_FILE_BYTES = 8 << 20
 FILES_PER_ARRAY = 1024
 #: Chunks in one file; a chunk is what a zarr reader decodes to look up a row.

@@ -11,10 +11,10 @@ import torch
 
 from mfdist.checkpoint.checksum import checksum
 from mfdist.checkpoint.damage import Place, UnsoundFile
+from mfdist.checkpoint.direct_io import PageMemory
 from mfdist.checkpoint.folder import AnyFolder, open_folder
 from mfdist.checkpoint.grid import FileGrid
 from mfdist.checkpoint.manifest import Manifest
-from mfdist.checkpoint.reading import ReadBuffer
 from mfdist.checkpoint.zarr_format import read_array_document
 from mfdist.errors import CheckpointError
 from mfdist.spec import Region
@@ -139,7 +139,7 @@ class StepFiles:
     def _read(self, name: str, num_bytes: int) -> memoryview:
         """Return a file's contents, in a buffer that this thread's next read overwrites."""
         if not hasattr(self._local, "memory"):
-            self._local.memory = ReadBuffer()
+            self._local.memory = PageMemory()
         buffer: memoryview = self._local.memory.of(num_bytes)
         if (found := self.folder.read_into(name, buffer)) != num_bytes:
             raise UnsoundFile(f"has {found} bytes, not the {num_bytes} in the manifest")

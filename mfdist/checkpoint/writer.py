@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mfdist.checkpoint.checksum import checksum, crc32c, digest
+from mfdist.checkpoint.direct_io import PageMemory
 from mfdist.checkpoint.division import FilePlan
 from mfdist.checkpoint.dtypes import STORED_DTYPES, dtype_name
 from mfdist.checkpoint.folder import Folder
@@ -151,10 +152,10 @@ class RankWriter:
     def _buffer(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """Return this thread's memory as a tensor; its next call uses it again."""
         num_bytes = dtype.itemsize * shape[0] * shape[1]
-        memory = getattr(self._scratch, "memory", None)
-        if memory is None or len(memory) < num_bytes:
-            memory = self._scratch.memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return memory[:num_bytes].view(dtype).view(*shape)
+        if not hasattr(self._scratch, "memory"):
+            self._scratch.memory = PageMemory()
+        memory = self._scratch.memory.of(num_bytes)[:num_bytes]
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(*shape)
 
     def _record(self, name: str, entry: FileEntry, num_written: int) -> None:
         with self._lock:

@@ -94,16 +94,16 @@ def test_no_bit_of_a_manifest_can_flip_unseen(directory: CheckpointDirectory, st
 
 
 def test_the_rows_of_a_damaged_file_are_named(directory: CheckpointDirectory) -> None:
-    weight = torch.zeros(9000, 1024)  # four blocks of columns, of 1024 rows each
+    weight = torch.zeros(9000, 1024)  # four blocks of columns, of 2048 rows each
     path = directory.save(
         CheckpointState(step=5, tables={"big": TableState(weight=weight)}, dense={}, attributes={})
     ).path
     flip(path / "tables/big/weight/c.1.1", 12345)
     [damage] = directory.verify()
-    assert (damage.table, damage.array, damage.rows) == ("big", "weight", (1024, 2048))
+    assert (damage.table, damage.array, damage.rows) == ("big", "weight", (2048, 4096))
     assert damage.columns == (256, 512)
-    assert "weight rows 1024 to 2047 columns 256 to 511: tables/big/weight/c.1.1 has crc32c" in str(damage)
-    with pytest.raises(CheckpointError, match="table 'big' weight rows 1024 to 2047"):
+    assert "weight rows 2048 to 4095 columns 256 to 511: tables/big/weight/c.1.1 has crc32c" in str(damage)
+    with pytest.raises(CheckpointError, match="table 'big' weight rows 2048 to 4095"):
         directory.load()
 
 

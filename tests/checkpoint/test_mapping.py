@@ -42,7 +42,7 @@ def mapped(info):
 
 
 # One file of one chunk; of several, the last padded; files by rows; by rows and columns, the last of both padded.
-SHAPES = [(7, 5), (3000, 33), (16384, 64), (16384, 256), (10 * 256, 1030), (20000, 519)]
+SHAPES = [(7, 5), (3000, 33), (16384, 64), (32768, 256), (10 * 256, 1030), (20000, 519)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
