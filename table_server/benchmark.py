@@ -25,7 +25,7 @@ from mfdist.optim import RowSGD
 from mfdist.sharding.kinds import column_wise
 from mfdist.spec import TableSpec
 from mfdist.table_server.client import RemoteTable
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES, packed
+from mfdist.table_server.codec import MAX_MESSAGE_BYTES, packed_message
 from mfdist.table_server.config import ServerConfig, ServerSection
 from mfdist.table_server.connection import TableServers
 from mfdist.table_server.proto import table_v1_pb2 as pb
@@ -205,13 +205,15 @@ def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> Loo
                 f"a server's sums must be the local lookup's; those of {case.name} are not: report this"
             )
     requests = remote.lookup_messages(parts[0])
-    reply = pb.LookupReply(sums=packed(expected[: max(1, case.num_tokens // len(requests))]))
+    sums = packed_message(expected[: max(1, case.num_tokens // len(requests))])
+    reply = pb.LookupReply(sums=sums)
+    messages = [pb.LookupRequest.FromString(request.serialized()) for request in requests]
     channel = grpc.insecure_channel(idle, options=_OPTIONS)
     stub = TableServiceStub(channel)  # type: ignore[no-untyped-call]
     stub.Write(iter([pb.WriteRequest(values=reply.sums)]))  # what it answers every message with
     calls: dict[str, Callable[[], Any]] = {
         "server": lambda: servers.wait(remote._sums(parts)),
-        "grpc": lambda: list(stub.Lookup(iter(requests))),
+        "grpc": lambda: list(stub.Lookup(iter(messages))),
         "local": lambda: local(codes, scores, code_stride=case.stride),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -235,7 +237,7 @@ def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> Loo
         local_s=statistics.median(taken["local"]),
         share_of_grpc=share["grpc"],
         share_of_local=share["local"],
-        request_bytes=sum(request.ByteSize() for request in requests),
+        request_bytes=sum(len(request.serialized()) for request in requests),
         reply_bytes=len(requests) * reply.ByteSize(),
     )
 

@@ -12,8 +12,9 @@ from mfdist.optim import RowOptimizer
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.spec import Region
 from mfdist.table import Table
-from mfdist.table_server.codec import blocks, dtype_code, packed, unpacked
+from mfdist.table_server.codec import Joining, blocks, dtype_code, packed, packed_message, unpacked
 from mfdist.table_server.connection import TableServers, gathered, sending
+from mfdist.table_server.frames import Frame
 from mfdist.table_server.messages import ShardSpec, optimizer_message, shard_message
 from mfdist.table_server.owner import Owner
 from mfdist.table_server.proto import table_v1_pb2 as pb
@@ -194,20 +195,26 @@ class RemoteTable(Table):
 
     async def _sums_of(self, part: Part) -> Tensor:
         server, requests = self._owner(part.server), self.lookup_messages(part)
-        requests[0].min_version = 0 if server.is_asynchronous else self._num_steps
+        requests[0].head.min_version = 0 if server.is_asynchronous else self._num_steps
 
-        async def call(left_s: float) -> list[pb.Tensor]:
-            replies = server.stub.Lookup(sending(requests), timeout=left_s)
-            return [reply.sums async for reply in replies]
+        async def call(left_s: float) -> Tensor:
+            sums = Joining(part.lookups.length, "sums")
+            if len(requests) == 1:
+                reply = await server.stub.LookupOnce(requests[0], timeout=left_s)
+                sums.add(reply.part("sums"))
+                return sums.joined()
+            async for reply in server.stub.Lookup(sending(requests), timeout=left_s):
+                sums.add(reply.part("sums"))
+            return sums.joined()
 
-        return unpacked(await server.repeated(call), "sums").to(self.spec.dtype)
+        return (await server.repeated(call)).to(self.spec.dtype)
 
-    def lookup_messages(self, part: Part) -> list[pb.LookupRequest]:
+    def lookup_messages(self, part: Part) -> list[Frame]:
         """Return the messages that ask a server for its part of a lookup."""
         item_bytes = max(part.region.shape[1] * self.spec.dtype.itemsize, _item_bytes(part.lookups))
         cuts = cut(part.lookups, blocks(part.lookups.length, item_bytes))
-        requests = [pb.LookupRequest(lookups=_message(piece)) for _, piece in cuts]
-        first = requests[0]
+        requests = [Frame(pb.LookupRequest(), {"lookups": _frame(piece)}) for _, piece in cuts]
+        first: pb.LookupRequest = requests[0].head
         first.table, first.code_stride, first.first_slot = (
             self.spec.name,
             part.lookups.code_stride,
@@ -223,30 +230,27 @@ class RemoteTable(Table):
         gradients: list[asyncio.Future[Tensor]] = []
         for part in parts:
             requests = self._push_messages(part, grad_output)
-            first = requests[0]
+            first = requests[0].head
             first.client, first.session, first.lr = self.servers.client, self.servers.session, lr
             first.step = self._num_steps
             gradients.append(loop.create_future())
             self.servers.keep(asyncio.ensure_future(self._pushed(part, requests, gradients[-1])))
         return await gathered(gradients)
 
-    async def _pushed(
-        self, part: Part, requests: Sequence[pb.PushRequest], gradients: "asyncio.Future[Tensor]"
-    ) -> None:
+    async def _pushed(self, part: Part, requests: Sequence[Frame], gradients: "asyncio.Future[Tensor]") -> None:
         """Push until it is acknowledged; the gradients are there earlier."""
         server = self._owner(part.server)
 
         async def call(left_s: float) -> None:
-            requests[0].epoch = server.epoch
-            received: list[pb.Tensor] = []
-            stream = server.stub.Push(sending(requests), timeout=left_s)
-            async for reply in stream:
-                if reply.HasField("acknowledged"):
-                    server.acknowledged[self.spec.name] = reply.acknowledged.step
+            requests[0].head.epoch = server.epoch
+            received: list[Frame] = []
+            async for reply in server.stub.Push(sending(requests), timeout=left_s):
+                if reply.head.HasField("acknowledged"):
+                    server.acknowledged[self.spec.name] = reply.head.acknowledged.step
                     if not gradients.done():
                         gradients.set_exception(_answered_too_late(self.spec.name, server))
                     return
-                received.append(reply.score_gradients)
+                received.append(reply.part("score_gradients"))
                 if _is_all(received, part.lookups) and not gradients.done():
                     gradients.set_result(unpacked(received, "score gradients"))
             raise InternalError(f"server {server.address} ended a push without acknowledging it")
@@ -262,30 +266,32 @@ class RemoteTable(Table):
     async def _frozen(self, parts: Sequence[Part], grad_output: Tensor) -> list[Tensor]:
         async def asked(part: Part) -> Tensor:
             requests, server = self._push_messages(part, grad_output), self._owner(part.server)
-            requests[0].is_frozen = True
+            requests[0].head.is_frozen = True
 
-            async def call(left_s: float) -> list[pb.Tensor]:
+            async def call(left_s: float) -> list[Frame]:
                 replies = server.stub.Push(sending(requests), timeout=left_s)
-                return [reply.score_gradients async for reply in replies]
+                return [reply.part("score_gradients") async for reply in replies]
 
             return unpacked(await server.repeated(call), "score gradients")
 
         return await gathered([asked(part) for part in parts])
 
-    def _push_messages(self, part: Part, grad_output: Tensor) -> list[pb.PushRequest]:
+    def _push_messages(self, part: Part, grad_output: Tensor) -> list[Frame]:
         columns = slice(*part.region.columns)
         width = part.region.shape[1] * grad_output.element_size()
-        requests: list[pb.PushRequest] = []
+        requests: list[Frame] = []
         for run, piece in cut(part.lookups, blocks(part.lookups.length, width + _item_bytes(part.lookups))):
             gradient = packed(grad_output[run, columns], self.plan.backward_dtype)
-            requests.append(pb.PushRequest(lookups=_message(piece), grad_output=gradient, sequence=len(requests)))
-        first = requests[0]
+            tensors = {"lookups": _frame(piece), "grad_output": gradient}
+            # Sent again, a push must be the same, and its caller goes on before it is acknowledged.
+            requests.append(Frame(pb.PushRequest(sequence=len(requests)), tensors).owning())
+        first: pb.PushRequest = requests[0].head
         first.table, first.code_stride, first.first_slot = (
             self.spec.name,
             part.lookups.code_stride,
             part.lookups.first_slot,
         )
-        requests[-1].is_last = True
+        requests[-1].head.is_last = True
         return requests
 
     async def _gathered(self, state: str) -> Tensor:
@@ -314,7 +320,7 @@ class RemoteTable(Table):
 
             async def messages() -> AsyncIterator[pb.WriteRequest]:
                 for run in blocks(len(part), part.shape[1] * part.element_size()):
-                    yield pb.WriteRequest(values=packed(part[run]), table=self.spec.name)
+                    yield pb.WriteRequest(values=packed_message(part[run]), table=self.spec.name)
 
             await server.repeated(lambda left_s: server.stub.Write(messages(), timeout=left_s))
 
@@ -360,11 +366,11 @@ class _Lookup(torch.autograd.Function):
         return gradients, None, None, None, None
 
 
-def _message(lookups: Lookups) -> pb.Lookups:
-    row_ids, scores = packed(lookups.row_ids), packed(lookups.scores)
+def _frame(lookups: Lookups) -> Frame:
+    tensors = {"row_ids": packed(lookups.row_ids), "scores": packed(lookups.scores)}
     if lookups.tokens is None:
-        return pb.Lookups(row_ids=row_ids, scores=scores)
-    return pb.Lookups(row_ids=row_ids, scores=scores, tokens=packed(lookups.tokens), num_tokens=lookups.num_tokens)
+        return Frame(pb.Lookups(), tensors)
+    return Frame(pb.Lookups(num_tokens=lookups.num_tokens), tensors | {"tokens": packed(lookups.tokens)})
 
 
 def _item_bytes(lookups: Lookups) -> int:
@@ -376,8 +382,8 @@ def _item_bytes(lookups: Lookups) -> int:
     return -(-number * single // max(1, lookups.length))
 
 
-def _is_all(received: Sequence[pb.Tensor], lookups: Lookups) -> bool:
-    num_received: int = sum(message.shape[0] for message in received)
+def _is_all(received: Sequence[Frame], lookups: Lookups) -> bool:
+    num_received: int = sum(frame.head.shape[0] for frame in received)
     return num_received == lookups.row_ids.shape[0]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mfdist.checkpoint.checksum import crc32c
 from mfdist.errors import ConfigError, ConsistencyError
 from mfdist.sharding.wire import Wire
+from mfdist.table_server.frames import Bytes, Frame, frame_of
 from mfdist.table_server.proto import table_v1_pb2 as pb
 
 #: Bytes of tensors in one message, about; a message has a few hundred more. Larger ones are not faster.
@@ -62,8 +63,8 @@ def dtype_of(code: pb.DType, what: str) -> torch.dtype:
     return DTYPES[code]
 
 
-def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> pb.Tensor:
-    """Return a tensor of any shape as a message, copied to the host.
+def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> Frame:
+    """Return a tensor of any shape as it travels; on the host and contiguous, the frame's data are the tensor's own.
 
     Args:
         tensor: what travels.
@@ -73,70 +74,125 @@ def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> pb.Tensor:
     scales = b""
     if dtype in _FP8 and tensor.dtype != dtype:
         scaled = Wire(torch.float32, dtype).encode(tensor.float())
-        tensor, scales = scaled[:, :-_SCALE_BYTES].contiguous().view(dtype), _bytes_of(scaled[:, -_SCALE_BYTES:])
+        tensor = scaled[:, :-_SCALE_BYTES].contiguous().view(dtype)
+        scales = bytes(_bytes_of(scaled[:, -_SCALE_BYTES:]))
     elif dtype is not None:
         tensor = tensor.to(dtype)
     data = _bytes_of(tensor)
-    code, check = dtype_code(tensor.dtype), crc32c(data)
-    return pb.Tensor(dtype=code, shape=tensor.shape, data=data, crc32c=check, row_scales=scales)
+    head = pb.Tensor(dtype=dtype_code(tensor.dtype), shape=tensor.shape, crc32c=crc32c(data), row_scales=scales)
+    return Frame(head, data=data)
 
 
-def unpacked(messages: Sequence[pb.Tensor], what: str) -> Tensor:
-    """Return what messages hold one after the other, joined along the first dimension, in new memory.
+def packed_message(tensor: Tensor, dtype: torch.dtype | None = None) -> pb.Tensor:
+    """Return a tensor as `packed` does, as a message of protobuf's own, which holds a copy."""
+    frame = packed(tensor, dtype)
+    frame.head.data = bytes(frame.data or b"")
+    message: pb.Tensor = frame.head
+    return message
+
+
+class Joining:
+    """Tensors that come one after the other, joined along the first dimension in new memory while they come.
 
     Args:
-        messages: one at least, of one dtype, alike in all dimensions but the first.
+        num_rows: of all of them together.
+        what: what errors call it.
+    """
+
+    def __init__(self, num_rows: int, what: str) -> None:
+        self._num_rows, self._what = num_rows, what
+        self._first: pb.Tensor | None = None
+        self._values = torch.empty(0)
+        self._bytes = np.empty(0, np.uint8)
+        self._at = self._rows = 0
+        self._scales: list[bytes] = []
+
+    def add(self, tensor: Frame) -> None:
+        """Take in the next tensor.
+
+        Raises:
+            ConfigError: its shape and bytes do not fit together, or to what came before.
+            ConsistencyError: the bytes are not those that were sent.
+        """
+        head, data, what = tensor.head, tensor.data or b"", self._what
+        _check_shape(head, len(data), self._first or head, what)
+        _check_sum(head, data, what)
+        dtype, shape = DTYPES[head.dtype], tuple(head.shape)
+        if (rows := self._rows + shape[0]) > self._num_rows:
+            raise ConfigError(f"{what} must be {self._num_rows} rows in all messages; got {rows}")
+        if self._first is None:
+            self._first = head
+            self._values = torch.empty(self._num_rows, *shape[1:], dtype=dtype)
+            self._bytes = self._values.view(-1).view(torch.uint8).numpy()
+        self._bytes[self._at : self._at + len(data)] = np.frombuffer(data, np.uint8)
+        self._at, self._rows = self._at + len(data), rows
+        self._scales.append(head.row_scales)
+
+    def joined(self) -> Tensor:
+        """Return the whole, in the dtype that travelled; of rows with scales, their values in fp32.
+
+        Raises:
+            ConfigError: it is not whole, or there is not a scale for each row.
+        """
+        values, what = self._values, self._what
+        if self._first is None or self._rows != self._num_rows:
+            raise ConfigError(f"{what} must be {self._num_rows} rows in all messages; got {self._rows}")
+        if not self._first.row_scales:
+            return values
+        scales = b"".join(self._scales)
+        if len(scales) != self._rows * _SCALE_BYTES or values.ndim != 2 or values.dtype not in _FP8:
+            raise ConfigError(
+                f"{what} in {values.dtype} must have one scale a row; got {len(scales)} bytes for {self._rows} rows"
+            )
+        return values.float() * torch.from_numpy(np.frombuffer(scales, np.float32).copy())[:, None]
+
+
+def unpacked(tensors: Sequence[Frame | pb.Tensor], what: str) -> Tensor:
+    """Return what tensors hold one after the other, joined along the first dimension, in new memory.
+
+    Args:
+        tensors: one at least, of one dtype, alike in all dimensions but the first.
         what: what errors call it.
 
     Returns:
         A tensor of the dtype that travelled; of rows with scales, their values in fp32.
 
     Raises:
-        ConfigError: shape and bytes do not fit together, or the messages not to each other.
+        ConfigError: shape and bytes do not fit together, or the tensors not to each other.
         ConsistencyError: the bytes are not those that were sent.
     """
-    dtype, tail = dtype_of(messages[0].dtype, f"{what}'s dtype"), tuple(messages[0].shape[1:])
-    rows = 0
-    for message in messages:
-        shape = tuple(message.shape)
-        if not shape or min(shape) < 0 or message.dtype != messages[0].dtype or shape[1:] != tail:
-            raise ConfigError(
-                f"{what} must be a tensor of one dtype and width in all messages; got shape {list(shape)} after "
-                f"{list(messages[0].shape)}"
-            )
-        if len(shape) > 2 or max(shape) >= _MAX_LENGTH:
-            raise ConfigError(f"{what} must have one or two dimensions below 2**31; got shape {list(shape)}")
-        rows += shape[0]
-    row_bytes = dtype.itemsize * math.prod(tail)
-    data = [message.data for message in messages]
-    for message, received in zip(messages, data, strict=True):
-        _check_bytes(message, received, message.shape[0] * row_bytes, what)
-    whole = torch.empty(sum(map(len, data)), dtype=torch.uint8)
-    joined, at = whole.numpy(), 0
-    for received in data:
-        joined[at : at + len(received)] = np.frombuffer(received, np.uint8)
-        at += len(received)
-    values = whole.view(dtype).view(rows, *tail)
-    if not messages[0].row_scales:
-        return values
-    scales = b"".join(message.row_scales for message in messages)
-    if len(scales) != rows * _SCALE_BYTES or values.ndim != 2 or dtype not in _FP8:
-        raise ConfigError(f"{what} in {dtype} must have one scale a row; got {len(scales)} bytes for {rows} rows")
-    return values.float() * torch.from_numpy(np.frombuffer(scales, np.float32).copy())[:, None]
+    frames = [each if isinstance(each, Frame) else frame_of(each) for each in tensors]
+    for each in frames:  # before memory is asked for: a few bytes can claim any shape
+        _check_shape(each.head, len(each.data or b""), frames[0].head, what)
+    joining = Joining(sum(each.head.shape[0] for each in frames), what)
+    for each in frames:
+        joining.add(each)
+    return joining.joined()
 
 
-def _check_bytes(message: pb.Tensor, data: bytes, size: int, what: str) -> None:
-    if len(data) != size:
-        raise ConfigError(f"{what} of shape {list(message.shape)} must be {size} bytes; got {len(data)}")
-    if message.HasField("crc32c") and crc32c(data) != message.crc32c:
+def _check_shape(head: pb.Tensor, num_bytes: int, first: pb.Tensor, what: str) -> None:
+    shape = tuple(head.shape)
+    itemsize = dtype_of(head.dtype, f"{what}'s dtype").itemsize
+    if not shape or min(shape) < 0 or head.dtype != first.dtype or shape[1:] != tuple(first.shape[1:]):
+        raise ConfigError(
+            f"{what} must be a tensor of one dtype and width in all messages; got shape {list(shape)} after "
+            f"{list(first.shape)}"
+        )
+    if len(shape) > 2 or max(shape) >= _MAX_LENGTH:
+        raise ConfigError(f"{what} must have one or two dimensions below 2**31; got shape {list(shape)}")
+    if num_bytes != (size := itemsize * math.prod(shape)):
+        raise ConfigError(f"{what} of shape {list(shape)} must be {size} bytes; got {num_bytes}")
+
+
+def _check_sum(head: pb.Tensor, data: Bytes, what: str) -> None:
+    if head.HasField("crc32c") and (found := crc32c(data)) != head.crc32c:
         raise ConsistencyError(
-            f"{what} must arrive as it was sent; its checksum is {crc32c(data):08x}, sent was {message.crc32c:08x}; "
-            "send it again"
+            f"{what} must arrive as it was sent; its checksum is {found:08x}, sent was {head.crc32c:08x}; send it again"
         )
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def _bytes_of(tensor: Tensor) -> Bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
 def blocks(length: int, item_bytes: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from mfdist.errors import ConfigError, ConsistencyError, MfdistError, NotPrimary
 from mfdist.table_server import epoch as epochs
 from mfdist.table_server.channel import ChannelConfig, client_channel
 from mfdist.table_server.proto import table_v1_pb2 as pb
-from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
+from mfdist.table_server.rpcs import Rpcs
 from mfdist.table_server.status import error_of
 
 _T = TypeVar("_T")
@@ -43,7 +43,7 @@ class Membership:
 class _Copy:
     address: str
     channel: grpc.aio.Channel
-    stub: Any
+    stub: Rpcs
 
 
 class Owner:
@@ -96,7 +96,7 @@ class Owner:
         return [copy.address for copy in self._copies]
 
     @property
-    def stub(self) -> Any:
+    def stub(self) -> Rpcs:
         """Return the RPCs of the server that is asked now."""
         return self._copies[self._at].stub
 
@@ -232,7 +232,7 @@ class Owner:
 
     def _reached(self, address: str) -> _Copy:
         channel = client_channel(address, self._channel, _OPTIONS)
-        return _Copy(address, channel, TableServiceStub(channel))  # type: ignore[no-untyped-call]
+        return _Copy(address, channel, Rpcs(channel))
 
     async def _watch(self) -> None:
         """Join again when an epoch begins, also while nothing is asked for: others wait until all have joined."""

@@ -13,7 +13,7 @@ import grpc
 from mfdist.errors import ConfigError, ConsistencyError, MfdistError, UnavailableError
 from mfdist.table_server import epoch as epochs
 from mfdist.table_server.channel import client_channel
-from mfdist.table_server.codec import blocks, packed
+from mfdist.table_server.codec import blocks, packed_message
 from mfdist.table_server.config import ReplicationConfig
 from mfdist.table_server.life import Life
 from mfdist.table_server.messages import shard_message
@@ -227,13 +227,13 @@ class Link:
         for name, tensor in {"": state.weight, **state.optimizer}.items():
             width = tensor.element_size() * (tensor.shape[1] if tensor.ndim == 2 else 1)
             for part in blocks(len(tensor), width):
-                rows = pb.Rows(values=await self._node.run(packed, tensor[part]), version=life.shard.version)
+                rows = pb.Rows(values=await self._node.run(packed_message, tensor[part]), version=life.shard.version)
                 await self._room()
                 self._send(pb.ReplicateRequest(copy=pb.ShardCopy(history=life.name, state=name, rows=rows)))
         for client, kept in life.updates.kept.items():
             answer = pb.KeptAnswer(client=client, step=kept.step, version=kept.version)
             if kept.score_gradients is not None:
-                answer.score_gradients.CopyFrom(packed(kept.score_gradients))
+                answer.score_gradients.CopyFrom(packed_message(kept.score_gradients))
             self._send(pb.ReplicateRequest(copy=pb.ShardCopy(history=life.name, answer=answer)))
 
     async def _catch_up(self, life: Life, version: int) -> None:

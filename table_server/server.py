@@ -21,8 +21,8 @@ from mfdist.table_server.node import Node
 from mfdist.table_server.observation import observed
 from mfdist.table_server.pairing import Pairing
 from mfdist.table_server.proto import table_v1_pb2 as pb
-from mfdist.table_server.proto.table_v1_pb2_grpc import add_TableServiceServicer_to_server
 from mfdist.table_server.replicator import Replicator
+from mfdist.table_server.rpcs import add_service
 from mfdist.table_server.service import TableService
 from mfdist.table_server.tls import server_credentials
 
@@ -72,7 +72,7 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str, 
     server = grpc.aio.server(
         interceptors=interceptors(config, metrics), options=[*server_options(config.limits), _ONE_SERVER_A_PORT]
     )
-    add_TableServiceServicer_to_server(TableService(node, metrics), server)  # type: ignore[no-untyped-call]
+    add_service(TableService(node, metrics), server)
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection((_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -8,11 +8,14 @@ from secrets import token_hex
 from typing import Any, TypeAlias
 
 import grpc
+from torch import Tensor
 
 from mfdist import __version__
 from mfdist.errors import ConfigError
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, dtype_of, packed, unpacked
+from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, dtype_of, packed, packed_message, unpacked
 from mfdist.table_server.contribution import contribution_of, lookups_of, push_of
+from mfdist.table_server.frames import Frame
+from mfdist.table_server.in_turn import in_turn
 from mfdist.table_server.life import Life
 from mfdist.table_server.messages import optimizer_of, shard_message, shard_of
 from mfdist.table_server.metrics import Metrics
@@ -84,22 +87,29 @@ class TableService(TableServiceServicer):
             held_steps=held,
         )
 
-    async def Lookup(
-        self, request_iterator: AsyncIterator[pb.LookupRequest], context: Context
-    ) -> AsyncIterator[pb.LookupReply]:
-        """Return sums, block by block."""
+    async def Lookup(self, request_iterator: AsyncIterator[Frame], context: Context) -> AsyncIterator[bytes]:
+        """Return sums, block by block; those of the next blocks are made while one is on its way."""
         first: pb.LookupRequest | None = None
-        async for request in request_iterator:
+
+        async def answer(request: Frame) -> bytes:
+            nonlocal first
             if first is None:
-                first = request
-                updates = self._node.life(first.table).updates
-                await updates.reached(first.min_version, self._wait_s(context), self._node.standing.num_clients)
+                first = request.head
+                least, wait_s = first.min_version, self._wait_s(context)
+                await self._node.life(first.table).updates.reached(least, wait_s, self._node.standing.num_clients)
+            updates = self._node.life(first.table).updates
             async with updates.gate.reading():
                 version = updates.shard.version
-                sums = await self._node.run(_sums, updates.shard, first, request)
-            self._note_hits(first.table, request.lookups.row_ids, sums)
+                reply: bytes = await self._node.run(_sums, updates.shard, first, request, version)
+            self._node.row_hits[first.table] += math.prod(request.part("lookups").part("row_ids").head.shape)
+            self._count["lookup_blocks"] += 1
+            self._count["reply_bytes"] += len(reply)
             await updates.on_disk(version)
-            yield pb.LookupReply(sums=sums, version=version)
+            return reply
+
+        async with contextlib.aclosing(in_turn(request_iterator, answer)) as replies:
+            async for reply in replies:
+                yield reply
 
     async def Gather(self, request: pb.GatherRequest, context: Context) -> AsyncIterator[pb.Rows]:
         """Return rows, block by block, all of one version."""
@@ -112,17 +122,17 @@ class TableService(TableServiceServicer):
         await updates.on_disk(version)
         width = values.element_size() * (values.shape[1] if values.ndim == 2 else 1)
         for part in blocks(len(values), width):
-            message = await self._node.run(packed, values[part])
+            message = await self._node.run(packed_message, values[part])
             self._node.row_hits[request.table] += part.stop - part.start
             self._count["reply_bytes"] += len(message.data)
             yield pb.Rows(values=message, version=version)
 
     async def Push(
-        self, request_iterator: AsyncIterator[pb.PushRequest], context: Context
-    ) -> AsyncIterator[pb.PushReply]:
+        self, request_iterator: AsyncIterator[Frame], context: Context
+    ) -> AsyncIterator[pb.PushReply | bytes]:
         """Take a push in; return the scores' gradients, and, once it is on disk, say so."""
         messages = await self._received(request_iterator)
-        first, node = messages[0], self._node
+        first, node = messages[0].head, self._node
         self._count["pushes"] += 1
         if first.is_frozen:
             updates = node.life(first.table).updates
@@ -158,7 +168,7 @@ class TableService(TableServiceServicer):
         updates = (await node.life_to_push_to(request.table)).updates
         updates.shard.trained()
         message = pb.PushRequest(table=request.table, client=request.client, step=request.step, lr=request.lr)
-        pushing = updates.push(push_of([message]), standing.num_clients, self._wait_s(context))
+        pushing = updates.push(push_of([Frame(message)]), standing.num_clients, self._wait_s(context))
         answer = await standing.within(request.epoch, pushing)
         await standing.within(request.epoch, answer.on_disk)
         return pb.StepReply(was_known=answer.was_known)
@@ -220,36 +230,32 @@ class TableService(TableServiceServicer):
             async for reply in replies:
                 yield reply
 
-    async def _received(self, requests: AsyncIterator[pb.PushRequest]) -> list[pb.PushRequest]:
+    async def _received(self, requests: AsyncIterator[Frame]) -> list[Frame]:
         """Return all messages of a push, once the last has come."""
-        messages: list[pb.PushRequest] = []
+        messages: list[Frame] = []
         size = 0
-        async for message in requests:
+        async for frame in requests:
+            message = frame.head
             if message.sequence != len(messages):
                 raise ConfigError(
                     f"the messages of a push count from 0 without a gap; got {message.sequence} after {len(messages)} "
                     "of them; send the push again"
                 )
-            size += message.ByteSize()
+            size += frame.num_bytes
             if size > self._max_push_bytes:
                 raise ConfigError(
                     f"a push must be at most {self._max_push_bytes} bytes; got more from client {message.client}; "
                     "push fewer tokens at a time"
                 )
-            messages.append(message)
+            messages.append(frame)
             if message.is_last:
                 return messages
         raise ConfigError(f"a push must end with its last message; got {len(messages)} and no last one; send it again")
 
-    async def _gradients(self, gradients: Any) -> AsyncIterator[pb.PushReply]:
+    async def _gradients(self, gradients: Any) -> AsyncIterator[bytes]:
         width = gradients.element_size() * (gradients.shape[1] if gradients.ndim == 2 else 1)
         for part in blocks(len(gradients), width):
-            yield pb.PushReply(score_gradients=await self._node.run(packed, gradients[part]))
-
-    def _note_hits(self, table: str, row_ids: pb.Tensor, reply: pb.Tensor) -> None:
-        self._node.row_hits[table] += math.prod(row_ids.shape)
-        self._count["lookup_blocks"] += 1
-        self._count["reply_bytes"] += len(reply.data)
+            yield await self._node.run(_gradient_reply, gradients[part])
 
     def _wait_s(self, context: Context) -> float:
         """Return how long to wait for others: a little less than the caller does, who then learns who is late."""
@@ -263,13 +269,17 @@ def _status(life: Life) -> pb.ShardStatus:
     return pb.ShardStatus(shard=shard_message(shard.spec), version=shard.version, num_bytes=shard.num_bytes)
 
 
-def _sums(shard: Shard, first: pb.LookupRequest, request: pb.LookupRequest) -> pb.Tensor:
+def _sums(shard: Shard, first: pb.LookupRequest, request: Frame, version: int) -> bytes:
     dtype = dtype_of(first.reply_dtype, "reply_dtype") if first.reply_dtype else shard.spec.table.dtype
-    lookups = lookups_of([request.lookups], first.code_stride, first.first_slot)
+    lookups = lookups_of([request.part("lookups")], first.code_stride, first.first_slot)
     # A few bytes can ask for any number of sums, and all would have to lie in memory.
     if (num_bytes := lookups.length * shard.rows.shape[1] * dtype.itemsize) > MAX_MESSAGE_BYTES:
         raise ConfigError(
             f"the sums of one message must fit into one of {MAX_MESSAGE_BYTES} bytes; got {lookups.length} tokens, "
             f"{num_bytes} bytes; send them in more messages"
         )
-    return packed(shard.lookup(lookups), dtype)
+    return Frame(pb.LookupReply(version=version), {"sums": packed(shard.lookup(lookups), dtype)}).serialized()
+
+
+def _gradient_reply(gradients: Tensor) -> bytes:
+    return Frame(pb.PushReply(), {"score_gradients": packed(gradients)}).serialized()
