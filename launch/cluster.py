@@ -1,6 +1,10 @@
 """The door to Ray: clusters, their hosts, actors and where these are placed.
 
 Clusters that mfdist starts are in `local_cluster`; others are joined as Ray's own settings say.
+
+`ray._private` is used where Ray 2.60 has nothing public: `ray.nodes()` knows neither what is free on a host nor which
+hosts drain, `ray.util.state` knows the former by way of a dashboard that need not run, and nothing else resolves
+`auto`, or keeps what Ray prints off stdout.
 """
 
 import contextlib

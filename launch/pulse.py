@@ -24,6 +24,7 @@ from mfdist.launch.happenings import Kind
 from mfdist.training.events import Event, Preparing, Saved, Started, Warned
 
 BEAT_S = 0.5
+_LAST_S = 5.0  # for the last words
 _FENCED = 71  # exit code
 
 
@@ -68,6 +69,7 @@ class Report:
     received_bytes: int  # by its host, since that started
     sent_bytes: int
     events: tuple[Event, ...] = ()
+    first: int = 0  # how many were told before these
     committed: int = 0
     address: str = ""
     role: str = ""  # of a server in its pair
@@ -89,6 +91,7 @@ class Pulse:
         self._events: deque[Event] = deque()
         self._changed = threading.Event()
         self._over = threading.Event()
+        self._num_told = 0
         self._committed = 0
         self._address = ""
         self._role: Callable[[], str] = str
@@ -133,7 +136,7 @@ class Pulse:
         """Send what is left to tell, and be silent."""
         self._over.set()
         self._changed.set()
-        self._thread.join(10 * BEAT_S)
+        self._thread.join(_LAST_S)
 
     def _run(self) -> None:
         heard = time.monotonic()
@@ -144,9 +147,10 @@ class Pulse:
             while events is not None:
                 try:
                     self._obey(self._call(max(1.0, self.post.silence_s / 4), self._report(events)))
+                    self._num_told += len(events)
                     break
                 except MfdistError:
-                    if is_last:
+                    if is_last and time.monotonic() - heard > _LAST_S:
                         return
                     if time.monotonic() - heard > 0.75 * self.post.silence_s:
                         sys.stderr.write(f"{self.post.name}: its supervisor cannot be reached; it ends itself\n")
@@ -169,6 +173,7 @@ class Pulse:
             received_bytes=traffic.bytes_recv,
             sent_bytes=traffic.bytes_sent,
             events=tuple(events),
+            first=self._num_told,
             committed=self._committed,
             address=self._address,
             role=self._role(),

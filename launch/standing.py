@@ -9,12 +9,13 @@ from mfdist.launch.happenings import Ended
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How patient a supervisor is; [launch] in the configuration has the same names."""
+    """How patient a supervisor is; [launch] in the configuration, or its elastic, has the same names."""
 
     silence_s: float = 20.0
     stall_s: float = 1800.0
     start_s: float = 300.0
     replace_s: float = 60.0
+    grow_s: float = 60.0
     stop_s: float = 120.0
     max_failures: int = 5
     backoff_s: float = 1.0
@@ -58,7 +59,7 @@ class Group:
     generation: int
     size: int
     since: float
-    phase: Literal["placing", "training", "stopping", "failing"] = "placing"
+    phase: Literal["placing", "training", "stopping", "failing", "finishing"] = "placing"
     addresses: tuple[str, ...] = ()  # of the servers it was given
     heard: dict[int, float] = field(default_factory=dict)
     hosts: dict[int, str] = field(default_factory=dict)

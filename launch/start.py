@@ -11,7 +11,7 @@ from mfdist.config import RunConfig
 from mfdist.errors import ConfigError, UnavailableError
 from mfdist.launch import cluster, local_cluster, machine
 from mfdist.launch.cluster import Host
-from mfdist.launch.holding import Holding
+from mfdist.launch.holding import Holding, is_held
 from mfdist.launch.job import ClusterAddress, Job, JobFiles, group_sizes
 from mfdist.launch.local_cluster import LocalHead
 
@@ -286,5 +286,6 @@ def supervised(job: Job) -> Iterator[Any]:
         try:
             handle = cluster.find_actor(job.supervisor_name)
         except UnavailableError:
-            raise UnavailableError(f"the job in {job.run} is not running: {go_on(job)}") from None
+            still = "; its supervisor, cut off, ends within a minute; then " if is_held(job.files.folder) else ": "
+            raise UnavailableError(f"the job in {job.run} is not running{still}{go_on(job)}") from None
         yield handle

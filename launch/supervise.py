@@ -42,8 +42,6 @@ FATAL_KINDS = frozenset({"config", "row_id", "data", "non_finite", "internal"})
 _CAUSE_S = 1.5
 #: A supervisor that was itself away this long hears nothing meanwhile; silence does not count then.
 _AWAY_S = 2.0
-#: Between attempts to grow back to the size that was asked for.
-_GROW_EVERY_S = 60.0
 
 
 class Supervision:
@@ -88,7 +86,8 @@ class Supervision:
         if self.wanted != "run":
             return "stopping"
         if self.group is not None:
-            return {"placing": "starting trainers", "training": "training"}.get(self.group.phase, "handing over")
+            words = {"placing": "starting trainers", "training": "training", "finishing": "finishing"}
+            return words.get(self.group.phase, "handing over")
         if not are_serving(self.servers, self.replicas):
             return "starting servers"
         return "waiting"
@@ -173,7 +172,7 @@ class Supervision:
             self._size = smaller[0]
             self._told.append(Say(f"no place for {size} trainers within {self.limits.replace_s:g} s; going on with "
                                   f"{self._size}"))  # fmt: skip
-            self._grow_at = now + _GROW_EVERY_S
+            self._grow_at = now + self.limits.grow_s
         else:
             self._failed(f"there is no place for {size} trainers: {event.cause}", now)
 
@@ -183,7 +182,7 @@ class Supervision:
         larger = [size for size in self.sizes if self.group.size < size <= num_trainers]
         if larger:
             self._size = larger[0]
-            self._grow_at = now + _GROW_EVERY_S
+            self._grow_at = now + self.limits.grow_s
 
     def _ended(self, event: Ended, now: float) -> None:
         if event.kind == "server":
@@ -195,9 +194,9 @@ class Supervision:
         assert group is not None
         group.ended[event.index] = event
         group.heard.pop(event.index, None)
-        if event.how in ("finished", "stopped") or group.phase == "stopping":
-            return
-        if group.phase != "failing":
+        if event.index == 0 and event.how == "finished":
+            group.since, group.phase = now, "finishing"  # all is committed, whatever becomes of the others
+        elif event.how not in ("finished", "stopped") and group.phase not in ("stopping", "failing", "finishing"):
             group.since, group.phase = now, "failing"
 
     def _server_ended(self, event: Ended, now: float) -> None:
@@ -277,19 +276,22 @@ class Supervision:
                 else:
                     self._failed(f"trainer-{rank} {cause.said}", now)
             return
+        is_late = group.phase in ("stopping", "finishing") and now - group.since > self.limits.stop_s
+        if group.phase == "finishing":
+            if len(group.ended) == group.size or is_late:
+                self._end_group()
+                self.outcome = Finish("finished", "", "", group.ended[0].step)
+            return
         if len(group.ended) == group.size:
             hows = [ended.how for ended in group.ended.values()]
             step = max(ended.step for ended in group.ended.values())
             self._end_group()
-            if all(how == "finished" for how in hows):
-                self.outcome = Finish("finished", "", "", step)
-                return
             if any(how in ("died", "failed") for how in hows):  # while it was stopping: from the last commit, then
                 self._told.append(Say("trainers ended before they had saved; going on from the last commit"))
             if self.wanted == "run":
                 self._told.append(Say(f"the trainers have saved step {step:,} and hand over"))
             return
-        if group.phase == "stopping" and now - group.since > self.limits.stop_s:
+        if is_late:
             self._told.append(Say("the trainers did not stop in time; they are ended"))
             self._end_group()
             return

@@ -95,7 +95,10 @@ class Supervisor:
         self._job = job
         self._launch = launch
         self._batch = batch
-        limits = Limits(**{name: getattr(launch, name) for name in Limits.__dataclass_fields__})
+        of_elastic = {"grow_s": launch.elastic.grow_s}
+        limits = Limits(
+            **{name: getattr(launch, name) for name in Limits.__dataclass_fields__.keys() - of_elastic} | of_elastic
+        )
         self._policy = Supervision(job.sizes, job.servers, limits, replicas=job.replicas)
         if job.files.read_state().get("wanted") in ("stop", "end"):
             self._policy.handle(StopAsked(), time.monotonic())
@@ -118,6 +121,7 @@ class Supervisor:
         self._asked: set[tuple[str, int, int]] = set()  # actors that are to stop
         self._current: set[tuple[str, int, int]] = set()  # actors that are to be
         self._addresses: tuple[str, ...] = ()  # of table servers
+        self._num_heard: dict[tuple[str, int, int], int] = {}  # actor → events it has told of
         self._state: dict[str, Any] = self._described()
         self._surveyed = self._stored = 0.0
         threading.Thread(target=self._run, name="mfdist-supervisor", daemon=True).start()
@@ -130,9 +134,11 @@ class Supervisor:
             if key not in self._current:
                 return Answer(order="end")
             self._latest.reports[post.name] = (time.monotonic(), report)
-            for event in report.events:
+            heard = self._num_heard.get(key, 0)  # a report comes again where its answer was lost
+            for event in report.events[max(0, heard - report.first) :]:
                 self._hear(event)
             if report.events:
+                self._num_heard[key] = max(heard, report.first + len(report.events))
                 self._told.notify_all()
             is_asked = key in self._asked
         if report.address:
@@ -271,6 +277,7 @@ class Supervisor:
             self._current -= gone
             self._asked -= gone
             for key in gone:
+                self._num_heard.pop(key, None)
                 self._latest.reports.pop(f"{key[0]}-{key[1]}", None)
 
     def _survey(self, now: float) -> list[Event]:
@@ -353,8 +360,12 @@ class Supervisor:
     def _phases(self) -> list[tuple[str, str]]:
         policy = self._policy
         group = policy.group
-        phases = {"placing": "starting", "training": "training", "stopping": "saving", "failing": "ending"}
-        trainers = [] if group is None else [(f"trainer-{rank}", phases[group.phase]) for rank in range(group.size)]
+        phases = {"placing": "starting", "training": "training", "stopping": "saving"}
+        trainers = (
+            []
+            if group is None
+            else [(f"trainer-{rank}", phases.get(group.phase, "ending")) for rank in range(group.size)]
+        )
         names = {"up": "serving", "absent": "waiting"}
         servers = [(f"server-{i}", names.get(server.phase, server.phase)) for i, server in enumerate(policy.servers)]
         return trainers + servers

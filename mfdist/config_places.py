@@ -64,6 +64,9 @@ class ElasticConfig(Section):
 
     min: int = Field(0, ge=0, description="fewest trainers to go on with; 0: all of launch.trainers are needed")
     max: int = Field(0, ge=0, description="most that mfdist scale may ask for; 0: any number")
+    grow_s: Positive = Field(
+        60.0, description="shortest time with fewer before a save and a new group with more, where there is place again"
+    )
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

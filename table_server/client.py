@@ -96,11 +96,13 @@ class RemoteTable(Table):
         return self
 
     def resume(self) -> None:
-        """Go on from the number of updates that the servers have, as after `TableServers.load`.
+        """Go on from the number of updates that the servers have, as after `TableServers.load`; see also `joins_later`.
 
         Raises:
             ConsistencyError: they have not had the same; load a checkpoint.
         """
+        if self.servers.joins_later:
+            return
         self.servers.wait(gathered([self._owner(shard.owner).join(is_anew=True) for shard in self.plan.shards]))
         steps = [self._owner(shard.owner).steps.get(self.spec.name, 0) for shard in self.plan.shards]
         if len(set(steps)) > 1:

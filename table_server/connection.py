@@ -70,6 +70,9 @@ class TableServers:
         self.deadline_s, self.failover_s = deadline_s, failover_s
         self.channel = channel
         self.session = secrets.randbits(63) or 1
+        #: Set by whoever makes tables and then loads a checkpoint: they take part only from `RemoteTable.resume` on,
+        #: when servers have forgotten the pushes that wait there for clients of before, perhaps more of them or fewer.
+        self.joins_later = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mfdist-table-client", daemon=True)
         self._thread.start()

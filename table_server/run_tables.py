@@ -33,7 +33,7 @@ class ServedTables:
         self._servers: TableServers | None = None
         self._tables: list[RemoteTable] = []
 
-    def move_in(self, model: Transformer, world: World) -> None:
+    def move_in(self, model: Transformer, world: World, *, is_loaded_next: bool) -> None:
         """Replace the model's tables; each rank is a client."""
         config = self._config.servers
         began_at = self._addresses
@@ -53,6 +53,7 @@ class ServedTables:
                 insecure=config.insecure,
             ),
         )
+        servers.joins_later = is_loaded_next
         with self._moving:
             self._servers = servers
             if self._addresses != began_at:
@@ -93,6 +94,7 @@ class ServedTables:
         """Let the servers load, and follow them."""
         servers = self._connected()
         world.on_first(lambda: servers.load(str(run.path.absolute() / SERVED_TABLES), step))
+        servers.joins_later = False
         for table in self._tables:
             table.resume()
 

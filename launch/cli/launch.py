@@ -115,7 +115,7 @@ def _started(config: str, path: Path, overrides: Sequence[str], wish: "Wish", te
 def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
     from mfdist.launch.holding import is_held
     from mfdist.launch.job import JobFiles
-    from mfdist.launch.local_cluster import end_local
+    from mfdist.launch.local_cluster import end_local, is_head_alive
     from mfdist.launch.start import check_wish
 
     tell("loading torch")
@@ -124,8 +124,10 @@ def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
     run = RunDirectory.open(path.absolute())
     files = JobFiles(run.path)
     if is_held(files.folder):
-        tell("the job is running; watching it")
-        return files.read_job()
+        job = files.read_job()
+        if not job.cluster.is_ours or is_head_alive(job.cluster):
+            tell("the job is running; watching it")
+            return job
     chosen = run.config_with((*wish.overrides, "servers.addresses=[]"))
     check_wish(chosen, wish.overrides, run.config_with)
     with contextlib.suppress(ConfigError):  # a run of mfdist train was never launched

@@ -207,7 +207,7 @@ class _Session:
             is_here = world.is_alone and table_home is None
             model = build_model(config.model, table_device=None if is_here else "meta")
         if table_home is not None:
-            table_home.move_in(model, world)
+            table_home.move_in(model, world, is_loaded_next=state is not None)
         spread = world.spread(model, config)
         optimizer = RunOptimizer(model, config.optimizer, seed=config.training.seed, world=world)
         if state is not None:

@@ -13,8 +13,14 @@ class TableHome(Protocol):
     Every method is called on all ranks, in the same order.
     """
 
-    def move_in(self, model: Transformer, world: World) -> None:
-        """Replace the model's tables, in place, by ones whose rows lie there; they are on the meta device."""
+    def move_in(self, model: Transformer, world: World, *, is_loaded_next: bool) -> None:
+        """Replace the model's tables, in place, by ones whose rows lie there; they are on the meta device.
+
+        Args:
+            model: whose.
+            world: of the ranks.
+            is_loaded_next: whether `load` follows, so that what an earlier world left half done there does not count.
+        """
 
     def check_new(self) -> None:
         """Raise ConsistencyError where a run that begins anew would go on with rows that were trained before."""

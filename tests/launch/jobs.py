@@ -195,6 +195,11 @@ def outcome(files: JobFiles) -> dict[str, object]:
 def assert_the_same(one: Path, other: Path) -> None:
     """Compare losses, and every bit of both models."""
     assert losses(one) == losses(other)
+    assert_same_models(one, other)
+
+
+def assert_same_models(one: Path, other: Path) -> None:
+    """Compare every bit of two runs' models."""
     ours, theirs = (load_run_model(RunDirectory.open(run))[0].state_dict() for run in (one, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

@@ -95,3 +95,7 @@ class World:
 
     def said(self):
         return [action.message for action in self.acted if isinstance(action, Say)]
+
+
+def kinds(actions):
+    return [type(action) for action in actions]

@@ -129,6 +129,43 @@ def test_a_job_whose_ray_was_killed_goes_on_to_the_same_bits(folder: Path, train
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_the_command_then_the_supervisor_are_killed_and_the_job_goes_on_to_the_same_bits(
+    folder: Path, trained: Path
+) -> None:
+    path, run, log = (
+        jobs.config_file(folder, steps=STEPS, every=EVERY),
+        folder / "driverless",
+        folder / "driverless.log",
+    )
+    with jobs.ended_afterwards(run) as files:
+        command = ("launch", path, "--out", run, "--trainers", "2", "--servers", "2", "--set", "launch.cpus=1")
+        process = jobs.begin(*command, log=log)
+        jobs.until(partial(_is_due, run, 3, process), "step 3")
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL, log.read_text()
+        again = jobs.begin("launch", "--resume", run, log=log)
+        try:
+            jobs.until(
+                lambda: "the job is running; watching it" in log.read_text() or again.poll() is not None, "it is"
+            )
+            jobs.until(partial(_is_due, run, 15, again), "step 15")
+            assert again.poll() is None and files.read_state()["groups"] == 1, log.read_text()
+            before = files.read_state()["actors"]
+            supervisor = int((files.folder / ".supervisor.lock").read_text().split()[2])
+            os.kill(supervisor, signal.SIGKILL)
+            assert again.wait(jobs.DEADLINE_S) == 0, log.read_text()
+        finally:
+            again.kill()
+            again.wait(30)
+        assert jobs.outcome(files)["reason"] == "finished"
+        assert {actor["pid"] for actor in before}.isdisjoint(actor["pid"] for actor in files.read_state()["actors"])
+        jobs.assert_nothing_left(files)
+        assert files.log("trainer-0").read_text().count("--- trainer-0, start") == 2
+    jobs.assert_the_same(trained, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_job_is_left_watched_scaled_stopped_and_resumed(folder: Path) -> None:
     path, run = jobs.config_file(folder, steps=100_000, every=10), folder / "left"
     with jobs.ended_afterwards(run) as files:

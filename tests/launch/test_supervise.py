@@ -24,7 +24,7 @@ from mfdist.launch.happenings import (
 )
 from mfdist.launch.standing import Limits
 from mfdist.launch.supervise import Supervision
-from tests.launch.obedient import LIMITS, World
+from tests.launch.obedient import LIMITS, World, kinds
 
 
 def running(trainers=2, servers=1, sizes=None, **limits):
@@ -32,10 +32,6 @@ def running(trainers=2, servers=1, sizes=None, **limits):
     world = World(policy)
     world.run()
     return world
-
-
-def kinds(actions):
-    return [type(action) for action in actions]
 
 
 def test_servers_come_first_then_trainers_that_know_where_they_are():
@@ -56,6 +52,20 @@ def test_all_finished_ends_servers_then_the_job():
     world.servers.clear()
     assert world.hear(Ended("server", 0, 1, "stopped"))[-1] == Finish("finished", "", "", 7)
     assert world.decide() == []
+
+
+def test_what_fails_once_the_first_trainer_has_finished_trains_nothing_again():
+    for first, second in ((0, 1), (1, 0)):
+        world = running(servers=0)
+        hows = {0: "finished", 1: "failed"}
+        assert world.ended(first, hows[first], message="connection reset") == []
+        world.now += 1.0
+        assert world.ended(second, hows[second], message="connection reset")[-1].reason == "finished"
+        assert world.policy.generation == 1
+    world = running(servers=0)
+    world.ended(0, "finished")
+    world.wait(LIMITS.stop_s + 1)
+    assert world.policy.outcome.reason == "finished", "one that never ends"
 
 
 def test_a_dead_trainer_ends_its_group_and_the_next_is_formed_at_once():
@@ -132,61 +142,6 @@ def test_a_server_that_comes_back_elsewhere_makes_a_new_group():
     acted = world.hear(ServerUp(1, 2, "c:9", "c"))
     assert kinds(acted) == [EndGroup, Say, FormGroup]
     assert acted[-1].addresses == ("a:0", "c:9")
-
-
-def paired(**limits):
-    policy = Supervision((2,), 4, Limits(**{**vars(LIMITS), **limits}), replicas=2)
-    world = World(policy, hosts=("a", "b", "a", "b"))
-    world.run()
-    return world
-
-
-def test_a_pair_goes_on_with_one_and_the_lost_one_comes_back_wherever_there_is_place():
-    world = paired()
-    assert world.policy.addresses == ("a:0", "b:1", "a:2", "b:3")
-    del world.servers[0]
-    assert kinds(world.hear(Ended("server", 0, 1, "died", message="killed"))) == [Say, StartServer]
-    assert "the other one of its pair goes on" in world.said()[-1]
-    assert world.policy.failures == []
-    assert world.hear(ServerUp(0, 2, "c:9", "c")) == []
-    assert world.policy.addresses == ("c:9", "b:1", "a:2", "b:3")
-    assert world.group.generation == 1
-
-
-def test_a_group_needs_one_server_of_each_pair_once_all_have_been_up():
-    world = World(Supervision((2,), 4, LIMITS, replicas=2))
-    world.decide()
-    for index in (0, 1, 2):
-        assert world.hear(ServerUp(index, 1, f"a:{index}", "a")) == []
-    assert kinds(world.hear(ServerUp(3, 1, "a:3", "a"))) == [FormGroup]
-    world.train()
-    for index in (0, 3):
-        del world.servers[index]
-        world.hear(Ended("server", index, 1, "died"))
-    assert kinds(world.ended(0, "died")) == [EndGroup, Say, FormGroup]
-    world.train()
-    del world.servers[1]
-    world.hear(Ended("server", 1, 1, "died"))
-    assert len(world.policy.failures) == 2
-    assert kinds(world.ended(0, "died")) == [EndGroup, Say]
-    world.wait(4)
-    world.serve()
-    assert world.group.generation == 3
-
-
-def test_one_of_a_pair_that_dies_again_and_again_backs_off_by_itself_and_ends_nothing():
-    world = paired(max_failures=0, max_backoff_s=4.0)
-    waits = []
-    for incarnation in range(1, 6):
-        del world.servers[1]
-        world.hear(Ended("server", 1, incarnation, "failed", "config", "no space left"))
-        begin = world.now
-        while 1 not in world.servers:
-            world.wait(1)
-        waits.append(world.now - begin)
-        world.serve()
-    assert waits == [0.0, 1.0, 2.0, 4.0, 4.0]
-    assert world.group.generation == 1 and world.policy.outcome is None
 
 
 def test_silence_is_death():
