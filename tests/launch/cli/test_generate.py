@@ -76,7 +76,7 @@ def test_the_speed_of_the_twin_is_told_beside_the_models(mfdist, finished):
     arguments = ["generate", finished[0], "--prompt", "word", "--tokens", 3, "--against-twin", "--threads", 1]
     code, out, err = mfdist(*arguments)
     assert code == 0 and out.startswith("word")
-    assert "times as fast, on 1 threads" in err
+    assert "times as fast, on 1 thread\n" in err
     document = json.loads(mfdist(*arguments, "--json")[1])
     assert document["threads"] == 1
     assert min(document["tokens_per_s"], document["twin_tokens_per_s"], document["times_the_twin"]) > 0
