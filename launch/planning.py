@@ -20,7 +20,6 @@ from mfdist.spec import TableSpec
 from mfdist.training.workload import run_workload
 
 #: GPUs that share a host where nobody says.
-_RANKS_PER_HOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Machines:
 
     Args:
         topology: a name in `TOPOLOGIES`, or the path of a JSON file.
-        world_size, num_hosts: ranks and hosts; without hosts, eight ranks share one.
+        world_size, num_hosts: ranks and hosts; without hosts, `ranks_per_host` share one.
         memory_bytes: of a rank.
         host_memory_bytes: of a host.
     """
@@ -39,6 +38,21 @@ class Machines:
     num_hosts: int | None = None
     memory_bytes: int | None = None
     host_memory_bytes: int | None = None
+    ranks_per_host: int = 8
+
+    def ranks_on_a_host(self) -> int:
+        """Return how many ranks share a host.
+
+        Raises:
+            ConfigError: hosts do not divide the ranks.
+        """
+        if self.num_hosts is None:
+            return self.ranks_per_host
+        if self.world_size % self.num_hosts:
+            raise ConfigError(
+                f"each host must have the same number of ranks; got {self.world_size} ranks on {self.num_hosts} hosts"
+            )
+        return self.world_size // self.num_hosts
 
     def build(self) -> Topology:
         """Return the topology.
@@ -46,7 +60,7 @@ class Machines:
         Raises:
             ConfigError: there is no such topology, or hosts do not divide the ranks.
         """
-        num_hosts = self.num_hosts or max(1, self.world_size // _RANKS_PER_HOST)
+        num_hosts = self.num_hosts or max(1, self.world_size // self.ranks_per_host)
         if self.topology in TOPOLOGIES:
             found = TOPOLOGIES[self.topology](self.world_size, num_hosts)
         else:

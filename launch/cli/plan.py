@@ -1,5 +1,6 @@
 """`mfdist plan`: say what fits where, how long a step takes and why, before machines are bought."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,12 @@ def plan(
         str, typer.Option(metavar="NAME|FILE", help="h100, cpu, or a JSON file of measured figures.")
     ] = "h100",
     simulated: Annotated[
-        str | None, typer.Option("--simulate", metavar="N,N,…", help="Predict these world sizes instead, such as 8,64.")
+        str | None,
+        typer.Option(
+            "--simulate",
+            metavar="N,N,…",
+            help="Predict these world sizes, such as 8,64; --world and --hosts then say how many ranks share a host.",
+        ),
     ] = None,
     is_weak: Annotated[
         bool, typer.Option("--weak", help="With --simulate: keep the tokens of a rank, not those of a step.")
@@ -59,8 +65,10 @@ def plan(
     Times are predictions from the topology's figures. The exit code is 1 if nothing fits.
     """
     sizes = _sizes(simulated)
-    if sizes and (world or hosts or plan_file or out):
-        raise ConfigError("--simulate chooses the world sizes itself; leave out --world, --hosts, --plan and --out")
+    if sizes and (plan_file or out):
+        raise ConfigError("--simulate chooses a plan for every world size; leave out --plan and --out")
+    if sizes and hosts and not world:
+        raise ConfigError(f"with --simulate, --world N --hosts {hosts} say how many ranks share a host; give --world")
     if is_weak and not sizes:
         raise ConfigError("--weak is for growth; give world sizes: --simulate 8,64,512 --weak")
     if not sizes and world is None:
@@ -79,6 +87,7 @@ def plan(
     )
     question = ask(run, batch_tokens)
     if sizes:
+        machines = replace(machines, world_size=sizes[0], num_hosts=None, ranks_per_host=machines.ranks_on_a_host())
         return _simulate(question, machines, sizes, is_weak=is_weak, as_json=as_json)
     return _plan(question, machines, _read(plan_file), out, as_json=as_json)
 

@@ -75,6 +75,11 @@ def test_growth_is_a_line_for_each_world(plan):
     assert worlds[0]["batch_tokens"] == worlds[1]["batch_tokens"]
 
 
+def test_growth_is_over_hosts_as_full_as_the_one_given(plan):
+    _, out, _ = plan("--world", "8", "--hosts", "2", "--hbm", "80GB", "--simulate", "8,64", "--json")
+    assert [(world["world_size"], world["num_hosts"]) for world in json.loads(out)["worlds"]] == [(8, 2), (64, 16)]
+
+
 def test_weak_growth_keeps_the_tokens_of_a_rank(plan):
     code, out, _ = plan("--simulate", "8,64", "--weak", "--batch-tokens", "65536")
     assert code == 0
@@ -139,7 +144,9 @@ def test_measured_figures_come_from_a_file(plan, tmp_path):
         (["--world", "8", "--hbm", "80XB"], 'such as 80GB or 64GiB; got "80XB"'),
         (["--world", "8", "--topology", "b200"], "must be h100, cpu or a JSON file"),
         (["--simulate", "8,x"], 'got "8,x"'),
-        (["--simulate", "8", "--world", "8"], "leave out --world"),
+        (["--simulate", "8", "--out", "plan.json"], "leave out --plan and --out"),
+        (["--simulate", "8", "--hosts", "2"], "give --world"),
+        (["--simulate", "8", "--world", "8", "--hosts", "3"], "got 8 ranks on 3 hosts"),
         (["--world", "8", "--weak"], "--simulate 8,64,512 --weak"),
         (["--world", "8", "--plan", "nowhere.json"], "nowhere.json: No such file"),
         (["--world", "8", "--set", "model.kind=dense"], 'got model.kind="dense"'),
