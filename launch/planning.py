@@ -162,6 +162,7 @@ def _table(explanation: Explanation) -> dict[str, Any]:
         "lookup_s": cost.lookup_s,
         "exchange_s": cost.exchange_s,
         "update_s": cost.update_s,
+        "host_s": cost.host_s,
         "ranks": _ranks(cost),
         "options": [
             {"description": described(option), "step_s": option.step_s, "rank_bytes": int(option.lasting_bytes)}

@@ -91,10 +91,15 @@ def _memory(document: dict[str, Any]) -> Iterator[str]:
 def _time(document: dict[str, Any]) -> Iterator[str]:
     parts = {
         name: sum(table[key] for table in document["tables"])
-        for name, key in (("lookups", "lookup_s"), ("exchanges", "exchange_s"), ("updates", "update_s"))
+        for name, key in (
+            ("lookups", "lookup_s"),
+            ("exchanges", "exchange_s"),
+            ("updates", "update_s"),
+            ("waiting for hosts", "host_s"),
+        )
     }
     parts["all the rest"] = document["dense_s"]
-    told = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items())
+    told = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in parts.items() if seconds)
     rate = quantities.count(document["batch_tokens"] / document["step_s"])
     yield f"predicted step: {_seconds(document['step_s'])}, {rate} tokens/s ({told})"
 
@@ -121,7 +126,7 @@ def _tables(groups: Sequence[tuple[str, list[dict[str, Any]]]]) -> Iterator[str]
         kept = ("weight_bytes", "gradient_bytes", "state_bytes", "saved_bytes")
         size = max(sum(part[key] for key in kept) for part in ranks)
         sent = max(part["sent_forward_bytes"] + part["sent_backward_bytes"] for part in ranks)
-        step_s = table["lookup_s"] + table["exchange_s"] + table["update_s"]
+        step_s = sum(table[key] for key in ("lookup_s", "exchange_s", "update_s", "host_s"))
         yield (
             f"{name:<{width}}  {table['description']:<{wide}}{quantities.num_bytes(size):>10}"
             f"{quantities.num_bytes(sent):>13}{_seconds(step_s):>10}  {table['reason']}"

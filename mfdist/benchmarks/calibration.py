@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mfdist.kernels import gather_sum, row_gradient
-from mfdist.sharding.cost import price_table
+from mfdist.sharding.cost import TableCost, price_table
 from mfdist.sharding.exchange import Exchange, Opened
-from mfdist.sharding.kinds import column_wise
+from mfdist.sharding.kinds import column_wise, replicated
 from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.table_plan import TablePlan
 from mfdist.sharding.tags import Call
 from mfdist.sharding.topology import Link, Topology
 from mfdist.sharding.workload import TableLoad, Workload
@@ -146,23 +147,42 @@ def _with_links(base: Topology, bench: _Bench) -> Topology:
         base,
         inside=inside,
         collective_s=0.0,
+        host_lookup_s=0.0,
         control=Link(bytes_per_s=bytes_per_s, latency_s=tags / exchange.world_size),
     )
 
 
 def _with_calls(base: Topology, bench: _Bench, exchanges: MeshExchanges) -> Topology:
-    """Return `base` with what a collective takes besides: the work around it, from a lookup that has next to none."""
-    world_size = bench.exchange.world_size
-    spec = TableSpec(name="tiny", num_rows=1, row_dim=world_size)
-    plan = column_wise(spec, world_size)
+    """Return `base` with what a collective takes besides: the work around it, from a lookup that has next to none.
+
+    An accelerator runs behind its host there, so that kinds with few and with many collectives tell what is the host's.
+    """
+    spec = TableSpec(name="tiny", num_rows=1, row_dim=bench.exchange.world_size)
+    seconds, cost = _small_step(column_wise(spec, spec.row_dim), base, bench, exchanges)
+    if bench.device.type == "cpu":
+        return replace(base, collective_s=max(0.0, seconds - cost.step_s) / len(cost.transfers))
+    few_seconds, few = _small_step(replicated(spec), base, bench, exchanges)
+    each = max(0.0, seconds - few_seconds) / (len(cost.transfers) - len(few.transfers))
+    return replace(base, collective_s=each, host_lookup_s=max(few_seconds - each * len(few.transfers), 1e-9))
+
+
+def _small_step(plan: TablePlan, base: Topology, bench: _Bench, exchanges: MeshExchanges) -> tuple[float, TableCost]:
+    """Return the time of a step of one token a rank, and what it costs without calls."""
     table = ShardedTable(plan, exchanges, device=bench.device)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=bench.device)
     scores = torch.ones(1, 1, device=bench.device, requires_grad=True)
-    grad = torch.ones(1, world_size, device=bench.device)
-    taken = bench.seconds(lambda: table(ids, scores).backward(grad))
-    work = Workload(batch_tokens=world_size, loads={"tiny": TableLoad(num_lookups=1)}, rule="sgd")
-    cost = price_table(plan, base, work)
-    return replace(base, collective_s=max(0.0, taken - cost.step_s) / len(cost.transfers))
+    grad = torch.ones(1, plan.row_dim, device=bench.device)
+
+    def step() -> None:
+        table(ids, scores).backward(grad)
+        assert table.weight.grad is not None
+        with torch.no_grad():
+            table.weight.add_(table.weight.grad, alpha=-0.01)
+        table.weight.grad = None
+
+    world_size = bench.exchange.world_size
+    work = Workload(batch_tokens=world_size, loads={plan.name: TableLoad(num_lookups=1)}, rule="sgd")
+    return bench.seconds(step), price_table(plan, base, work)
 
 
 def _copying(bench: _Bench) -> Callable[[], object]:

@@ -2,8 +2,9 @@
 
 Times are predictions by an α–β model: a collective takes a start, a latency for each peer, and its bytes over the
 link's rate, bytes within a host and between hosts at once; lookups and updates take their bytes over the memory's rate.
-A step is the sum over its tables, each as slow as its slowest rank, since every exchange waits for all. Overlap is not
-counted.
+A step is the sum over its tables, each as slow as its slowest rank, since every exchange waits for all. Overlap of
+exchanges and lookups is not counted. Where accelerators do the work, their hosts run ahead: a table takes its host's
+time or its accelerator's, whichever is longer; both, where the host waits to learn how much arrives.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from mfdist.sharding.holdings import Floats, Holdings
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.sharding.topology import Topology
-from mfdist.sharding.traffic import Axis, Phase, Transfer, owner_hits, transfers
+from mfdist.sharding.traffic import Axis, Phase, Transfer, owner_hits, sums_slots, transfers
 from mfdist.sharding.workload import TableLoad, Workload
 
 #: Columns of a table that a lookup keeps in the cache while tokens pass.
@@ -39,6 +40,7 @@ class TableCost:
         num_micro_batches: how often those happen in a step.
         lookup_s, exchange_s, update_s: of a step: hashing apart, lookups forward and backward; collectives; the rows'
             update.
+        host_s: for which an accelerator waits for its host besides.
     """
 
     plan: TablePlan
@@ -49,11 +51,12 @@ class TableCost:
     lookup_s: float
     exchange_s: float
     update_s: float
+    host_s: float
 
     @property
     def step_s(self) -> float:
         """Return the predicted time of a step's lookups, exchanges and update."""
-        return self.lookup_s + self.exchange_s + self.update_s
+        return self.lookup_s + self.exchange_s + self.update_s + self.host_s
 
     def renamed(self, name: str) -> "TableCost":
         """Return the cost of another table of the same shape that is read alike."""
@@ -127,15 +130,20 @@ def price_table(plan: TablePlan, topology: Topology, workload: Workload) -> Tabl
     read = replace(plan, dtype=workload.read_dtype(plan.dtype))
     exchanges = transfers(read, held, workload, num_tokens, topology.ranks_per_host)
     times = workload.micro_batches
+    lookup_s = times * _lookup_s(read, held, load, topology, num_tokens)
+    exchange_s = times * sum(transfer_s(transfer, topology) for transfer in exchanges)
+    update_s = _update_s(plan, held, load, topology, workload)
+    waits = _is_by_rows(plan, topology) and not sums_slots(plan, load)
     return TableCost(
         plan=plan,
         held=held,
         footprint=footprint(plan, held, load, workload, exchanges, num_tokens, topology.ranks_per_host),
         transfers=tuple(exchanges),
         num_micro_batches=times,
-        lookup_s=times * _lookup_s(read, held, load, topology, num_tokens),
-        exchange_s=times * sum(transfer_s(transfer, topology) for transfer in exchanges),
-        update_s=_update_s(plan, held, load, topology, workload),
+        lookup_s=lookup_s,
+        exchange_s=exchange_s,
+        update_s=update_s,
+        host_s=_host_s(topology, times, len(exchanges), 0.0 if waits else lookup_s + exchange_s + update_s),
     )
 
 
@@ -143,18 +151,23 @@ def transfer_s(transfer: Transfer, topology: Topology) -> float:
     """Return the time of one all-to-all, packing and unpacking included."""
     inside, outside = _num_peers(transfer.axis, topology)
     size = float(max(transfer.sent.max(), transfer.received.max()))
+    start_s = 0.0 if topology.host_lookup_s else topology.collective_s  # of the host: `_host_s`
     if transfer.is_control:
-        return (
-            topology.collective_s
-            + (inside + outside) * topology.control.latency_s
-            + size / topology.control.bytes_per_s
-        )
+        return start_s + (inside + outside) * topology.control.latency_s + size / topology.control.bytes_per_s
     packing = 2 * float((transfer.sent + transfer.received).max()) / topology.copy_bytes_per_s
     num_ranks = inside + outside + 1
     for buffer in (transfer.sent, transfer.received):
         packing += fresh_s(float(buffer.max()) * num_ranks / (num_ranks - 1), topology)
     shares = (size * inside / (inside + outside), size * outside / (inside + outside))
-    return topology.collective_s + packing + _moving_s(shares, (inside, outside), topology)
+    return start_s + packing + _moving_s(shares, (inside, outside), topology)
+
+
+def _host_s(topology: Topology, num_micro_batches: int, num_collectives: int, hidden_s: float) -> float:
+    """Return for how long an accelerator waits for its host, which runs ahead for `hidden_s`."""
+    if not topology.host_lookup_s:
+        return 0.0
+    busy_s = num_micro_batches * (topology.host_lookup_s + num_collectives * topology.collective_s)
+    return max(0.0, busy_s - hidden_s)
 
 
 def fresh_s(num_bytes: float, topology: Topology) -> float:

@@ -6,7 +6,12 @@ from mfdist.sharding.advice import size
 from mfdist.sharding.cost import TableCost
 from mfdist.sharding.planner import Decision
 
-_PARTS = (("exchange_s", "exchanges"), ("lookup_s", "lookups"), ("update_s", "updates"))
+_PARTS = (
+    ("exchange_s", "exchanges"),
+    ("lookup_s", "lookups"),
+    ("update_s", "updates"),
+    ("host_s", "waiting for the host"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

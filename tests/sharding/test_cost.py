@@ -162,3 +162,23 @@ def test_rows_read_narrower_travel_and_are_read_as_such():
     assert (wide.sent_bytes("forward") - narrow.sent_bytes("forward")).tolist() == [sums / 2] * 4
     whole = [price_table(table_wise(SPEC, 4, 16), replace(PLAIN, cache_bytes=1), work) for work in (WORK, autocast)]
     assert whole[1].lookup_s == pytest.approx(whole[0].lookup_s / 2)
+
+
+def test_an_accelerator_waits_for_its_host_where_that_takes_longer():
+    alone = price_table(column_wise(SPEC, 4), replace(PLAIN, collective_s=0.0), WORK)
+    busy = alone.lookup_s + alone.exchange_s + alone.update_s
+    assert alone.host_s == 0
+    num_collectives = len(alone.transfers)
+    fast = price_table(column_wise(SPEC, 4), replace(PLAIN, collective_s=1.0, host_lookup_s=0.5), WORK)
+    assert fast.step_s == pytest.approx(busy)  # the host is done before
+    assert fast.host_s == 0
+    slow = price_table(column_wise(SPEC, 4), replace(PLAIN, collective_s=1000.0, host_lookup_s=0.5), WORK)
+    assert slow.exchange_s == alone.exchange_s
+    assert slow.step_s == pytest.approx(0.5 + num_collectives * 1000.0)
+
+
+def test_hosts_that_wait_for_counts_hide_nothing():
+    work = Workload(batch_tokens=8, loads={"t": TableLoad(num_lookups=4)}, rule="sgd", micro_batches=2)
+    alone = price_table(row_wise(SPEC, 4), replace(PLAIN, collective_s=0.0), work)
+    beside = price_table(row_wise(SPEC, 4), replace(PLAIN, collective_s=0.01, host_lookup_s=0.5), work)
+    assert beside.step_s == pytest.approx(alone.step_s + 2 * (0.5 + len(alone.transfers) * 0.01))

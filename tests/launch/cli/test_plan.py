@@ -45,7 +45,7 @@ def test_programs_read_everything(plan):
         table["ranks"][0]["rows"] * table["ranks"][0]["columns"] for table in document["tables"]
     )
     assert document["advice"] is None
-    total = sum(table[key] for table in document["tables"] for key in ("lookup_s", "exchange_s", "update_s"))
+    total = sum(table[key] for table in document["tables"] for key in ("lookup_s", "exchange_s", "update_s", "host_s"))
     assert document["step_s"] == pytest.approx(total + document["dense_s"])
 
 
