@@ -306,6 +306,13 @@ def own_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
+def own_gpus() -> list[str]:
+    """Return the GPUs that the cluster has given to this actor."""
+    import ray
+
+    return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+
 def end_actor(handle: Any) -> None:
     """End an actor at once, for good."""
     import ray

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mfdist.errors import MfdistError
+from mfdist.errors import MfdistError, UnavailableError
 from mfdist.launch import cluster
 from mfdist.launch.cluster import Places, Reserved
 from mfdist.launch.happenings import Ended, Event, GroupNotPlaced, GroupStarted, Kind
@@ -200,7 +200,8 @@ class Hands:
         try:
             cluster.answer(forming.meetings[index], _ANSWER_S)
         except MfdistError as error:
-            return Ended("trainer", index, forming.generation, "died", error.kind, f"while it started: {error}")
+            how: Any = "died" if error.kind == UnavailableError.kind else "failed"
+            return Ended("trainer", index, forming.generation, how, error.kind, f"while it started: {error}")
         raise AssertionError("a meeting that is broken raises")
 
     def _end_of(self, actor: Actor) -> Ended:

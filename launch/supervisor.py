@@ -180,11 +180,12 @@ class Supervisor:
             raise ConfigError(f"--trainers must be at most launch.elastic.max={elastic.max}; got {trainers}")
         if trainers < elastic.min:
             raise ConfigError(f"--trainers must be at least launch.elastic.min={elastic.min}; got {trainers}")
-        places = sum(int(host.cpus / self._job.cpus + 1e-6) for host in cluster.hosts()) if self._job.cpus else trainers
+        cpus, gpus = self._job.cpus, self._job.gpus
+        places = sum(int(host.gpus / gpus if gpus else host.cpus / cpus + 1e-6) for host in cluster.hosts())
         if trainers > places:
+            each, remedy = ("one GPU", "") if gpus else (f"{cpus:g} CPUs", ", or lower launch.cpus at the next launch")
             raise UnavailableError(
-                f"the cluster must have place for {trainers} trainers of {self._job.cpus:g} CPUs; it has for {places}; "
-                "add hosts, or lower launch.cpus at the next launch"
+                f"the cluster must have place for {trainers} trainers of {each}; it has for {places}; add hosts{remedy}"
             )
         sizes = group_sizes(trainers, min(elastic.min, trainers), *self._batch)
         self._job = self._job.scaled(trainers, sizes)

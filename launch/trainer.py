@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from mfdist.config import RunConfig
-from mfdist.errors import MfdistError
+from mfdist.errors import ConfigError, MfdistError
 from mfdist.launch import cluster
 from mfdist.launch.happenings import Ended
 from mfdist.launch.pulse import Post, Pulse, settle
@@ -47,9 +47,14 @@ class Trainer:
         self._pulse = Pulse(post, self._host, cluster.caller(supervisor, "beat"))
 
     def meet(self) -> tuple[str, int]:
-        """Load what training needs; return this host's address and a port on it that is free."""
+        """Load what training needs; return this host's address and a port on it that is free.
+
+        Raises:
+            ConfigError: Ray has given this trainer a GPU that torch cannot use.
+        """
         import mfdist.training.loop  # noqa: F401 - seconds, which all trainers spend at the same time
 
+        _check_gpu(self._host)
         with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as taken:
             taken.bind((self._host, 0))
             return self._host, taken.getsockname()[1]
@@ -98,6 +103,17 @@ class Trainer:
             if world.is_first and assignment.servers:  # which end with the job
                 run.write_config(without_servers(run.config))
             return stopped
+
+
+def _check_gpu(host: str) -> None:
+    """Refuse to train on the CPU of a host whose GPU was reserved; Ray shows it in CUDA_VISIBLE_DEVICES alone."""
+    import torch
+
+    if cluster.own_gpus() and not torch.cuda.is_available():
+        raise ConfigError(
+            f"each trainer trains on the GPU that Ray gives it; torch {torch.__version__} on {host} finds none; "
+            "install a CUDA build there, or --set training.device=cpu"
+        )
 
 
 def without_servers(config: RunConfig) -> RunConfig:

@@ -6,9 +6,10 @@
 It runs, for each world size: plain all-to-alls of many sizes; the conformance suite of every table for every kind of
 sharding; a comparison of each kind with one table on one device; the fullest moment of a rank's memory, against its
 share of the table and what the plan announced; a table larger than one GPU's memory, where there are several; training
-under torchrun, saved midway and resumed on half the ranks; `mfdist bench sharding`; and `mfdist bench plan`, predicted
-beside measured. What fails is told and the rest goes on; the exit code is 1 then. `--only` runs some parts, `--json`
-writes everything found.
+under torchrun, saved midway and resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside
+torchrun; `mfdist bench sharding`; and `mfdist bench plan`, predicted beside measured. What fails is told and the rest
+goes on; the exit code is 1 then. What cannot run here (`launch` without Ray) is told and named at the end. `--only`
+runs some parts, `--json` writes everything found.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import asdict
+from importlib import util
 from pathlib import Path
 
 import torch
@@ -27,9 +29,9 @@ from mfdist.benchmarks import plan_choice
 from mfdist.benchmarks.sharding import chosen, compare
 from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
-from tests.distributed.suite_training import resumed_on_fewer
+from tests.distributed.suite_training import launched_and_trained, resumed_on_fewer
 
-PARTS = ("links", "conformance", "equality", "memory", "large", "train", "bench", "plan")
+PARTS = ("links", "conformance", "equality", "memory", "large", "train", "launch", "bench", "plan")
 MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
 SUMS = ("column_wise", "table_wise")
 #: Of all GPUs' memory, what the table that one of them cannot hold takes.
@@ -47,6 +49,7 @@ class Suite:
         self.found: dict[str, list[dict[str, object]]] = {part: [] for part in PARTS}
         self.failed: list[str] = []
         self.late: list[str] = []
+        self.skipped: list[str] = []
 
     def tell(self, text: str) -> None:
         sys.stdout.write(f"{text}\n")
@@ -139,6 +142,22 @@ class Suite:
                 f"{distance:.1e} off; {many['tokens_per_s']:.0f} and {fewer['tokens_per_s']:.0f} tokens/s"
             )
 
+    def launch(self, world_size: int, options: argparse.Namespace) -> None:
+        what = f"launch {world_size}"
+        if util.find_spec("ray") is None:
+            self.skipped.append(what)
+            self.tell(f"skipped {what}: Ray is not installed here; pip install 'mfdist[ray]'")
+            return
+        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
+            asked = (self.device, world_size, Path(folder), options.preset)
+            runs = self.attempt(what, lambda: launched_and_trained(*asked))
+        for ours, theirs in zip(*runs, strict=True) if runs else ():
+            is_same = ours["loss"] == theirs["loss"]
+            self._keep("launch", world_size, launched=ours, trained=theirs, is_same=is_same)
+            if not is_same:
+                self.failed.append(f"{what} step {ours['step']}")
+            self.tell(f"         step {ours['step']}: loss {ours['loss']:.6f}, under torchrun {theirs['loss']:.6f}")
+
     def plan(self, world_size: int, options: argparse.Namespace) -> None:
         if world_size == 1:
             return
@@ -222,8 +241,10 @@ def main() -> int:
             suite.run(part, world_size, options)
             if options.json is not None:
                 document = {"found": suite.found, "failed": suite.failed, "not_begun": suite.late}
+                document["skipped"] = suite.skipped
                 options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     told = f"{len(suite.failed)} failed: {', '.join(suite.failed)}" if suite.failed else "all passed"
+    told += f"; skipped: {', '.join(suite.skipped)}" if suite.skipped else ""
     suite.tell(f"{told}; not begun for want of time: {', '.join(suite.late) or 'nothing'}")
     return int(bool(suite.failed))
 

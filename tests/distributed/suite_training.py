@@ -1,4 +1,4 @@
-"""Training by `mfdist train` under torchrun in the suite of several GPUs: saved on many ranks, resumed on fewer."""
+"""Trainings in the suite of several GPUs: saved on many ranks, resumed on fewer; launched by Ray and by torchrun."""
 
 import json
 import os
@@ -25,6 +25,35 @@ def resumed_on_fewer(device, world_size, folder, preset=None):
         folder: empty, for two runs.
         preset: what to train; by default a small one.
     """
+    name, options = _asked(device, world_size, preset)
+    first, second = folder / "many", folder / "fewer"
+    _run(device, world_size, "train", name, "--out", str(first), *options)
+    second.mkdir()
+    for file in ("config.toml", "tokenizer.json"):
+        if (first / file).exists():
+            shutil.copy(first / file, second)
+    step = f"checkpoints/step-{_SAVED:09d}"
+    shutil.copytree(first / step, second / step)
+    _run(device, max(1, world_size // 2), "train", "--resume", str(second))
+    return [_stepped(run)[-(_STEPS - _SAVED) :] for run in (first, second)]
+
+
+def launched_and_trained(device, world_size, folder, preset=None):
+    """Train the same by `mfdist launch` and by `mfdist train`; return both runs' events of each step, see above."""
+    name, options = _asked(device, world_size, preset)
+    launched, trained = folder / "launched", folder / "trained"
+    threads = max(1, (os.cpu_count() or 1) // world_size) if device == "cuda" else 1
+    cpus = threads if device == "cuda" else min(1.0, (os.cpu_count() or 1) / world_size)
+    wanted = ["--trainers", str(world_size), "--set", f"launch.cpus={min(cpus, 8)}"]
+    _command(
+        ["mfdist", "launch", name, "--out", str(launched), *options, *wanted, "--set", f"training.device={device}"]
+    )
+    _run(device, world_size, "train", name, "--out", str(trained), *options)
+    return [_stepped(run) for run in (launched, trained)]
+
+
+def _asked(device, world_size, preset):
+    """Return what to train, and the options that make it short."""
     name, settings = _SETTINGS[device]
     settings = {
         **settings,
@@ -38,34 +67,28 @@ def resumed_on_fewer(device, world_size, folder, preset=None):
         "checkpoint.every": _SAVED,
         "checkpoint.keep_last": 9,
     }
-    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    first, second = folder / "many", folder / "fewer"
-    _run(device, world_size, "train", preset or name, "--out", str(first), *options)
-    second.mkdir()
-    for file in ("config.toml", "tokenizer.json"):
-        if (first / file).exists():
-            shutil.copy(first / file, second)
-    step = f"checkpoints/step-{_SAVED:09d}"
-    shutil.copytree(first / step, second / step)
-    _run(device, max(1, world_size // 2), "train", "--resume", str(second))
-    return [_stepped(run)[-(_STEPS - _SAVED) :] for run in (first, second)]
+    return preset or name, [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
 def _run(device, world_size, *arguments):
     launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world_size}"]
-    command = [sys.executable, "-m", *([*launcher, "-m"] if world_size > 1 else [])]
     threads = "1" if device == "cpu" else "8"
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": _path()}
+    started = [*launcher, "-m"] if world_size > 1 else []
+    _command([*started, "mfdist", *arguments, "--device", device], OMP_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo")
+
+
+def _command(arguments, **variables):
     done = subprocess.run(
-        [*command, "mfdist", *arguments, "--device", device, "--quiet"],
+        [sys.executable, "-m", *arguments, "--quiet"],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **variables, "PYTHONPATH": _path()},
         capture_output=True,
         text=True,
         timeout=240,
     )
     if done.returncode:
-        raise AssertionError(f"mfdist {' '.join(arguments[:2])} ended with {done.returncode}\n{done.stderr[-2500:]}")
+        said = f"{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
+        raise AssertionError(f"{' '.join(arguments[:8])} … ended with {done.returncode}\n{said}")
 
 
 def _path():

@@ -8,6 +8,16 @@ import pytest
 
 from tests.distributed import suite_ranks
 
+#: The suite where nothing finds Ray.
+_WITHOUT_RAY = """
+import sys
+from importlib import util
+find = util.find_spec
+util.find_spec = lambda name, *more: None if name == "ray" else find(name, *more)
+from tests.distributed.nccl_suite import main
+sys.exit(main())
+"""
+
 
 def suite(tmp_path, *arguments):
     found = tmp_path / "found.json"
@@ -63,3 +73,22 @@ def test_what_is_not_begun_is_told(tmp_path):
     assert code == 0
     assert document["not_begun"] == ["conformance 1 row_wise"] and document["found"]["conformance"] == []
     assert "not begun for want of time: conformance 1 row_wise" in out
+
+
+@pytest.mark.slow
+def test_a_launched_training_has_the_losses_of_one_under_torchrun(tmp_path):
+    pytest.importorskip("ray")
+    code, out, document = suite(tmp_path, "--world", "2", "--only", "launch")
+    assert code == 0, out
+    assert [each["launched"]["step"] for each in document["found"]["launch"]] == list(range(1, 13))
+
+
+def test_without_ray_launching_is_skipped_and_said_to_be(tmp_path):
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-c", _WITHOUT_RAY, "--device", "cpu", "--world", "1", "--only", "launch"]
+    done = subprocess.run([*command, "--json", str(found)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first == "skipped launch 1: Ray is not installed here; pip install 'mfdist[ray]'"
+    assert last == "all passed; skipped: launch 1; not begun for want of time: nothing"
+    assert json.loads(found.read_text("utf-8"))["skipped"] == ["launch 1"]
