@@ -4,14 +4,17 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from mfdist.config import RunConfig, parse_config
@@ -122,6 +125,39 @@ def assert_nothing_left(files: JobFiles) -> None:
     left = [process for process in psutil.process_iter() if _is_of(process, cluster.head_pid)]
     assert left == []
     assert [path for path in Path("/dev/shm").iterdir() if str(cluster.head_pid) in path.name] == []
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a running job of a local cluster has taken of the machine."""
+
+    ports: frozenset[tuple[str, int]]
+    shared: frozenset[Path]  # files in shared memory
+
+    def assert_free(self) -> None:
+        for address in self.ports:
+            with pytest.raises(ConnectionError), socket.create_connection(address, timeout=10):
+                pass
+        assert [path for path in self.shared if path.exists()] == []
+
+
+def held_by(files: JobFiles) -> Held:
+    """Return what a job holds now: where its processes listen, what they map or have open in shared memory."""
+    ports, shared = set[tuple[str, int]](), set[Path]()
+    for process in psutil.process_iter():
+        if not _is_of(process, files.read_job().cluster.head_pid):
+            continue
+        with contextlib.suppress(OSError, psutil.Error):
+            listening = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+            ports |= {(_reachable(each.laddr.ip), each.laddr.port) for each in listening}
+            opened = [str(fd.readlink()) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
+            words = [*Path(f"/proc/{process.pid}/maps").read_text().split(), *opened]
+            shared |= {Path(word) for word in words if word.startswith("/dev/shm/")}
+    return Held(frozenset(ports), frozenset(shared))
+
+
+def _reachable(ip: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)
 
 
 def _is_of(process: psutil.Process, session: int) -> bool:

@@ -205,6 +205,8 @@ def test_ctrl_c_leaves_nothing(folder: Path, times: int) -> None:
         process = jobs.begin("launch", path, "--out", run, "--trainers", "2", log=log)
         try:
             jobs.until(partial(_is_due, run, 2, process), "step 2")
+            held = jobs.held_by(files)
+            assert held.ports, "a Ray that listens nowhere"
             for _ in range(times):
                 process.send_signal(signal.SIGINT)
                 jobs.until(lambda: "saving and stopping" in log.read_text() or process.poll() is not None, "it hears")
@@ -213,6 +215,7 @@ def test_ctrl_c_leaves_nothing(folder: Path, times: int) -> None:
             process.kill()
             process.wait(30)
         jobs.assert_nothing_left(files)
+        held.assert_free()
     if times == 1:
         saved = RunDirectory.open(run).checkpoints.steps()[-1].step
         assert saved == max(jobs.losses(run)) >= 2
