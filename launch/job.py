@@ -177,9 +177,11 @@ def group_sizes(wanted: int, fewest: int, batch_size: int, micro_batches: int) -
     """
     sizes = [size for size in range(wanted, (fewest or wanted) - 1, -1) if batch_size % (size * micro_batches) == 0]
     if not sizes or sizes[0] != wanted:
+        fewer = next((size for size in range(wanted, 0, -1) if batch_size % (size * micro_batches) == 0), None)
         raise ConfigError(
             f"training.batch_size must be a multiple of trainers × micro_batches; got batch_size={batch_size}, "
-            f"{wanted} trainers, micro_batches={micro_batches}"
+            f"{wanted} trainers, micro_batches={micro_batches}; "
+            + (f"{fewer} trainers would do" if fewer else "fewer micro_batches")
         )
     return tuple(sizes)
 

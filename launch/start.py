@@ -11,6 +11,7 @@ from mfdist.config import RunConfig
 from mfdist.errors import ConfigError, UnavailableError
 from mfdist.launch import cluster, local_cluster, machine
 from mfdist.launch.cluster import Host
+from mfdist.launch.head_port import check_head
 from mfdist.launch.holding import Holding, is_held
 from mfdist.launch.job import ClusterAddress, Job, JobFiles, group_sizes
 from mfdist.launch.local_cluster import LocalHead
@@ -87,6 +88,8 @@ def starting(wish: Wish, tell: Callable[[str], None]) -> Iterator["Starting"]:
         if wish.address is None:
             tell("starting a local Ray")
             head = LocalHead(_cores())
+        elif wish.address != "auto":
+            check_head(wish.address)  # before seconds go into loading
         begun = Starting(wish, head, stack)
         try:
             yield begun
@@ -189,8 +192,13 @@ class Starting:
 
 def check_this_machine(config: RunConfig) -> None:
     """Refuse what a local Ray of this machine will lack, before there is one; GPUs are for Ray to find."""
-    if config.training.device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
+    if config.training.device == "cpu" or not has_gpus():
         fit(config, [Host(node_id="", address="this machine", cpus=_cores(), gpus=0, memory_bytes=0)])
+
+
+def has_gpus() -> bool:
+    """Return whether this machine has NVIDIA GPUs, without loading torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _cores() -> int:

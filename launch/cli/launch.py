@@ -155,10 +155,14 @@ def _check_free(files: "JobFiles") -> None:
 def _launched(
     files: "JobFiles", config: RunConfig, wish: "Wish", tell: Callable[[str], None], create: Callable[[], None]
 ) -> "Job":
-    from mfdist.launch.start import check_this_machine, fit, starting
+    from mfdist.launch import warm_kernels
+    from mfdist.launch.start import check_this_machine, fit, has_gpus, starting
 
     if wish.address is None:
         check_this_machine(config)
+        if config.model.kind == "memory" and not config.launch.servers and not has_gpus() and warm_kernels.is_cold():
+            tell("compiling the kernels meanwhile, which is done once")
+            warm_kernels.begin(config)
     with starting(wish, tell) as begun:
         if "torch" not in sys.modules:
             tell("loading torch")
