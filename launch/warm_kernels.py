@@ -5,7 +5,6 @@ What is compiled stays in numba's cache, so this is work for the first launch of
 
 import atexit
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,6 @@ def begin(config: RunConfig) -> None:
 
 def main() -> None:
     """Go forward and backward once through one layer of the configuration on stdin."""
-    os.nice(5)  # what people wait for goes first
     import torch
 
     from mfdist.models import build_model
