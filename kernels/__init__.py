@@ -14,6 +14,7 @@ from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_su
 from mfdist.kernels.ragged_gradient import ragged_gradient
 from mfdist.kernels.row_gradient import row_gradient, sparse_row_gradient
 from mfdist.kernels.row_id_check import check_errors
+from mfdist.kernels.row_products import row_products
 from mfdist.kernels.row_update import RowRule, fused_row_update, row_update, squared_sums, updating_gather_sum
 from mfdist.kernels.sign_hash import sign_hash
 
@@ -28,6 +29,7 @@ __all__ = [
     "quantized_gather_sum",
     "ragged_gradient",
     "row_gradient",
+    "row_products",
     "row_update",
     "sign_hash",
     "sparse_row_gradient",

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from mfdist.benchmarks.ceilings import Ceilings
     from mfdist.benchmarks.contender import Result
 
-app = typer.Typer(help="Measure mfdist on this machine.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure mfdist on this machine.\n\nExample: mfdist bench layers --threads 1", no_args_is_help=True
+)
 
 _DEFAULT_SECONDS = {"cpu": 1.0, "cuda": 0.2}
 _DEFAULT_REPEATS = {"cpu": 3, "cuda": 100}

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from mfdist.checkpoint.step_files import StepFiles
     from mfdist.checkpoint.step_info import StepInfo
 
-app = typer.Typer(help="List, verify, compare, prune and convert the checkpoints of a run.", no_args_is_help=False)
+app = typer.Typer(
+    help="List, verify, compare, prune and convert the checkpoints of a run.\n\n"
+    "Example: mfdist checkpoint list runs/demo",
+    no_args_is_help=False,
+)
 
 
 @app.command("list")

@@ -119,6 +119,7 @@ def _out_of_memory(error: BaseException) -> str:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the second would break into the clean-up
     raise Terminated(FAILED)
 
 

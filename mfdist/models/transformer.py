@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfdist.config import ModelConfig
 from mfdist.errors import ConfigError
+from mfdist.kernels import row_products
 from mfdist.models.attention import KeyValueCache, KeyValueStore, place
 from mfdist.models.blocks import DenseBlock, MemoryBlock, rotary_dim
 from mfdist.table import autocast_dtype
@@ -71,7 +72,11 @@ class Transformer(nn.Module):
 
     def next_logits(self, tokens: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Return the logits after the last token alone, [B, V]; see `forward`."""
-        logits: Tensor = self.head(self._following(tokens, caches)[:, -1])
+        last, weight = self._following(tokens, caches)[:, -1], self.head.weight
+        is_plain = type(weight) is nn.Parameter and autocast_dtype(last.device) is None and last.dtype == weight.dtype
+        if last.device.type == "cpu" and len(last) == 1 and is_plain and not torch.is_grad_enabled():
+            return row_products(weight, last[0])[None]
+        logits: Tensor = self.head(last)
         return logits
 
     def features(

@@ -57,6 +57,9 @@ def test_no_verb_shows_the_help_and_is_misuse(capsys):
     assert "mfdist train demo --out" in words(out + err)
 
 
+GROUPS = typer.main.get_command(app.app).commands
+
+
 def verbs(command, path=()):
     """Yield the words of every verb that does something."""
     children = getattr(command, "commands", {})
@@ -72,6 +75,12 @@ def test_every_verb_has_help_with_an_example(capsys, verb, flag):
     code, out, err = ended(capsys, *verb, flag)
     assert (code, err) == (0, "")
     assert f"Example: mfdist {' '.join(verb)} " in words(out)
+
+
+@pytest.mark.parametrize("group", [name for name, verb in GROUPS.items() if hasattr(verb, "commands")])
+def test_a_group_of_verbs_has_an_example_too(capsys, group):
+    _, out, _ = ended(capsys, group, "--help")
+    assert f"Example: mfdist {group} " in words(out)
 
 
 def test_the_help_of_train_lists_the_presets_and_says_where_keys_are_documented(capsys):

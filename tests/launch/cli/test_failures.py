@@ -126,6 +126,13 @@ def test_sigterm_outside_of_training_unwinds():
     assert (done.returncode, done.stdout, done.stderr) == (1, b"tidied\n", b"mfdist: stopped before the end\n")
 
 
+def test_a_second_sigterm_does_not_break_into_the_clean_up():
+    clean_up = "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGTERM), print('tidied')))"
+    body = f"import atexit; {clean_up}; os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
+    done = run_python(body)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"tidied\n", b"mfdist: stopped before the end\n")
+
+
 def test_a_reader_that_goes_away_is_no_traceback():
     body = "[(sys.stdout.write('x' * 100_000), sys.stdout.flush()) for _ in range(100)]"
     with subprocess.Popen(python(body), env=buffered(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
