@@ -143,6 +143,72 @@ def measure_load(seconds: float) -> LoadResult:
         return LoadResult(rate, times[len(times) // 2], times[int(0.99 * len(times))], growth)
 
 
+@dataclass(frozen=True)
+class MemoryResult:
+    """A server's memory under full load, as it was and as it moved."""
+
+    seconds: float
+    requests_per_s: float
+    pushes_per_s: float
+    first_bytes: int  # once it was warm
+    last_bytes: int
+    least_bytes: int
+    most_bytes: int
+
+    @property
+    def drift(self) -> float:
+        """Return by what share the last minute, or tenth, differs from the first."""
+        return self.last_bytes / self.first_bytes - 1
+
+
+def measure_memory(folder: Path, seconds: float) -> MemoryResult:
+    """Return how a server's memory moves while eight lookups and four logged pushes are in flight all the time.
+
+    Args:
+        folder: on the disk that the log is to be on.
+        seconds: after a tenth of it, or a minute, to warm up.
+    """
+    case, pushed = CASES[0], Case("push", 256, 16, 64, 256)
+    with _running(_serve_table, folder=folder, log_gib=0.125) as address, TableServers([address]) as servers:
+        remote, _, codes, scores = _made(case, servers)
+        parts = parts_of(remote.plan, codes, scores, case.stride)
+        tables = [_trained(pushed, servers, f"t{number}") for number in range(4)]
+        _, push_codes, push_scores = _drawn(pushed)
+        push_parts = parts_of(tables[0].plan, push_codes, push_scores, pushed.stride)
+        grad = torch.randn(pushed.num_tokens, pushed.row_dim)
+        process = psutil.Process(_process_at(address))
+        part_s = min(60.0, seconds / 10)
+
+        async def load(for_s: float) -> tuple[int, int, list[int]]:
+            until, lookups, pushes, held = time.perf_counter() + for_s, 0, 0, [process.memory_info().rss]
+
+            async def look() -> None:
+                nonlocal lookups
+                while time.perf_counter() < until:
+                    await remote._sums(parts)
+                    lookups += 1
+
+            async def push(table: RemoteTable) -> None:
+                nonlocal pushes
+                while time.perf_counter() < until:
+                    await table._push(push_parts, grad, 0.01)
+                    pushes += 1
+
+            async def watch() -> None:
+                while time.perf_counter() < until:
+                    await asyncio.sleep(min(1.0, for_s / 10))
+                    held.append(process.memory_info().rss)
+
+            await asyncio.gather(watch(), *(look() for _ in range(8)), *(push(table) for table in tables))
+            return lookups, pushes, held
+
+        servers.wait(load(part_s))
+        lookups, pushes, held = servers.wait(load(seconds))
+        number = max(1, round(len(held) * part_s / seconds))
+        first, last = (int(statistics.median(part)) for part in (held[:number], held[-number:]))
+        return MemoryResult(seconds, lookups / seconds, pushes / seconds, first, last, min(held), max(held))
+
+
 def measure_log(folder: Path, rounds: int, pushes: int = 10) -> LogResult:
     """Return what the log costs where 32 tables are pushed to at once.
 

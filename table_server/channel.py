@@ -14,7 +14,7 @@ from mfdist.table_server.certificates import valid_until
 from mfdist.table_server.sections import Section
 from mfdist.table_server.tls import read_public
 
-_MAX_MESSAGE_BYTES = 16 * 2**20  # the protocol's limit is 4 MiB; servers may be set to send more
+_MAX_MESSAGE_BYTES = 16 * 2**20  # as the protocol has it
 
 
 class ChannelConfig(Section):

@@ -12,7 +12,7 @@ from mfdist.optim import RowOptimizer
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.spec import Region
 from mfdist.table import Table
-from mfdist.table_server.codec import Joining, blocks, dtype_code, packed, packed_message, unpacked
+from mfdist.table_server.codec import SUMS_BYTES, Joining, blocks, dtype_code, packed, packed_message, unpacked
 from mfdist.table_server.connection import TableServers, gathered, sending
 from mfdist.table_server.frames import Frame
 from mfdist.table_server.messages import ShardSpec, optimizer_message, shard_message
@@ -214,7 +214,7 @@ class RemoteTable(Table):
     def lookup_messages(self, part: Part) -> list[Frame]:
         """Return the messages that ask a server for its part of a lookup."""
         item_bytes = max(part.region.shape[1] * self.spec.dtype.itemsize, _item_bytes(part.lookups))
-        cuts = cut(part.lookups, blocks(part.lookups.length, item_bytes))
+        cuts = cut(part.lookups, blocks(part.lookups.length, item_bytes, SUMS_BYTES))
         requests = [Frame(pb.LookupRequest(), {"lookups": _frame(piece)}) for _, piece in cuts]
         first: pb.LookupRequest = requests[0].head
         first.table, first.code_stride, first.first_slot = (

@@ -16,6 +16,8 @@ from mfdist.table_server.proto import table_v1_pb2 as pb
 
 #: Bytes of tensors in one message, about; a message has a few hundred more. Larger ones are not faster.
 BLOCK_BYTES = 2 << 20
+#: Of the sums that one message of a lookup asks for: kernels copy rows once where many tokens read them.
+SUMS_BYTES = 8 << 20
 #: What a server and a client accept, with room for one row or token that is wider than a block.
 MAX_MESSAGE_BYTES = 16 << 20
 #: Of a dimension; a tensor without elements may claim any.
@@ -195,8 +197,8 @@ def _bytes_of(tensor: Tensor) -> Bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
-def blocks(length: int, item_bytes: int) -> Iterator[slice]:
+def blocks(length: int, item_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
     """Yield slices of `length` tokens or rows that fit a message; one at least, also of nothing."""
-    step = max(1, BLOCK_BYTES // max(1, item_bytes))
+    step = max(1, block_bytes // max(1, item_bytes))
     for begin in range(0, max(1, length), step):
         yield slice(begin, min(length, begin + step))

@@ -17,7 +17,7 @@ from mfdist.launch.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS_A_CHECKPOINT = "checkpoint-layout.md"  # its code is run by tests/checkpoint
+RUN_ELSEWHERE = ("checkpoint-layout.md", "protocol.md")  # by tests/checkpoint and tests/table_server
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
@@ -26,7 +26,7 @@ def blocks(*languages: str) -> list[tuple[str, str]]:
         (page.name, text)
         for page in PAGES
         for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-        if language in languages and not (language == "python" and page.name == NEEDS_A_CHECKPOINT)
+        if language in languages and not (language == "python" and page.name in RUN_ELSEWHERE)
     ]
 
 

@@ -16,13 +16,16 @@ def bench_server(
     folder: Annotated[Path, typer.Option("--dir", help="A folder on the disk that a log is to be on.")] = Path(),
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of pushes with a log and without.")] = 7,
+    memory: Annotated[
+        float, typer.Option("--memory", metavar="SECONDS", min=0.0, help="Watch memory under full load for so long.")
+    ] = 0.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
     ] = None,
 ) -> int:
     """Time lookups and pushes of a server in a process of its own, on loopback.
 
-    Example: mfdist bench server --seconds 10 --json server.json
+    Example: mfdist bench server --seconds 10 --memory 600 --json server.json
 
     Sums and rows are compared first. Shares are of the speed of the same bytes through a gRPC server that does nothing,
     and of the local lookup, in the same turns.
@@ -31,7 +34,7 @@ def bench_server(
         raise ConfigError(f"--dir must be a folder that is there; got {folder}")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
-    from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups
+    from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups, measure_memory
 
     typer.echo(f"{'lookup':<12}{'server':>12}{'gRPC alone':>12}{'local':>12}{'of gRPC':>9}{'of local':>9}")
     lookups = []
@@ -49,6 +52,13 @@ def bench_server(
         f"pushes of {log.push_bytes / 1e3:.0f} kB, 32 in flight: {log.logged_per_s:.0f}/s on disk, "
         f"{log.unlogged_per_s:.0f}/s without a log; it costs {log.cost:.0%}"
     )
+    held = measure_memory(folder, memory) if memory else None
+    if held is not None:
+        typer.echo(
+            f"memory: {held.drift:+.1%} in {held.seconds:.0f} s of {held.requests_per_s:.0f} lookups/s and "
+            f"{held.pushes_per_s:.0f} pushes/s; {held.first_bytes / 1e6:.0f} MB to {held.last_bytes / 1e6:.0f} MB, "
+            f"from {held.least_bytes / 1e6:.0f} to {held.most_bytes / 1e6:.0f} on the way"
+        )
     if json_file is not None:
         document = {
             "machine": {"cpu": machine.cpu(), "disk": machine.disk(folder)},
@@ -56,6 +66,7 @@ def bench_server(
             "lookups": [asdict(result) for result in lookups],
             "load": asdict(load),
             "log": asdict(log),
+            "memory": None if held is None else asdict(held),
         }
         json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
     return failures.DONE

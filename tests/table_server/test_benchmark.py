@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups
+from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups, measure_memory
 
 
 def test_lookups_are_compared_and_timed() -> None:
@@ -22,4 +22,13 @@ def test_load_and_log_are_measured(tmp_path: Path) -> None:
     log = measure_log(tmp_path, rounds=1, pushes=2)
     assert log.logged_per_s > 0
     assert log.push_bytes > 256 * 256 * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_watched_while_everything_runs(tmp_path: Path) -> None:
+    held = measure_memory(tmp_path, 1.0)
+    assert held.requests_per_s > 0
+    assert held.pushes_per_s > 0
+    assert 0 < held.least_bytes <= held.first_bytes <= held.most_bytes
+    assert abs(held.drift) < 1
     assert list(tmp_path.iterdir()) == []
