@@ -5,8 +5,13 @@
 # TORCH=2.11.0                         another torch than the tested one; a torch that .venv has is always kept
 # VENV_FLAGS=--system-site-packages    use the torch that the interpreter has
 
-PYTHON ?= python3
 VENV ?= .venv
+ifneq ($(VIRTUAL_ENV),)
+ifeq ($(abspath $(VENV)),$(VIRTUAL_ENV))  # activated: its own python has no pip, the one that made it has
+PYTHON ?= $(shell $(VENV)/bin/python -c 'import sys; print(sys._base_executable)')
+endif
+endif
+PYTHON ?= python3
 VENV_FLAGS ?=
 PIP_FLAGS ?= --quiet
 PYTEST_FLAGS ?=

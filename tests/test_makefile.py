@@ -103,6 +103,15 @@ def test_a_python_without_pip_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_in_the_activated_environment_the_python_that_made_it_installs(tmp_path: Path) -> None:
+    venv = Machine(tmp_path).python.parents[1]
+    (venv / "stamps").mkdir()
+    done = make("-n", f"VENV={venv}", f"VIRTUAL_ENV={venv}", "add", "EXTRA=ray")
+    installing = next(line for line in done.stdout.splitlines() if " install " in line)
+    assert f"--python {venv}/bin/python" in installing
+    assert not installing.strip().startswith(("python3 ", f"{venv}"))
+
+
 def test_adding_nothing_is_told(tmp_path: Path) -> None:
     done = make(f"VENV={tmp_path}/new", "add")
     assert done.returncode == 2
