@@ -12,6 +12,7 @@ from torch import Tensor
 from mfdist.checkpoint.state import TableState
 from mfdist.errors import ConfigError, RowIdError
 from mfdist.kernels import gather_sum, ragged_gradient, sparse_row_gradient
+from mfdist.kernels.huge_pages import in_huge_pages
 from mfdist.kernels.lookup_arguments import check_grad_output, check_lookup
 from mfdist.optim import RowState
 from mfdist.table_server.messages import ShardSpec
@@ -80,12 +81,13 @@ class Shard:
 
     def __init__(self, spec: ShardSpec, state: TableState | None = None, version: int = 0) -> None:
         self.spec = spec
-        self.rows = torch.empty(spec.region.shape, dtype=spec.table.dtype) if state is None else state.weight
+        shape, dtype = spec.region.shape, spec.table.dtype
+        self.rows = in_huge_pages(torch.empty(shape, dtype=dtype)) if state is None else state.weight
         if state is None:
             draw_rows(self.rows, spec.table, spec.region, spec.std, spec.seed)
-        elif (tuple(self.rows.shape), self.rows.dtype) != (spec.region.shape, spec.table.dtype):
+        elif (tuple(self.rows.shape), self.rows.dtype) != (shape, dtype):
             raise ConfigError(
-                f'rows of table "{self.name}" must be {list(spec.region.shape)} in {spec.table.dtype}; got '
+                f'rows of table "{self.name}" must be {list(shape)} in {dtype}; got '
                 f"{list(self.rows.shape)} in {self.rows.dtype}"
             )
         self.row_state = None if spec.optimizer is None else RowState(spec.optimizer, self.rows, spec.region)

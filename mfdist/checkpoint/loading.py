@@ -12,6 +12,7 @@ from mfdist.checkpoint.reader import read_parts
 from mfdist.checkpoint.state import CheckpointState, TableShard, TableState
 from mfdist.checkpoint.step_files import StepFiles, StoredArray
 from mfdist.errors import CheckpointError, ConfigError
+from mfdist.kernels.huge_pages import in_huge_pages
 from mfdist.spec import Region
 
 
@@ -87,7 +88,7 @@ def _fill(files: StepFiles, stored: Mapping[str, StoredArray], wanted: Mapping[s
 
 
 def _empty_table(arrays: Mapping[str, StoredArray], device: torch.device | str) -> TableState:
-    made = {name: torch.empty(array.grid.shape, dtype=array.dtype, device=device) for name, array in arrays.items()}
+    made = {name: _empty(array.grid.shape, array.dtype, device) for name, array in arrays.items()}
     return TableState(weight=made.pop("weight"), optimizer=made)
 
 
@@ -103,8 +104,12 @@ def _empty_shard(
                 f"{table!r} is {list(array.grid.shape)}; load the table whole."
             )
         shape = region.shape[: len(array.grid.shape)]
-        made[name] = torch.empty(shape, dtype=array.dtype, device=device)
+        made[name] = _empty(shape, array.dtype, device)
     return TableShard(num_rows=num_rows, row_dim=row_dim, region=region, weight=made.pop("weight"), optimizer=made)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return in_huge_pages(torch.empty(tuple(shape), dtype=dtype, device=device))  # rows will be read at random
 
 
 def _some(names: Sequence[str]) -> str:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mfdist.checkpoint.directory import CheckpointDirectory
+from mfdist.checkpoint.state import CheckpointState, TableState
 from mfdist.kernels import huge_pages
+from mfdist.spec import TableSpec
+from mfdist.table_server.messages import ShardSpec
+from mfdist.table_server.shard import Shard
+from mfdist.tables.local import LocalTable
 
 SIZE = 64 << 20
 
@@ -35,6 +41,20 @@ def test_large_memory_is_marked_where_enough_huge_pages_are_free():
     large, small = torch.empty(SIZE, dtype=torch.uint8), torch.frombuffer(own, dtype=torch.uint8)
     assert huge_pages.in_huge_pages(large) is large and is_marked(large)
     assert huge_pages.in_huge_pages(small) is small and not is_marked(small)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such advice")
+def test_tables_shards_and_what_is_loaded_lie_in_them(tmp_path):
+    if huge_pages._free_bytes() < 12 * SIZE:
+        pytest.skip("this machine has too few free huge pages")
+    spec = TableSpec(name="t", num_rows=SIZE // 1024, row_dim=256)
+    assert is_marked(LocalTable(spec).weight)
+    shard = Shard(ShardSpec(table=spec, region=spec.region, optimizer=None, std=0.1, seed=0))
+    assert is_marked(shard.rows)
+    directory = CheckpointDirectory(tmp_path)
+    tables = {"t": TableState(weight=shard.rows, optimizer={})}
+    directory.save(CheckpointState(step=1, tables=tables, dense={}, attributes={}))
+    assert is_marked(directory.load().tables["t"].weight)
 
 
 def test_what_has_no_memory_here_is_left_alone():
