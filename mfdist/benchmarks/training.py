@@ -1,0 +1,147 @@
+"""How fast a MemoryFormer trains beside its dense twin: whole steps of `mfdist train`, and what their time goes to.
+
+All have the same shape, batch, precision and optimiser; text is replaced by random tokens, on which speed does not
+depend. One trains after the other, each alone on the device, so that its peak of memory is its own.
+"""
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mfdist.config import RunConfig, load_config
+from mfdist.models import Transformer, build_model
+from mfdist.training.device import peak_memory_bytes, synchronize
+from mfdist.training.optimizer import RunOptimizer, table_parameter_names
+from mfdist.training.profile import time_shares
+from mfdist.training.step import StepResult, TrainStep
+
+#: Contender → what is changed in the preset; the one that all are compared with comes first.
+CONTENDERS = {
+    "dense twin": {"model.kind": "dense"},
+    "MemoryFormer": {},
+    "MemoryFormer, bf16 rows, row-wise Adagrad": {
+        "model.table_dtype": "bf16",
+        "optimizer.tables.rule": "rowwise_adagrad",
+    },
+}
+#: Steps that compile, fill caches, and make the optimiser's states.
+_WARMUP_STEPS = 3
+#: Batches that are seen in turn, so few that the loss on them must fall.
+_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpeed:
+    """What one model did.
+
+    Args:
+        contender: a name in CONTENDERS.
+        step_s: median.
+        tokens_per_s: at that.
+        ratio: to the first contender's tokens a second.
+        peak_memory_bytes: on a GPU, of all steps; None on a CPU, where it cannot be told from the others'.
+        table_bytes: rows, their gradients and their states, per parameter of tables; None without tables.
+        shares: kind of work → its share of the device's time in one step.
+        first_loss, last_loss: in nats a token; of the first step and the last, which has seen each batch before.
+    """
+
+    contender: str
+    step_s: float
+    tokens_per_s: float
+    ratio: float
+    peak_memory_bytes: int | None
+    table_bytes: float | None
+    shares: dict[str, float]
+    first_loss: float
+    last_loss: float
+
+    @property
+    def is_wrong(self) -> bool:
+        """Return whether the model did not learn what it saw again and again; NaN is not learning."""
+        return not self.last_loss < self.first_loss
+
+
+def measure_training(
+    preset: str, settings: Sequence[str], device: torch.device, *, steps: int = 20
+) -> Iterator[TrainingSpeed]:
+    """Yield each contender's speed, the first one's first.
+
+    Args:
+        preset: a preset, or a TOML file.
+        settings: `section.key=value` changes for all.
+        device: where they train.
+        steps: that are timed.
+    """
+    first: float | None = None
+    for contender, changes in CONTENDERS.items():
+        config = load_config(preset, [*settings, *(f"{key}={value}" for key, value in changes.items())])
+        speed = _measured(contender, config, device, steps, first)
+        first = first or speed.tokens_per_s
+        yield speed
+
+
+def _measured(
+    contender: str, config: RunConfig, device: torch.device, steps: int, first: float | None
+) -> TrainingSpeed:
+    gc.collect()  # the one before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    training = config.training
+    vocab_size = config.model.vocab_size or config.data.vocab_size
+    torch.manual_seed(training.seed)
+    with device:
+        model = build_model(config.model.model_copy(update={"vocab_size": vocab_size}))
+    optimizer = RunOptimizer(model, config.optimizer, seed=training.seed)
+    train_step = TrainStep(model, optimizer, training, device)
+    shape = (_BATCHES, training.batch_size, training.seq_len + 1)
+    batches = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    numbers = itertools.count()
+
+    def step() -> StepResult:
+        number = next(numbers)
+        tokens = batches[number % _BATCHES]
+        # The rate at its peak, where it stays: a schedule over so few steps would be all warm-up.
+        return train_step(max(number, training.steps // 2), tokens[:, :-1], tokens[:, 1:])
+
+    losses, seconds = [step().loss for _ in range(_WARMUP_STEPS)], []
+    for _ in range(steps):
+        synchronize(device)
+        began = time.perf_counter()
+        losses.append(step().loss)
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    peak = peak_memory_bytes(device) if device.type == "cuda" else None
+    _, shares = time_shares(step, device)
+    tokens_per_s = training.batch_size * training.seq_len / statistics.median(seconds)
+    return TrainingSpeed(
+        contender=contender,
+        step_s=statistics.median(seconds),
+        tokens_per_s=tokens_per_s,
+        ratio=tokens_per_s / (first or tokens_per_s),
+        peak_memory_bytes=peak,
+        table_bytes=_table_bytes(model, optimizer),
+        shares=shares,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+    )
+
+
+def _table_bytes(model: Transformer, optimizer: RunOptimizer) -> float | None:
+    """Return what tables take in training, in bytes a parameter."""
+    names = table_parameter_names(model)
+    if not names:
+        return None
+    rows = {name: value for name, value in model.named_parameters() if name in names}
+    states = optimizer.state()
+    num_bytes = sum(value.nbytes for value in rows.values())
+    num_bytes += sum(state.nbytes for name in rows for state in states.get(name, {}).values() if state.ndim)
+    if not optimizer.is_fused:
+        num_bytes += sum(value.nbytes for value in rows.values())
+    return num_bytes / math.fsum(value.numel() for value in rows.values())

@@ -1,0 +1,42 @@
+"""`mfdist bench training`: real steps of both models, timed, taken apart and checked."""
+
+import json
+
+import pytest
+
+from mfdist.benchmarks.training import CONTENDERS, TrainingSpeed
+
+from .conftest import TINY
+
+
+def test_models_are_timed_beside_their_twin(mfdist, tmp_path):
+    file = tmp_path / "found.json"
+    code, out, err = mfdist(
+        "bench", "training", TINY, "--steps", "3", "--device", "cpu", "--at-least", "0.001", "--json", file
+    )
+    assert (code, err) == (0, "")
+    assert [line.startswith(name) for line, name in zip(out.splitlines()[2:], CONTENDERS, strict=True)] == [True] * 3
+    twin, memory, narrow = json.loads(file.read_text("utf-8"))["results"]
+    assert twin["table_bytes"] is None and "lookups" not in twin["shares"]
+    assert memory["shares"]["lookups"] > 0
+    assert memory["table_bytes"] == 16.0  # fp32: rows, gradient, two moments
+    assert 2.0 < narrow["table_bytes"] < 4.0
+    for each in (twin, memory, narrow):
+        assert sum(each["shares"].values()) == pytest.approx(1.0)
+        assert each["last_loss"] < each["first_loss"]
+    assert memory["ratio"] == pytest.approx(memory["tokens_per_s"] / twin["tokens_per_s"])
+
+
+def test_too_slow_is_a_failure(mfdist):
+    code, _, err = mfdist("bench", "training", TINY, "--steps", "1", "--device", "cpu", "--at-least", "1000")
+    assert code == 1
+    assert "must train at 1000 of its twin's speed; got" in err
+
+
+@pytest.mark.parametrize("last", [2.0, 1.0, float("nan")])
+def test_a_loss_that_does_not_fall_is_wrong(last):
+    made = dict.fromkeys(("step_s", "tokens_per_s", "ratio"), 1.0)
+    speed = TrainingSpeed(
+        contender="x", peak_memory_bytes=None, table_bytes=None, shares={}, first_loss=1.0, last_loss=last, **made
+    )
+    assert speed.is_wrong
