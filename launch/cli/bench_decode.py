@@ -25,6 +25,8 @@ def bench_decode(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each writes in a turn.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that each takes; medians are reported.")] = 7,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16, of all weights and rows.")] = "fp32",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences written at once.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "cpu",
     distinct: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Layers with weights of their own; the others take theirs in turn."),
@@ -33,11 +35,13 @@ def bench_decode(
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
     ] = None,
 ) -> None:
-    """Let a model of random weights and its dense twin write on this CPU, in turns; speed does not depend on weights.
+    """Let a model of random weights and its dense twin write, in turns; speed does not depend on weights.
 
     Example: mfdist bench decode tiny --threads 1
 
     Example: mfdist bench decode base --threads 1 --set model.hidden_dim=2048 --distinct 4
+
+    Example: mfdist bench decode base --device cuda --dtype bf16 --batch 8
 
     One layer of each, by itself, comes after them; `mfdist bench layers` has more of that. A model whose vocabulary is
     its tokenizer's gets data.vocab_size tokens. Tables take all their memory; with --distinct, that of N layers.
@@ -51,6 +55,7 @@ def bench_decode(
     from mfdist.benchmarks.lookup_case import FLOATS
     from mfdist.config import load_config
     from mfdist.models import count
+    from mfdist.training.device import choose_device, describe_device
 
     if dtype not in FLOATS:
         raise ConfigError(f'--dtype must be {" or ".join(FLOATS)}; got "{dtype}"')
@@ -62,10 +67,14 @@ def bench_decode(
         name: shape.model_copy(update={"kind": kind})
         for name, kind in (("dense twin", "dense"), ("MemoryFormer", "memory"))
     }
-    models = {name: random_model(each, num_distinct=distinct, dtype=FLOATS[dtype]) for name, each in shapes.items()}
-    found = measure_decoding(models, num_tokens=tokens, rounds=rounds)
-    used = quantities.threads(torch.get_num_threads())
-    typer.echo(f"{machine.cpu()['name']}, torch {torch.__version__}, {used}, batch 1, {dtype}")
+    where = choose_device(device)
+    models = {
+        name: random_model(each, num_distinct=distinct, dtype=FLOATS[dtype], device=where.type)
+        for name, each in shapes.items()
+    }
+    found = measure_decoding(models, batch=batch, num_tokens=tokens, rounds=rounds)
+    name = machine.cpu()["name"] if where.type == "cpu" else "CUDA graphs"
+    typer.echo(f"{name}, {describe_device(where)}, torch {torch.__version__}, batch {batch}, {dtype}")
     counts = {name: count(random_model(each, dtype=FLOATS[dtype], device="meta")) for name, each in shapes.items()}
     typer.echo(f"{'':<14}{'tokens/s':>10}{'ms/token':>10}{'of twin':>9}{'read a token':>14}{'parameters':>12}")
     for name, speed in found.items():
@@ -80,7 +89,12 @@ def bench_decode(
         speed
         for outputs in (1, 3)
         for speed in measure_layers(
-            shape.hidden_dim, outputs * shape.hidden_dim, (1,), bits=shape.bits, dtype=FLOATS[dtype]
+            shape.hidden_dim,
+            outputs * shape.hidden_dim,
+            (batch,),
+            bits=shape.bits,
+            dtype=FLOATS[dtype],
+            device=where.type,
         )
     ]
     for layer in layers:
@@ -91,7 +105,9 @@ def bench_decode(
             for name, speed in found.items()
         ]
         document = {
-            "machine": {"cpu": machine.cpu(), "threads": torch.get_num_threads()},
+            "machine": {"cpu": machine.cpu(), "gpus": machine.gpus(), "threads": torch.get_num_threads()},
+            "device": where.type,
+            "batch": batch,
             "versions": machine.versions(),
             "model": shapes["MemoryFormer"].model_dump(),
             "distinct_layers": distinct or shape.num_layers,

@@ -2,15 +2,17 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mfdist.config import ModelConfig
-from mfdist.errors import ConfigError
+from mfdist.errors import ConfigError, InternalError
 from mfdist.models import Transformer, build_model
+from mfdist.models.attention import KeyValueCache
 
 _PROMPT_TOKENS = 16
 
@@ -62,18 +64,23 @@ def dense_twin(model: Transformer) -> Transformer:
 
 @torch.inference_mode()
 def measure_decoding(
-    models: Mapping[str, Transformer], *, num_tokens: int = 32, rounds: int = 7
+    models: Mapping[str, Transformer], *, batch: int = 1, num_tokens: int = 32, rounds: int = 7
 ) -> dict[str, Decoding]:
-    """Return how fast each model decodes one sequence after a short prompt.
+    """Return how fast each model decodes sequences after a short prompt.
 
     Tokens are random, and others every time: the rows that a token reads are in no cache because of the last one.
 
     Args:
-        models: by name, the one to compare with first; all of one vocabulary.
-        num_tokens: that each writes in a turn.
+        models: by name, the one to compare with first; all of one vocabulary and on one device.
+        batch: sequences that are written at once.
+        num_tokens: that each writes in a turn, of each sequence.
         rounds: turns of each; one more comes first and does not count.
 
-    Cost: on a CPU with one thread time is processor time, which is right on a busy machine too.
+    Raises:
+        InternalError: a CUDA graph did not give the logits of the model.
+
+    Cost: on a CPU with one thread time is processor time, which is right on a busy machine too. On a GPU a token is one
+        replay of a CUDA graph, always at the prompt's end: a graph has one shape.
     """
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -81,10 +88,10 @@ def measure_decoding(
         for name, model in models.items():
             config = model.config
             length = min(_PROMPT_TOKENS + num_tokens, config.max_seq_len)
-            tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
+            tokens = torch.randint(config.vocab_size, (batch, length), generator=generator)
             taken = _decode_s(model, tokens.to(model.embedding.weight.device)) / (length - _PROMPT_TOKENS)
             if number:
-                seconds[name].append(taken)
+                seconds[name].append(taken / batch)
     first = next(iter(seconds.values()))
     return {
         name: Decoding(
@@ -98,9 +105,43 @@ def _decode_s(model: Transformer, tokens: Tensor) -> float:
     """Return how long all tokens after the prompt took."""
     device = tokens.device
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    caches = model.new_caches(1, tokens.shape[1])
-    model.next_logits(tokens[:, :_PROMPT_TOKENS], caches).argmax().item()
+    caches = model.new_caches(len(tokens), tokens.shape[1])
+    model.next_logits(tokens[:, :_PROMPT_TOKENS], caches).argmax(-1).tolist()
+    if device.type == "cuda":
+        following: Callable[[Tensor], Tensor] = _GraphedStep(model, tokens[:, :1], caches)
+    else:
+        following = partial(model.next_logits, caches=caches)
     began = clock()
     for index in range(_PROMPT_TOKENS, tokens.shape[1]):
-        model.next_logits(tokens[:, index : index + 1], caches).argmax().item()  # as sampling does, wait for the logits
+        following(tokens[:, index : index + 1]).argmax(-1).tolist()  # as sampling does, wait for the logits
     return clock() - began
+
+
+class _GraphedStep:
+    """The next token of each sequence as one CUDA graph, after what the caches hold now."""
+
+    def __init__(self, model: Transformer, tokens: Tensor, caches: Sequence[KeyValueCache]) -> None:
+        self._tokens = tokens.clone()
+        seen = caches[0].length
+
+        def step() -> Tensor:
+            for cache in caches:
+                cache.length = seen
+            return model.next_logits(self._tokens, caches)
+
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles, and chooses what is chosen by measuring
+            for _ in range(3):
+                expected = step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = step()
+        if not torch.allclose(self(tokens), expected, rtol=1e-2, atol=1e-2):
+            raise InternalError("a CUDA graph must give the model's logits; it gave others")
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._logits

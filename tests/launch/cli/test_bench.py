@@ -107,7 +107,7 @@ def test_a_gpu_that_is_not_there(mfdist):
 
 def test_decoding_is_timed_beside_the_twin(mfdist, tmp_path):
     sizes = ["--set", "model.num_layers=1", "--set", "model.hidden_dim=32", "--set", "data.vocab_size=300"]
-    short = ["--distinct", 1, "--tokens", 2, "--rounds", 1, "--threads", 1]
+    short = ["--distinct", 1, "--tokens", 2, "--rounds", 1, "--threads", 1, "--batch", 2]
     code, out, err = mfdist("bench", "decode", "demo", *sizes, *short, "--json", tmp_path / "found.json")
     assert (code, err) == (0, "")
     told = [line.split("  ")[0] for line in out.splitlines()[2:]]
