@@ -15,6 +15,7 @@ from mfdist.launch.cli.bench_learning import bench_learning
 from mfdist.launch.cli.bench_plan import bench_plan
 from mfdist.launch.cli.bench_server import bench_server
 from mfdist.launch.cli.bench_sharding import bench_sharding
+from mfdist.launch.cli.bench_size import bench_size
 from mfdist.launch.cli.bench_training import bench_training
 from mfdist.launch.cli.checkpoint_convert import export_checkpoint, import_checkpoint
 from mfdist.launch.cli.doctor import doctor
@@ -56,6 +57,7 @@ bench.app.command("plan")(bench_plan)
 bench.app.command("checkpoint")(bench_checkpoint)
 bench.app.command("sharding")(bench_sharding)
 bench.app.command("learning")(bench_learning)
+bench.app.command("size")(bench_size)
 bench.app.command("training")(bench_training)
 bench.app.command("server")(bench_server)
 app.add_typer(bench.app, name="bench")
