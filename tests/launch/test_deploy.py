@@ -151,7 +151,7 @@ def test_the_unit_starts_what_exists() -> None:
 
 #: Stand-ins: what Slurm would run on a host runs in one of ours, by the script enter-HOST.
 _SRUN = """#!/bin/bash
-hosts=({hosts}) chosen=({hosts})
+hosts=({hosts}) chosen=({hosts}) number=0
 while [[ $1 == --* ]]; do
   case $1 in
     --nodelist=*) chosen=("${{1#*=}}") ;;
@@ -161,7 +161,8 @@ while [[ $1 == --* ]]; do
 done
 trap 'kill $(jobs -p)' TERM
 for host in "${{chosen[@]}}"; do
-  if [[ -n $host ]]; then "{bin}/enter-$host" "$@" & fi
+  number=$((number + 1))
+  if [[ -n $host ]]; then SLURM_NODEID=$number "{bin}/enter-$host" "$@" & fi
 done
 wait
 """
