@@ -82,14 +82,16 @@ class Shard:
     def __init__(self, spec: ShardSpec, state: TableState | None = None, version: int = 0) -> None:
         self.spec = spec
         shape, dtype = spec.region.shape, spec.table.dtype
-        self.rows = in_huge_pages(torch.empty(shape, dtype=dtype)) if state is None else state.weight
         if state is None:
+            self.rows = in_huge_pages(torch.empty(shape, dtype=dtype))
             draw_rows(self.rows, spec.table, spec.region, spec.std, spec.seed)
-        elif (tuple(self.rows.shape), self.rows.dtype) != (shape, dtype):
+        elif (tuple(state.weight.shape), state.weight.dtype) != (shape, dtype):
             raise ConfigError(
                 f'rows of table "{self.name}" must be {list(shape)} in {dtype}; got '
-                f"{list(self.rows.shape)} in {self.rows.dtype}"
+                f"{list(state.weight.shape)} in {state.weight.dtype}"
             )
+        else:
+            self.rows = state.weight
         self.row_state = None if spec.optimizer is None else RowState(spec.optimizer, self.rows, spec.region)
         if state is not None and self.row_state is not None:
             if state.optimizer or not self.row_state.tensors:

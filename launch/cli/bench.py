@@ -1,7 +1,6 @@
 """`mfdist bench`: measure mfdist on this machine, beside what a user would call instead."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.ceilings import Ceilings
@@ -36,9 +35,7 @@ def kernels(
     impl: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Implementations, such as mfdist or torch-bf16.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
     threads: Annotated[
         int | None,
@@ -70,8 +67,6 @@ def kernels(
     device = chosen_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     seconds = _DEFAULT_SECONDS[device] if seconds is None else seconds
     repeats = _DEFAULT_REPEATS[device] if repeats is None else repeats
     selection = Selection(ops=tuple(op or ()), cases=tuple(case or ()), impls=tuple(impl or ()))

@@ -11,7 +11,7 @@ from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.checkpoint import Outcome
@@ -23,9 +23,7 @@ def bench_checkpoint(
     megabytes: Annotated[int, typer.Option(min=1, help="Size of the checkpoint, rounded up to whole tables.")] = 576,
     ranks: Annotated[str, typer.Option(metavar="N,N,…", help="How many processes save together.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Turns that each contender takes; medians are reported.")] = 7,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Save and load a checkpoint, beside torch.distributed.checkpoint and one plain file, all of them fsynced.
 
@@ -38,8 +36,6 @@ def bench_checkpoint(
     sizes = _sizes(ranks)
     if not folder.is_dir():
         raise ConfigError(f"--dir must be a folder that is there; got {folder}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     from mfdist.benchmarks.checkpoint import measure, scratch_folder
     from mfdist.benchmarks.checkpoint_stall import measure_stall
 

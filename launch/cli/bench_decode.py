@@ -1,7 +1,6 @@
 """`mfdist bench decode`: tokens a second of a MemoryFormer and of its dense twin, one token at a time."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli.bench_layers import HEADER, line
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 
 def bench_decode(
@@ -31,9 +30,7 @@ def bench_decode(
         int | None,
         typer.Option(min=1, metavar="N", help="Layers with weights of their own; the others take theirs in turn."),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Let a model of random weights and its dense twin write, in turns; speed does not depend on weights.
 
@@ -46,8 +43,6 @@ def bench_decode(
     One layer of each, by itself, comes after them; `mfdist bench layers` has more of that. A model whose vocabulary is
     its tokenizer's gets data.vocab_size tokens. Tables take all their memory; with --distinct, that of N layers.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     import torch
 
     from mfdist.benchmarks.decoding import measure_decoding, random_model

@@ -1,7 +1,6 @@
 """`mfdist bench layers`: one memory layer beside the linear layer it replaces, over numbers of tokens."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,7 @@ from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
 from mfdist.launch.cli.bench import chosen_device
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.layers import LayerSpeed
@@ -38,9 +37,7 @@ def bench_layers(
         typer.Option(min=1, help="CPU threads, all by default; with 1, times are processor time, right on a busy CPU."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time spent on each layer at each number.")] = _SECONDS,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Time a memory layer and nn.Linear over numbers of tokens, and say up to how many the memory layer is ahead.
 
@@ -59,8 +56,6 @@ def bench_layers(
     device = chosen_device(device)
     if dtype not in FLOATS:
         raise ConfigError(f'--dtype must be {" or ".join(FLOATS)}; got "{dtype}"')
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     if threads is not None:
         torch.set_num_threads(threads)
     name = machine.gpus()[0]["name"] if device == "cuda" else machine.cpu()["name"]

@@ -11,7 +11,7 @@ import typer
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.learning import Gap, Learned
@@ -32,9 +32,7 @@ def bench_learning(
     at_least: Annotated[
         float | None, typer.Option(metavar="NATS", help="Fail unless the MemoryFormer is so far ahead of its twin.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
     is_listed: Annotated[bool, typer.Option("--list", help="List the variants and train nothing.")] = False,
 ) -> int:
     """Train a MemoryFormer and its dense twin on the same text, tokens, batches and schedule, and compare.
@@ -55,8 +53,6 @@ def bench_learning(
         return failures.DONE
     if not chosen:
         raise ConfigError(f"--only must name variants; got {', '.join(only or ())}; see mfdist bench learning --list")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     began = time.monotonic()
 
     def may_begin() -> bool:

@@ -9,7 +9,7 @@ import typer
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.plan_choice import Choice
@@ -32,9 +32,7 @@ def bench_plan(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the last world's figures, for mfdist plan --topology.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Measure this machine's links and memory, plan with them, and time every kind of sharding beside the choice.
 
@@ -43,9 +41,8 @@ def bench_plan(
     The exit code is 1 if a choice is more than 15 % slower than the fastest kind.
     """
     sizes = _sizes(world)
-    for option, file in (("--save", save), ("--json", json_file)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"{option} must name a file in a folder that is there; got {file}")
+    if save is not None and not save.absolute().parent.is_dir():
+        raise ConfigError(f"--save must name a file in a folder that is there; got {save}")
     device = _device(device, sizes[-1], is_shared=is_shared)
     from mfdist.benchmarks.plan_choice import chosen_cases, compare
 

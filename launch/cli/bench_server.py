@@ -9,7 +9,7 @@ import typer
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 
 def bench_server(
@@ -19,9 +19,7 @@ def bench_server(
     memory: Annotated[
         float, typer.Option("--memory", metavar="SECONDS", min=0.0, help="Watch memory under full load for so long.")
     ] = 0.0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Time lookups and pushes of a server in a process of its own, on loopback.
 
@@ -32,8 +30,6 @@ def bench_server(
     """
     if not folder.is_dir():
         raise ConfigError(f"--dir must be a folder that is there; got {folder}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups, measure_memory
 
     typer.echo(f"{'lookup':<12}{'server':>12}{'gRPC alone':>12}{'local':>12}{'of gRPC':>9}{'of local':>9}")

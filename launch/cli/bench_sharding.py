@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.sharding import ShardingResult
@@ -28,9 +27,7 @@ def bench_sharding(
         float, typer.Option(min=0.0, help="How long each is timed in each case, three turns at least.")
     ] = 3.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for GPUs where there are any.")] = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Compare every kind of sharding with an unsharded table, then time it beside TorchRec's.
 
@@ -38,8 +35,6 @@ def bench_sharding(
 
     A step is lookup, backward and a plain SGD update. What is wrong is not timed, and the exit code is 1 then.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     import torch
 
     from mfdist.benchmarks.sharding import chosen, compare

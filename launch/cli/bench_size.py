@@ -1,7 +1,6 @@
 """`mfdist bench size`: how large a table one device trains, and how fast beside a small one."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 
 def bench_size(
@@ -25,9 +24,7 @@ def bench_size(
     at_least: Annotated[
         float | None, typer.Option(metavar="RATIO", help="Fail unless the last has so much of the first's bytes/s.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Train tables of several sizes on random rows: bf16, row-wise Adagrad in backward.
 
@@ -37,8 +34,6 @@ def bench_size(
 
     Sums and updated rows are compared with float64 first; where they are wrong the exit code is 1.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     asked = [quantities.parse_bytes(size) for size in sizes or ("2GB", "4GB")]
     if too_small := [size for size in asked if size < 2 * row_dim]:
         raise ConfigError(f"a table must have a row, of {2 * row_dim} bytes here; got {too_small[0]} bytes")

@@ -1,16 +1,14 @@
 """`mfdist bench training`: tokens a second, memory and the parts of a step, beside the dense twin."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mfdist import quantities
-from mfdist.errors import ConfigError
 from mfdist.launch import machine
 from mfdist.launch.cli import failures
-from mfdist.launch.cli.json_output import to_json
+from mfdist.launch.cli.json_output import JsonFile, to_json
 
 if TYPE_CHECKING:
     from mfdist.benchmarks.training import TrainingSpeed
@@ -27,9 +25,7 @@ def bench_training(
     at_least: Annotated[
         float | None, typer.Option(metavar="RATIO", help="Fail unless the preset has so much of its twin's tokens/s.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> int:
     """Train a MemoryFormer and its dense twin for a few steps each, on random tokens, and compare their speed.
 
@@ -40,8 +36,6 @@ def bench_training(
     Steps are those of `mfdist train`. "Bytes" are those of a table's parameter with its gradient and states. That the
     loss on the tokens falls is checked for each.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that is there; got {json_file}")
     import torch
 
     from mfdist.benchmarks.training import measure_training

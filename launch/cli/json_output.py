@@ -3,7 +3,25 @@
 import json
 import math
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mfdist.errors import ConfigError
+
+
+def _in_a_folder(file: Path | None) -> Path | None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError(f"--json must name a file in a folder that is there; got {file}")
+    return file
+
+
+#: The option of a measurement that writes what it found; refused before anything is measured.
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write everything found to this file.", callback=_in_a_folder),
+]
 
 
 def write_json(document: dict[str, Any]) -> None:
