@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -116,6 +117,7 @@ def compare(
     *,
     turns: int = 15,
     is_shared: bool = False,
+    timeout_s: float = _DEADLINE_S,
 ) -> Iterator[tuple[Topology, Choice]]:
     """Yield each case's choice, with the figures it was made by.
 
@@ -124,14 +126,14 @@ def compare(
         world_sizes, cases: every case is tried at each world size.
         turns: how often each kind is timed.
         is_shared: count processor time, calibration included; it says nothing of a GPU's.
+        timeout_s: for each calibration, and each case at each world size.
     """
     with RankPool() as pool:
         for world_size in world_sizes:
-            found = pool.run(
-                calibrated, world_size, device, is_shared, timeout_s=_DEADLINE_S, backend=_BACKENDS[device]
-            )[0]
+            run = partial(pool.run, timeout_s=timeout_s, backend=_BACKENDS[device])
+            found = run(calibrated, world_size, device, is_shared)[0]
             for case in cases:
-                yield found, _compare(pool, device, case, found, turns, is_shared)
+                yield found, _compare(run, device, case, found, turns, is_shared)
 
 
 def calibrated(rank: int, device: str, is_shared: bool) -> Topology:
@@ -170,15 +172,16 @@ def timed(rank: int, device: str, case: Case, plans: Sequence[TablePlan], turns:
     return [min(times[1:]) for times in taken]
 
 
-def _compare(pool: RankPool, device: str, case: Case, machine: Topology, turns: int, is_shared: bool) -> Choice:
+def _compare(
+    run: Callable[..., list[list[float]]], device: str, case: Case, machine: Topology, turns: int, is_shared: bool
+) -> Choice:
     workload = case.workload(machine.world_size)
     predicted = {}
     plans: list[TablePlan] = []
     for plan in candidates(case.spec, machine, workload):
         predicted[_name(plan)] = price_table(plan, machine, workload).step_s
         plans.append(plan)
-    asked = (device, case, plans, turns, is_shared)
-    times = pool.run(timed, machine.world_size, *asked, timeout_s=_DEADLINE_S, backend=_BACKENDS[device])
+    times = run(timed, machine.world_size, device, case, plans, turns, is_shared)
     chosen = choose_plan([case.spec], machine, workload).tables[0]
     return Choice(
         case=case.name,

@@ -116,6 +116,7 @@ def compare(
     contenders: Sequence[str],
     *,
     seconds: float = 3.0,
+    timeout_s: float = _DEADLINE_S,
 ) -> Iterator[ShardingResult]:
     """Yield what is found of each contender, world by world and case by case.
 
@@ -124,13 +125,14 @@ def compare(
         world_sizes: how many ranks.
         cases, contenders: from `chosen`.
         seconds: how long each is timed in each case, three turns at least.
+        timeout_s: for each case at each world size.
     """
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     with RankPool() as pool:
         for world_size in world_sizes:
             for case in cases:
                 asked = Contest(case=case, device=device, contenders=tuple(contenders), seconds=seconds)
-                everyones = pool.run(contest, world_size, asked, timeout_s=_DEADLINE_S, backend=backend)
+                everyones = pool.run(contest, world_size, asked, timeout_s=timeout_s, backend=backend)
                 for name in contenders:
                     yield _result(case, world_size, name, [found[name] for found in everyones])
 

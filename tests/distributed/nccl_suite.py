@@ -3,13 +3,14 @@
     python -m tests.distributed.nccl_suite                       # worlds 1, 2, 4, … up to all GPUs
     python -m tests.distributed.nccl_suite --device cpu --world 1,2,4
 
-It runs, for each world size: plain all-to-alls of many sizes; the conformance suite of every table for every kind of
-sharding; a comparison of each kind with one table on one device; the fullest moment of a rank's memory, against its
-share of the table and what the plan announced; a table larger than one GPU's memory, where there are several; training
-under torchrun, saved midway and resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside
-torchrun; `mfdist bench sharding`; and `mfdist bench plan`, predicted beside measured. What fails is told and the rest
-goes on; the exit code is 1 then. What cannot run here (`launch` without Ray) is told and named at the end. `--only`
-runs some parts, `--json` writes everything found.
+It runs, for each world size: the conformance suite of every table for every kind of sharding; training under torchrun,
+saved midway and resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside torchrun; a
+comparison of each kind with one table on one device; the fullest moment of a rank's memory, against its share of the
+table and what the plan announced; plain all-to-alls of many sizes; a table larger than one GPU's memory, where there
+are several; `mfdist bench plan`, predicted beside measured; and `mfdist bench sharding`. What fails is told and the
+rest goes on; the exit code is 1 then. What cannot run here (`launch` without Ray) is told and named at the end.
+`--only` and `--kind` run some parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that
+hangs; `--json` writes everything found, after every stage.
 """
 
 import argparse
@@ -31,12 +32,11 @@ from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
 from tests.distributed.suite_training import launched_and_trained, resumed_on_fewer
 
-PARTS = ("links", "conformance", "equality", "memory", "large", "train", "launch", "bench", "plan")
+PARTS = ("conformance", "train", "launch", "equality", "memory", "links", "large", "plan", "bench")
 MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
 SUMS = ("column_wise", "table_wise")
 #: Of all GPUs' memory, what the table that one of them cannot hold takes.
 _LARGE_SHARE = 0.65
-_DEADLINE_S = 300.0
 #: Largest relative distance of a loss after resuming from that of the run that went on, in fp32.
 _LOSS_TOLERANCE = 1e-3
 
@@ -44,8 +44,8 @@ _LOSS_TOLERANCE = 1e-3
 class Suite:
     """Runs parts one after the other, and keeps what was found and what failed."""
 
-    def __init__(self, device: str, until_s: float) -> None:
-        self.device, self.until_s = device, until_s
+    def __init__(self, device: str, until_s: float, stage_s: float, path: Path | None) -> None:
+        self.device, self.until_s, self.stage_s, self.path = device, until_s, stage_s, path
         self.found: dict[str, list[dict[str, object]]] = {part: [] for part in PARTS}
         self.failed: list[str] = []
         self.late: list[str] = []
@@ -59,19 +59,30 @@ class Suite:
         """Return what a part gives, or None where it fails or there is no time left for it."""
         if time.monotonic() > self.until_s:
             self.late.append(what)
+            self.save()
             return None
         began = time.monotonic()
         try:
             result = function()
         except Exception:  # noqa: BLE001 - whatever fails is told, and the rest goes on
-            self.failed.append(what)
-            self.tell(f"FAILED {what}\n{traceback.format_exc()[-3000:]}")
+            self.fail(what)
+            self.tell(f"FAILED {what} ({time.monotonic() - began:.1f} s)\n{traceback.format_exc()[-3000:]}")
             return None
         self.tell(f"ok     {what} ({time.monotonic() - began:.1f} s)")
         return result
 
-    def run(self, part: str, world_size: int, options: argparse.Namespace) -> None:
-        getattr(self, part)(world_size, options)
+    def fail(self, what: str) -> None:
+        self.failed.append(what)
+        self.save()
+
+    def save(self) -> None:
+        """Write what was found so far; a reader sees the last whole document."""
+        if self.path is None:
+            return
+        document = {"found": self.found, "failed": self.failed, "not_begun": self.late, "skipped": self.skipped}
+        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        unfinished.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        unfinished.replace(self.path)
 
     def links(self, world_size: int, options: argparse.Namespace) -> None:
         if world_size == 1:
@@ -111,7 +122,7 @@ class Suite:
                     most = each["allowed"] + each["announced"]
                     self._keep("memory", world_size, kind=kind, rank=rank, **each)
                     if each["peak"] > most:
-                        self.failed.append(f"memory {world_size} {kind} rank {rank}")
+                        self.fail(f"memory {world_size} {kind} rank {rank}")
                     self.tell(
                         f"         rank {rank}: {each['peak'] / 1e9:.3f} GB at the fullest, {most / 1e9:.3f} allowed; "
                         f"rows and states {each['held'] / 1e9:.3f}, announced buffers {each['announced'] / 1e9:.3f}"
@@ -130,13 +141,14 @@ class Suite:
 
     def train(self, world_size: int, options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
-            what, asked = f"train {world_size}", (self.device, world_size, Path(folder), options.preset)
+            what = f"train {world_size}"
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset)
             runs = self.attempt(what, lambda: resumed_on_fewer(*asked))
         for many, fewer in zip(*runs, strict=True) if runs else ():
             distance = abs(many["loss"] - fewer["loss"]) / many["loss"]
             self._keep("train", world_size, many=many, fewer=fewer, distance=distance)
             if not distance <= _LOSS_TOLERANCE:
-                self.failed.append(f"{what} step {many['step']}")
+                self.fail(f"{what} step {many['step']}")
             self.tell(
                 f"         step {many['step']}: loss {many['loss']:.6f}, resumed {fewer['loss']:.6f}, "
                 f"{distance:.1e} off; {many['tokens_per_s']:.0f} and {fewer['tokens_per_s']:.0f} tokens/s"
@@ -146,23 +158,24 @@ class Suite:
         what = f"launch {world_size}"
         if util.find_spec("ray") is None:
             self.skipped.append(what)
+            self.save()
             self.tell(f"skipped {what}: Ray is not installed here; pip install 'mfdist[ray]'")
             return
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
-            asked = (self.device, world_size, Path(folder), options.preset)
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset)
             runs = self.attempt(what, lambda: launched_and_trained(*asked))
         for ours, theirs in zip(*runs, strict=True) if runs else ():
             is_same = ours["loss"] == theirs["loss"]
             self._keep("launch", world_size, launched=ours, trained=theirs, is_same=is_same)
             if not is_same:
-                self.failed.append(f"{what} step {ours['step']}")
+                self.fail(f"{what} step {ours['step']}")
             self.tell(f"         step {ours['step']}: loss {ours['loss']:.6f}, under torchrun {theirs['loss']:.6f}")
 
     def plan(self, world_size: int, options: argparse.Namespace) -> None:
         if world_size == 1:
             return
         cases = plan_choice.chosen_cases(self.device, ())
-        compared = plan_choice.compare(self.device, [world_size], cases)
+        compared = plan_choice.compare(self.device, [world_size], cases, timeout_s=self.stage_s)
         for topology, choice in self.attempt(f"plan {world_size}", lambda: list(compared)) or ():
             self._keep("plan", world_size, topology=asdict(topology), loss=choice.loss, **asdict(choice))
             self.tell(f"         {choice.case}: chose {choice.chosen}, {choice.loss:.0%} slower than the fastest")
@@ -173,31 +186,34 @@ class Suite:
     def bench(self, world_size: int, options: argparse.Namespace) -> None:
         cases, contenders = chosen(self.device, options.case or (), options.contender or ())
         for case in cases:
-            compared = compare(self.device, [world_size], [case], contenders, seconds=options.seconds)
+            asked = {"seconds": options.seconds, "timeout_s": self.stage_s}
+            compared = compare(self.device, [world_size], [case], contenders, **asked)
             for result in (
                 self.attempt(f"bench {world_size} {case.name}", lambda compared=compared: list(compared)) or ()
             ):
                 share, rate = result.share_of_plain, result.tokens_per_s
                 self.found["bench"].append({**asdict(result), "tokens_per_s": rate, "share_of_plain": share})
                 if result.is_wrong:
-                    self.failed.append(f"bench {world_size} {case.name} {result.contender}")
+                    self.fail(f"bench {world_size} {case.name} {result.contender}")
                 self.tell(_bench_line(result))
+            self.save()
 
     def _pool(self) -> RankPool:
         return RankPool()
 
     def _kinds(self, world_size: int, options: argparse.Namespace) -> list[str]:
-        return [kind for kind in suite_ranks.kinds_for(world_size) if not options.kind or kind in options.kind]
+        known = suite_ranks.kinds_for(world_size)
+        return [kind for kind in options.kind or known if kind in known]
 
     def _on_ranks(self, pool, what, function, world_size, *arguments):
         arguments = (*arguments, self.device)
         backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
-        return self.attempt(
-            what, lambda: pool.run(function, world_size, *arguments, timeout_s=_DEADLINE_S, backend=backend)
-        )
+        limits = {"timeout_s": self.stage_s, "backend": backend}
+        return self.attempt(what, lambda: pool.run(function, world_size, *arguments, **limits))
 
     def _keep(self, part: str, world_size: int, **values: object) -> None:
         self.found[part].append({**values, "world_size": world_size})
+        self.save()
 
 
 def _bench_line(result) -> str:
@@ -232,17 +248,15 @@ def main() -> int:
     parser.add_argument("--preset", help="what to train; by default a small one")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the benchmark, each contender and case")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
+    parser.add_argument("--stage-seconds", type=float, default=300.0, help="end a stage that takes so long; it failed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found")
     options = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast off
-    suite = Suite(options.device, time.monotonic() + 60 * options.minutes)
+    suite = Suite(options.device, time.monotonic() + 60 * options.minutes, options.stage_seconds, options.json)
     for world_size in _worlds(options.world, options.device):
         for part in options.only or PARTS:
-            suite.run(part, world_size, options)
-            if options.json is not None:
-                document = {"found": suite.found, "failed": suite.failed, "not_begun": suite.late}
-                document["skipped"] = suite.skipped
-                options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+            getattr(suite, part)(world_size, options)
+    suite.save()
     told = f"{len(suite.failed)} failed: {', '.join(suite.failed)}" if suite.failed else "all passed"
     told += f"; skipped: {', '.join(suite.skipped)}" if suite.skipped else ""
     suite.tell(f"{told}; not begun for want of time: {', '.join(suite.late) or 'nothing'}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _STEPS, _SAVED = 12, 6
+_GRACE_S = 40.0
 #: Device → the preset, and what makes its steps few and short.
 _SETTINGS = {
     "cuda": ("tiny", {"training.batch_size": 16}),
@@ -16,39 +17,39 @@ _SETTINGS = {
 }
 
 
-def resumed_on_fewer(device, world_size, folder, preset=None):
+def resumed_on_fewer(device, world_size, folder, timeout_s, preset=None):
     """Train on so many ranks, resume the step saved midway on half of them; return both runs' events of each step.
 
     Args:
         device: cpu or cuda.
         world_size: of the first run.
         folder: empty, for two runs.
+        timeout_s: of each run.
         preset: what to train; by default a small one.
     """
     name, options = _asked(device, world_size, preset)
     first, second = folder / "many", folder / "fewer"
-    _run(device, world_size, "train", name, "--out", str(first), *options)
+    _run(device, world_size, timeout_s, "train", name, "--out", str(first), *options)
     second.mkdir()
     for file in ("config.toml", "tokenizer.json"):
         if (first / file).exists():
             shutil.copy(first / file, second)
     step = f"checkpoints/step-{_SAVED:09d}"
     shutil.copytree(first / step, second / step)
-    _run(device, max(1, world_size // 2), "train", "--resume", str(second))
+    _run(device, max(1, world_size // 2), timeout_s, "train", "--resume", str(second))
     return [_stepped(run)[-(_STEPS - _SAVED) :] for run in (first, second)]
 
 
-def launched_and_trained(device, world_size, folder, preset=None):
+def launched_and_trained(device, world_size, folder, timeout_s, preset=None):
     """Train the same by `mfdist launch` and by `mfdist train`; return both runs' events of each step, see above."""
     name, options = _asked(device, world_size, preset)
     launched, trained = folder / "launched", folder / "trained"
     threads = max(1, (os.cpu_count() or 1) // world_size) if device == "cuda" else 1
     cpus = threads if device == "cuda" else min(1.0, (os.cpu_count() or 1) / world_size)
     wanted = ["--trainers", str(world_size), "--set", f"launch.cpus={min(cpus, 8)}"]
-    _command(
-        ["mfdist", "launch", name, "--out", str(launched), *options, *wanted, "--set", f"training.device={device}"]
-    )
-    _run(device, world_size, "train", name, "--out", str(trained), *options)
+    wanted += ["--set", f"training.device={device}"]
+    _command(timeout_s, ["mfdist", "launch", name, "--out", str(launched), *options, *wanted])
+    _run(device, world_size, timeout_s, "train", name, "--out", str(trained), *options)
     return [_stepped(run) for run in (launched, trained)]
 
 
@@ -70,25 +71,35 @@ def _asked(device, world_size, preset):
     return preset or name, [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
-def _run(device, world_size, *arguments):
+def _run(device, world_size, timeout_s, *arguments):
     launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world_size}"]
-    threads = "1" if device == "cpu" else "8"
     started = [*launcher, "-m"] if world_size > 1 else []
-    _command([*started, "mfdist", *arguments, "--device", device], OMP_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo")
+    variables = {"OMP_NUM_THREADS": "1" if device == "cpu" else "8", "GLOO_SOCKET_IFNAME": "lo"}
+    _command(timeout_s, [*started, "mfdist", *arguments, "--device", device], **variables)
 
 
-def _command(arguments, **variables):
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments, "--quiet"],
-        cwd=ROOT,
-        env={**os.environ, **variables, "PYTHONPATH": _path()},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    if done.returncode:
-        said = f"{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
-        raise AssertionError(f"{' '.join(arguments[:8])} … ended with {done.returncode}\n{said}")
+def _command(timeout_s, arguments, **variables):
+    command = [sys.executable, "-m", *arguments, "--quiet"]
+    environment = {**os.environ, **variables, "PYTHONPATH": _path()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            out, err = _ended(process)
+    if process.returncode:
+        said = f"{out[-1500:]}\n{err[-2500:]}"
+        raise AssertionError(f"{' '.join(arguments[:8])} … ended with {process.returncode}\n{said}")
+
+
+def _ended(process):
+    """End what took too long, and return what it said; on SIGTERM torchrun and `mfdist launch` end their ranks too."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate(timeout=_GRACE_S)
 
 
 def _path():

@@ -75,6 +75,14 @@ def test_what_is_not_begun_is_told(tmp_path):
     assert "not begun for want of time: conformance 1 row_wise" in out
 
 
+def test_a_stage_that_hangs_is_ended_and_the_next_ones_run(tmp_path):
+    options = ("--only", "conformance", "--kind", "column_wise", "--kind", "row_wise", "--stage-seconds", "0.01")
+    code, out, document = suite(tmp_path, "--world", "1", *options)
+    assert code == 1
+    assert document["failed"] == ["conformance 1 column_wise", "conformance 1 row_wise"]
+    assert out.count("all ranks must be done within 0.01 s; late: [0]") == 2
+
+
 @pytest.mark.slow
 def test_a_launched_training_has_the_losses_of_one_under_torchrun(tmp_path):
     pytest.importorskip("ray")
