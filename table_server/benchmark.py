@@ -209,7 +209,7 @@ def measure_memory(folder: Path, seconds: float) -> MemoryResult:
         return MemoryResult(seconds, lookups / seconds, pushes / seconds, first, last, min(held), max(held))
 
 
-def measure_log(folder: Path, rounds: int, pushes: int = 10) -> LogResult:
+def measure_log(folder: Path, rounds: int, pushes: int = 30) -> LogResult:
     """Return what the log costs where 32 tables are pushed to at once.
 
     Args:

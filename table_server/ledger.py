@@ -1,9 +1,9 @@
 """A server's log: what must be on disk before a push is acknowledged, through SQLite.
 
-    ledger/00000001.db, 00000001.db-wal, 00000002.db, …      one after the other; see `ledger_segment`
+    ledger/00000001.db, 00000001.db-wal, 00000001.db-large, 00000002.db, …   one after the other; see `ledger_segment`
 
-One thread writes. It takes all that has come while it was writing as its next group, which costs one fsync whatever
-its size. A file that has grown enough is followed by the next, and removed once everything in it has been dropped;
+One thread writes. It takes all that has come while it was writing as its next group, which costs an fsync or two
+whatever its size. A file that has grown enough is followed by the next, and removed once everything in it has been dropped;
 the small map of records is carried along.
 """
 
@@ -154,11 +154,9 @@ class Ledger:
             CheckpointError: a push is not what was written.
         """
         for segment in list(self._segments):
-            before = 0
-            for (name, step, client), last in segment.pushes():
+            for (name, step, client), number in segment.pushes():
                 if name == table and step > after:
-                    yield LoggedPush(step, client, segment.payload(before + 1, last))
-                before = last
+                    yield LoggedPush(step, client, segment.payload(number))
 
     @property
     def num_bytes(self) -> int:

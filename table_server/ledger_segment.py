@@ -1,9 +1,12 @@
-"""One file of a server's log: a SQLite database that is only ever appended to, then removed as a whole.
+"""One segment of a server's log: a SQLite database that is only ever appended to, then removed as a whole.
 
 It is in WAL mode and its write-ahead log is never folded into it while it is used, so that a group of pushes is
-written once and costs one fsync. Nothing is written to it after the process that made it: the frames of its
-write-ahead log are those of its groups, one after the other, and can be counted. SQLite drops whatever follows a
-damaged frame and tells nobody; the count does.
+written once. Nothing is written to it after the process that made it: the frames of its write-ahead log are those of
+its groups, one after the other, and can be counted. SQLite drops whatever follows a damaged frame and tells nobody;
+the count does.
+
+A large push lies in a plain file beside the database, which has its place and its checksum: SQLite would copy it three
+times, sum it twice and write it page by page. It is on disk before the group that names it is.
 """
 
 import contextlib
@@ -21,18 +24,20 @@ from mfdist.errors import CheckpointError
 #: (table, step, client)
 Key = tuple[str, int, int]
 
-_PAGE_BYTES = 16384  # smaller ones cost time where a push is megabytes, larger ones room where it is small
+_LARGE_BYTES = 16384  # from here on beside the database, which costs a group a second fsync
+_PAGE_BYTES = 4096
 _CACHE_KIB = 16384
+_MOST_PARTS = 1024  # that one call writes
 _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _SCHEMA = """
-create table parts (seq integer primary key, name text, step integer, client integer, num_left integer,
-                    num_group integer, checksum integer, data blob);
+create table pushes (seq integer primary key, name text, step integer, client integer, num_group integer,
+                     num_bytes integer, checksum integer, place integer, data blob);
 create table records (key text primary key, value blob, num_group integer);
 """
 
 
 class Segment:
-    """A file of the log. One thread writes, if this process made it; any may read.
+    """A segment of the log. One thread writes, if this process made it; any may read.
 
     Args:
         path: of the database; it is opened to be read, so that a damaged one stays as it is.
@@ -46,14 +51,16 @@ class Segment:
         self.path = path
         self.note = ""  # what recovery dropped
         self.newest: dict[str, int] = {}  # table → last step that is needed
-        _, self._wal, _, self._journal = _files(path)
+        _, self._wal, _, self._journal, large = _files(path)
         self._lock = threading.Lock()
+        self._large = os.open(large, os.O_RDWR if _is_new else os.O_RDONLY) if large.exists() else -1
+        self._large_bytes = 0
         self._connection = self._connect_to_write() if _is_new else self._connect()
         try:
             with _named(path):
-                self._num_groups, self._num_parts = self._find(is_last)
+                self._num_groups = self._find(is_last)
         except BaseException:
-            self._connection.close()
+            self.close()
             raise
 
     @classmethod
@@ -70,6 +77,7 @@ class Segment:
                 connection.executemany("insert into records values (?, ?, 0)", records.items())
                 connection.execute("commit")
                 connection.execute("pragma journal_mode=wal")
+            _files(path)[-1].touch(exist_ok=False)
             fsync(path.parent)
             return cls(path, _is_new=True)
         except BaseException:
@@ -84,7 +92,7 @@ class Segment:
         for file in (self.path, self._wal):
             with contextlib.suppress(FileNotFoundError):
                 num_bytes += file.stat().st_size
-        return num_bytes
+        return num_bytes + self._large_bytes
 
     @property
     def is_whole(self) -> bool:
@@ -95,21 +103,27 @@ class Segment:
         """Append a group, on disk when this returns; none of it is kept if this raises. A record of None is deleted.
 
         Raises:
-            sqlite3.Error: the disk is full or fails. The same group may be tried again, and only the same: it then
-                takes the place of what was written of it.
+            sqlite3.Error, OSError: the disk is full or fails. The same group may be tried again, and only the same: it
+                then takes the place of what was written of it.
         """
-        group, parts = self._num_groups + 1, []
-        for (name, step, client), payload in pushes:
-            for num_left, data in zip(range(len(payload) - 1, -1, -1), payload, strict=True):
-                checksum = _checksum(name, step, client, num_left, data)
-                parts.append((name, step, client, num_left, group, checksum, data))
+        group, place, rows = self._num_groups + 1, self._large_bytes, []
+        for (name, step, client), parts in pushes:
+            size, checksum = sum(map(len, parts)), _checksum(name, step, client, parts)
+            is_large = size >= _LARGE_BYTES
+            data = None if is_large else b"".join(parts)
+            rows.append((name, step, client, group, size, checksum, place if is_large else None, data))
+            if is_large:
+                self._write_large(parts, place)
+                place += size
+        if place > self._large_bytes:
+            _fdatasync(self._large)
         with self._lock:
             try:
                 self._connection.execute("begin immediate")
                 self._connection.executemany(
-                    "insert into parts (name, step, client, num_left, num_group, checksum, data) "
-                    "values (?, ?, ?, ?, ?, ?, ?)",
-                    parts,
+                    "insert into pushes (name, step, client, num_group, num_bytes, checksum, place, data) "
+                    "values (?, ?, ?, ?, ?, ?, ?, ?)",
+                    rows,
                 )
                 self._connection.executemany(
                     "insert or replace into records values (?, ?, ?)",
@@ -121,7 +135,7 @@ class Segment:
                     with contextlib.suppress(sqlite3.Error):  # what made the commit fail may make this fail
                         self._connection.execute("rollback")
                 raise
-        self._num_groups, self._num_parts = group, self._num_parts + len(parts)
+        self._num_groups, self._large_bytes = group, place
         for (name, step, _), _ in pushes:
             self.newest[name] = max(step, self.newest.get(name, 0))
 
@@ -132,34 +146,33 @@ class Segment:
             return dict(found.fetchall())
 
     def pushes(self) -> list[tuple[Key, int]]:
-        """Return the key and the number of the last part of each push, in the order they were appended."""
+        """Return the key and the number of each push, in the order they were appended."""
         with self._lock, _named(self.path):
-            found = self._connection.execute(
-                "select name, step, client, seq from parts where num_left = 0 order by seq"
-            ).fetchall()
+            found = self._connection.execute("select name, step, client, seq from pushes order by seq").fetchall()
         return [((name, step, client), seq) for name, step, client, seq in found]
 
-    def payload(self, first: int, last: int) -> bytes:
-        """Return the joined parts of the push with these first and last parts.
+    def payload(self, number: int) -> bytes:
+        """Return a push by its number.
 
         Raises:
             CheckpointError: it is not what was written.
         """
         with self._lock, _named(self.path):
             found = self._connection.execute(
-                "select name, step, client, num_left, data, checksum from parts where seq between ? and ? order by seq",
-                (first, last),
-            ).fetchall()
-        if [row[3] for row in found] != list(range(last - first, -1, -1)):
-            raise _damaged(self.path, f"parts {first} to {last} are not those of one push")
-        for name, step, client, num_left, data, checksum in found:
-            if _checksum(name, step, client, num_left, data) != checksum:
-                raise _damaged(self.path, f"the push of client {client} for step {step} of {name} fails its checksum")
-        return b"".join(row[4] for row in found)
+                "select name, step, client, num_bytes, checksum, place, data from pushes where seq = ?", (number,)
+            ).fetchone()
+            if found is None:
+                raise _damaged(self.path, f"push {number} is not there")
+            name, step, client, num_bytes, checksum, place, data = found
+            payload: bytes = data if place is None else os.pread(self._large, num_bytes, place)
+        if len(payload) != num_bytes or _checksum(name, step, client, [payload]) != checksum:
+            raise _damaged(self.path, f"the push of client {client} for step {step} of {name} fails its checksum")
+        return payload
 
     def close(self) -> None:
         """Let it go; SQLite folds the write-ahead log into the database, or leaves it where there is no room."""
         self._connection.close()
+        self._close_large()
 
     def remove(self) -> None:
         """Remove it from disk; what it holds must be needed no more."""
@@ -169,6 +182,23 @@ class Segment:
             file.unlink(missing_ok=True)
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
+        self._close_large()
+
+    def _write_large(self, parts: Sequence[Bytes], place: int) -> None:
+        left = [memoryview(part) for part in parts if part]
+        while left:
+            written = os.pwritev(self._large, left[:_MOST_PARTS], place)
+            place += written
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left:
+                left[0] = left[0][written:]
+
+    def _close_large(self) -> None:
+        with self._lock:
+            if self._large >= 0:
+                os.close(self._large)
+                self._large = -1
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -182,22 +212,25 @@ class Segment:
         connection.execute(f"pragma cache_size=-{_CACHE_KIB}")
         return connection
 
-    def _find(self, is_last: bool) -> tuple[int, int]:
-        """Return how many groups and parts there are, −1 groups where it was never made.
+    def _find(self, is_last: bool) -> int:
+        """Return how many groups there are, −1 where it was never made.
 
         Raises:
             CheckpointError: groups are missing that had been on disk.
         """
         written, has_rest = _groups_written(self._wal)
         if not written and (self._journal.exists() or not self._connection.execute(_NUM_TABLES).fetchone()[0]):
-            return -1, 0
+            return -1
         groups = max(self._connection.execute(query).fetchone()[0] or 0 for query in _LAST_GROUP)
         num_missing = max(0, written - groups)
         if num_missing > 1 or (num_missing and not is_last):
             raise _damaged(self.path, f"{num_missing} groups of pushes behind group {groups} cannot be read")
-        num_parts, last = self._connection.execute("select count(*), coalesce(max(seq), 0) from parts").fetchone()
-        if num_parts != last:
-            raise _damaged(self.path, f"it has {num_parts} of {last} parts of pushes")
+        number, last, self._large_bytes = self._connection.execute(_EXTENT).fetchone()
+        if number != last:
+            raise _damaged(self.path, f"it has {number} of {last} pushes")
+        size = os.fstat(self._large).st_size if self._large >= 0 else 0
+        if size < self._large_bytes:
+            raise _damaged(self.path, f"large pushes must be {self._large_bytes} bytes; there are {size}")
         if num_missing or (has_rest and is_last):
             self.note = (
                 f"{self.path}: dropped its last group of pushes, which was not whole; it followed group {groups}"
@@ -207,20 +240,22 @@ class Segment:
             with contextlib.closing(sqlite3.connect(self.path)) as connection:
                 connection.execute("pragma wal_checkpoint(truncate)").fetchone()
             self._connection = self._connect()
-        for name, step in self._connection.execute("select name, max(step) from parts group by name"):
+        for name, step in self._connection.execute("select name, max(step) from pushes group by name"):
             self.newest[name] = step
-        return groups, num_parts
+        return groups
 
 
+_fdatasync = getattr(os, "fdatasync", os.fsync)  # Linux has it
+_EXTENT = "select count(*), coalesce(max(seq), 0), coalesce(max(place + num_bytes), 0) from pushes"
 _NUM_TABLES = "select count(*) from sqlite_schema"
 _LAST_GROUP = (
-    "select max(num_group) from parts where seq = (select max(seq) from parts)",
+    "select max(num_group) from pushes where seq = (select max(seq) from pushes)",
     "select max(num_group) from records",
 )
 
 
 def _files(path: Path) -> list[Path]:
-    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
+    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal", "-large")]
 
 
 def _groups_written(wal: Path) -> tuple[int, bool]:
@@ -236,8 +271,11 @@ def _groups_written(wal: Path) -> tuple[int, bool]:
     return num_groups, has_rest
 
 
-def _checksum(name: str, step: int, client: int, num_left: int, data: Bytes) -> int:
-    return crc32c(data, crc32c(f"{name}/{step}/{client}/{num_left}".encode()))
+def _checksum(name: str, step: int, client: int, parts: Sequence[Bytes]) -> int:
+    checksum = crc32c(f"{name}/{step}/{client}/".encode())
+    for part in parts:
+        checksum = crc32c(part, checksum)
+    return checksum
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -249,10 +287,12 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises into our errors."""
+    """Turn what SQLite and the system raise into our errors."""
     try:
         yield
-    except sqlite3.Error as error:
+    except CheckpointError:
+        raise
+    except (sqlite3.Error, OSError) as error:
         kind = getattr(error, "sqlite_errorname", "")  # some are the module's own
         if kind.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise _damaged(path, str(error)) from None

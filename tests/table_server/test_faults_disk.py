@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_and_once_there_is_room_all_goes_on(tmp_path: Path) 
         client.join()
         step = 0
         with pytest.raises(grpc.RpcError) as raised:
-            while step < 200:
+            while step < 1000:
                 acknowledged(client.push(client.message("a", step + 1)))
                 step += 1
         assert step > 2

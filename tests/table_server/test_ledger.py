@@ -18,6 +18,8 @@ from mfdist.table_server.ledger import Ledger, LoggedPush
 
 DEADLINE_S = 60.0
 FRAME_BYTES = 24 + ledger_segment._PAGE_BYTES
+SMALL, LARGE = 15_000, 100_000  # in the database, and beside it
+assert SMALL < ledger_segment._LARGE_BYTES < LARGE
 
 
 def done(*futures: "Future[None]") -> None:
@@ -171,10 +173,10 @@ def test_a_closed_log_refuses(tmp_path: Path) -> None:
 # Damage.
 
 
-def groups_of(ledger: Ledger, num_groups: int) -> Path:
-    """Append groups of one push, one page and a commit each; return the write-ahead log."""
+def groups_of(ledger: Ledger, num_groups: int, num_bytes: int = SMALL) -> Path:
+    """Append groups of one push each; return the write-ahead log, in which a small one takes six frames."""
     for step in range(1, num_groups + 1):
-        done(ledger.append("a", step, 0, bytes([step]) * 100_000))
+        done(ledger.append("a", step, 0, bytes([step]) * num_bytes))
     return max(ledger.folder.glob("*.db-wal"))
 
 
@@ -186,17 +188,17 @@ def flip(file: Path, at: int) -> None:
         opened.write(bytes([byte ^ 0x10]))
 
 
-def steps_of(folder: Path) -> tuple[list[int], list[str]]:
+def steps_of(folder: Path, num_bytes: int = SMALL) -> tuple[list[int], list[str]]:
     ledger = Ledger(folder)
     try:
         pushes = list(ledger.pushes("a"))
-        assert all(push.payload == bytes([push.step]) * 100_000 for push in pushes)
+        assert all(push.payload == bytes([push.step]) * num_bytes for push in pushes)
         return [push.step for push in pushes], ledger.notes
     finally:
         ledger.close()
 
 
-@pytest.mark.parametrize("cut", [1, 10_000, FRAME_BYTES, FRAME_BYTES + 12, 2 * FRAME_BYTES - 1])
+@pytest.mark.parametrize("cut", [1, 4000, FRAME_BYTES, FRAME_BYTES + 12, 2 * FRAME_BYTES - 1])
 def test_a_tail_cut_off_is_dropped_and_told(ledger: Ledger, tmp_path: Path, cut: int) -> None:
     name = groups_of(ledger, 5).name
     dead = killed(ledger, tmp_path / "dead")
@@ -205,7 +207,7 @@ def test_a_tail_cut_off_is_dropped_and_told(ledger: Ledger, tmp_path: Path, cut:
     assert steps == [1, 2, 3, 4]
     assert "dropped its last group of pushes, which was not whole; it followed group 4" in notes[0]
     ledger = Ledger(dead)
-    done(ledger.append("a", 5, 0, bytes([5]) * 100_000), ledger.append("a", 6, 0, bytes([6]) * 100_000))
+    done(ledger.append("a", 5, 0, bytes([5]) * SMALL), ledger.append("a", 6, 0, bytes([6]) * SMALL))
     ledger.close()
     assert steps_of(dead) == ([1, 2, 3, 4, 5, 6], [])
 
@@ -221,7 +223,7 @@ def test_damage_in_the_last_group_is_dropped_and_told(ledger: Ledger, tmp_path: 
 
 
 @pytest.mark.parametrize("frame", [0, 1, 3, 5])
-@pytest.mark.parametrize("at", [0, 9, 17, 24, 10_000])
+@pytest.mark.parametrize("at", [0, 9, 17, 24, 4000])
 def test_damage_before_the_last_group_is_named(ledger: Ledger, tmp_path: Path, frame: int, at: int) -> None:
     name = groups_of(ledger, 5).name
     dead = killed(ledger, tmp_path / "dead")
@@ -241,19 +243,70 @@ def test_a_damaged_header_is_named(ledger: Ledger, tmp_path: Path, at: int) -> N
         Ledger(dead)
 
 
-def test_damage_in_a_closed_log_is_named(ledger: Ledger) -> None:
-    groups_of(ledger, 5)
+@pytest.mark.parametrize(("num_bytes", "suffix"), [(SMALL, ".db"), (LARGE, ".db-large")])
+def test_damage_in_a_closed_log_is_named(ledger: Ledger, num_bytes: int, suffix: str) -> None:
+    groups_of(ledger, 5, num_bytes)
     ledger.close()
-    (file,) = ledger.folder.glob("*.db")
+    (file,) = ledger.folder.glob(f"*{suffix}")
     size = file.stat().st_size
     flip(file, size - 1000)
     again = Ledger(ledger.folder)
     with pytest.raises(CheckpointError, match=r"is damaged: the push of client 0 for step \d of a fails its checksum"):
         list(again.pushes("a"))
     again.close()
-    os.truncate(file, size - 3 * 65536)
+    os.truncate(file, size - 3 * 4096)
     with pytest.raises(CheckpointError, match="is damaged"):
         list(Ledger(ledger.folder).pushes("a"))
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_damaged_large_push_is_named(ledger: Ledger, tmp_path: Path, step: int) -> None:
+    groups_of(ledger, 5, LARGE)
+    dead = killed(ledger, tmp_path / "dead")
+    flip(dead / "00000001.db-large", step * LARGE - 1)
+    again = Ledger(dead)
+    with pytest.raises(CheckpointError, match=f"is damaged: the push of client 0 for step {step} of a fails its check"):
+        list(again.pushes("a"))
+    again.close()
+
+
+@pytest.mark.parametrize("rest", [0, 1, 4 * LARGE, 5 * LARGE - 1])
+def test_large_pushes_cut_off_are_named(ledger: Ledger, tmp_path: Path, rest: int) -> None:
+    groups_of(ledger, 5, LARGE)
+    dead = killed(ledger, tmp_path / "dead")
+    os.truncate(dead / "00000001.db-large", rest)
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=f"is damaged: large pushes must be {5 * LARGE} bytes; there are {rest}"
+        ):
+            Ledger(dead)
+    (dead / "00000001.db-large").unlink()
+    with pytest.raises(CheckpointError, match="there are 0"):
+        Ledger(dead)
+
+
+def test_large_pushes_of_a_group_that_was_not_whole_are_dropped_with_it(ledger: Ledger, tmp_path: Path) -> None:
+    name = groups_of(ledger, 5, LARGE).name
+    dead = killed(ledger, tmp_path / "dead")
+    os.truncate(dead / name, (dead / name).stat().st_size - 1)
+    steps, notes = steps_of(dead, LARGE)
+    assert steps == [1, 2, 3, 4]
+    assert "dropped its last group of pushes, which was not whole; it followed group 4" in notes[0]
+    again = Ledger(dead)
+    done(*(again.append("a", step, 0, bytes([step]) * LARGE) for step in (4, 5, 6)))
+    again.close()
+    assert steps_of(dead, LARGE) == ([1, 2, 3, 4, 5, 6], [])
+
+
+def test_large_and_small_pushes_in_one_group_come_back(ledger: Ledger) -> None:
+    payloads = [os.urandom(size) for size in (LARGE, 0, SMALL, 9 << 20, 1, LARGE)]
+    parts = [[payload[:5], b"", payload[5:70_000], payload[70_000:]] for payload in payloads]
+    done(*(ledger.append("a", step, 0, each) for step, each in enumerate(parts)))
+    done(ledger.append("b", 1, 0, [b"x"] * 30_000))  # more parts than one call writes
+    again = reopened(ledger)
+    assert [push.payload for push in again.pushes("a")] == payloads
+    assert [push.payload for push in again.pushes("b")] == [b"x" * 30_000]
+    again.close()
 
 
 def test_a_file_whose_process_died_over_making_it_is_none(ledger: Ledger, tmp_path: Path) -> None:
@@ -277,14 +330,14 @@ from mfdist.table_server.ledger import Ledger
 def limited(num_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-ledger = Ledger(Path(sys.argv[1]))
+ledger, size = Ledger(Path(sys.argv[1])), int(sys.argv[3])
 ledger.put("epoch", b"1").result(60)
-ledger.append("a", 1, 0, bytes([1]) * 100_000).result(60)
+ledger.append("a", 1, 0, bytes([1]) * size).result(60)
 limited(1 << 20)
 failed = []
-for step in range(2, 30):
+for step in range(2, 200):
     try:
-        ledger.append("a", step, 0, bytes([step]) * 100_000).result(60)
+        ledger.append("a", step, 0, bytes([step]) * size).result(60)
         assert not failed, "what comes behind a failed push must not be acknowledged before it"
     except CheckpointError as error:
         assert "a push must be on disk before it is acknowledged" in str(error), error
@@ -298,7 +351,7 @@ try:
     raise SystemExit("the disk is full")
 except CheckpointError:
     assert ledger.get("epoch") == b"1"
-assert ledger.waiting_bytes == 100_000 * len(failed) + 1
+assert ledger.waiting_bytes == size * len(failed) + 1
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "dropped":
@@ -308,23 +361,24 @@ if sys.argv[2] == "dropped":
 else:
     limited(resource.RLIM_INFINITY)
 for step in failed if sys.argv[2] == "dropped" else reversed(range(1, step + 1)):
-    ledger.append("a", step, 0, bytes([step]) * 100_000).result(60)
+    ledger.append("a", step, 0, bytes([step]) * size).result(60)
 assert ledger.failure is None and ledger.waiting_bytes == 0
 assert ledger.get("epoch") == b"2"
 limited(resource.RLIM_INFINITY)
-ledger.append("a", 30, 0, bytes([30]) * 100_000).result(60)  # behind all others
+ledger.append("a", 200, 0, bytes([200]) * size).result(60)  # behind all others
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.parametrize("num_bytes", [SMALL, LARGE])
 @pytest.mark.parametrize("end", ["killed", "room", "dropped"])
-def test_a_full_disk_fails_pushes_until_there_is_room(tmp_path: Path, end: str) -> None:
-    code = [sys.executable, "-c", FULL, str(tmp_path / "ledger"), end]
+def test_a_full_disk_fails_pushes_until_there_is_room(tmp_path: Path, end: str, num_bytes: int) -> None:
+    code = [sys.executable, "-c", FULL, str(tmp_path / "ledger"), end, str(num_bytes)]
     ran = subprocess.run(code, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ran.returncode == -9, ran.stderr
-    steps, notes = steps_of(tmp_path / "ledger")
+    steps, notes = steps_of(tmp_path / "ledger", num_bytes)
     assert (steps[0] == 1) == (end != "dropped")
-    assert (steps[-1] == 30) == (end != "killed")
+    assert (steps[-1] == 200) == (end != "killed")
     if end != "killed":
         steps.pop()
     assert steps == list(range(steps[0], steps[-1] + 1))
@@ -332,7 +386,8 @@ def test_a_full_disk_fails_pushes_until_there_is_room(tmp_path: Path, end: str) 
     assert end == "killed" or notes == []
 
 
-def test_a_disk_that_is_full_to_the_last_byte_can_be_emptied(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_bytes", "told"), [(SMALL, "database or disk is full"), (LARGE, "No space left")])
+def test_a_disk_that_is_full_to_the_last_byte_can_be_emptied(tmp_path: Path, num_bytes: int, told: str) -> None:
     if shutil.which("mount") is None or os.geteuid() != 0:
         pytest.skip("needs to mount a small disk")
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True)
@@ -340,9 +395,9 @@ def test_a_disk_that_is_full_to_the_last_byte_can_be_emptied(tmp_path: Path) -> 
         pytest.skip("may not mount")
     try:
         ledger, step = Ledger(tmp_path / "ledger"), 0
-        with pytest.raises(CheckpointError, match="database or disk is full"):
-            while step < 200:
-                done(ledger.append("a", step + 1, 0, os.urandom(50_000)))
+        with pytest.raises(CheckpointError, match=told):
+            while step < 2000:
+                done(ledger.append("a", step + 1, 0, os.urandom(num_bytes)))
                 step += 1
         ledger.drop("a", step)
         until = time.monotonic() + DEADLINE_S
