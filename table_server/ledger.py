@@ -3,8 +3,8 @@
     ledger/00000001.db, 00000001.db-wal, 00000001.db-large, 00000002.db, …   one after the other; see `ledger_segment`
 
 One thread writes. It takes all that has come while it was writing as its next group, which costs an fsync or two
-whatever its size. A file that has grown enough is followed by the next, and removed once everything in it has been dropped;
-the small map of records is carried along.
+whatever its size. A segment that has grown enough is followed by the next, and removed once everything in it has been
+dropped; the small map of records is carried along.
 """
 
 import contextlib

@@ -1,10 +1,12 @@
-"""Tokens for tests."""
+"""Tokens and logs for tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mfdist.table_server.auth import new_token
+from mfdist.table_server.ledger import Ledger
 
 
 @pytest.fixture
@@ -16,3 +18,10 @@ def tokens(tmp_path: Path) -> dict[str, str]:
         "trainer": new_token(path, "trainer", ["read", "push"]),
         "admin": new_token(path, "admin", ["read", "push", "admin"]),
     }
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(tmp_path / "ledger")
+    yield ledger
+    ledger.close()

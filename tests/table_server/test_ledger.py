@@ -1,4 +1,4 @@
-"""The log of a table server: order, repetitions, room, and what it does when the disk is full or damaged."""
+"""The log of a table server: order, repetitions, room, and what it does when the disk is full."""
 
 import os
 import shutil
@@ -6,42 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from mfdist.errors import CheckpointError, ConfigError, UnavailableError
-from mfdist.table_server import ledger_segment
 from mfdist.table_server.ledger import Ledger, LoggedPush
-
-DEADLINE_S = 60.0
-FRAME_BYTES = 24 + ledger_segment._PAGE_BYTES
-SMALL, LARGE = 15_000, 100_000  # in the database, and beside it
-assert SMALL < ledger_segment._LARGE_BYTES < LARGE
-
-
-def done(*futures: "Future[None]") -> None:
-    for future in futures:
-        future.result(DEADLINE_S)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger(tmp_path / "ledger")
-    yield ledger
-    ledger.close()
-
-
-def reopened(ledger: Ledger) -> Ledger:
-    ledger.close()
-    return Ledger(ledger.folder)
-
-
-def killed(ledger: Ledger, target: Path) -> Path:
-    """Return what a process that dies now leaves: its files, as they are."""
-    return shutil.copytree(ledger.folder, target)
+from tests.table_server.ledgers import DEADLINE_S, LARGE, SMALL, done, killed, reopened, steps_of
 
 
 def test_pushes_come_back_in_their_order(ledger: Ledger) -> None:
@@ -130,6 +101,17 @@ def test_a_push_may_be_dropped_before_it_is_written_and_come_again(ledger: Ledge
     done(ledger.append("a", 2, 0, b"push"))
 
 
+def test_large_and_small_pushes_in_one_group_come_back(ledger: Ledger) -> None:
+    payloads = [os.urandom(size) for size in (LARGE, 0, SMALL, 9 << 20, 1, LARGE)]
+    parts = [[payload[:5], b"", payload[5:70_000], payload[70_000:]] for payload in payloads]
+    done(*(ledger.append("a", step, 0, each) for step, each in enumerate(parts)))
+    done(ledger.append("b", 1, 0, [b"x"] * 30_000))  # more parts than one call writes
+    again = reopened(ledger)
+    assert [push.payload for push in again.pushes("a")] == payloads
+    assert [push.payload for push in again.pushes("b")] == [b"x" * 30_000]
+    again.close()
+
+
 @pytest.mark.parametrize("step", [-1, 1 << 62, (1 << 64) - 1])
 def test_a_step_that_no_database_holds_is_refused(ledger: Ledger, step: int) -> None:
     with pytest.raises(ConfigError, match=f"a step must be in .* got {step} for table"):
@@ -168,154 +150,6 @@ def test_a_closed_log_refuses(tmp_path: Path) -> None:
     done(late)
     with pytest.raises(CheckpointError, match="a log must be open"):
         ledger.append("a", 2, 0, b"push")
-
-
-# Damage.
-
-
-def groups_of(ledger: Ledger, num_groups: int, num_bytes: int = SMALL) -> Path:
-    """Append groups of one push each; return the write-ahead log, in which a small one takes six frames."""
-    for step in range(1, num_groups + 1):
-        done(ledger.append("a", step, 0, bytes([step]) * num_bytes))
-    return max(ledger.folder.glob("*.db-wal"))
-
-
-def flip(file: Path, at: int) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(at)
-        byte = opened.read(1)[0]
-        opened.seek(at)
-        opened.write(bytes([byte ^ 0x10]))
-
-
-def steps_of(folder: Path, num_bytes: int = SMALL) -> tuple[list[int], list[str]]:
-    ledger = Ledger(folder)
-    try:
-        pushes = list(ledger.pushes("a"))
-        assert all(push.payload == bytes([push.step]) * num_bytes for push in pushes)
-        return [push.step for push in pushes], ledger.notes
-    finally:
-        ledger.close()
-
-
-@pytest.mark.parametrize("cut", [1, 4000, FRAME_BYTES, FRAME_BYTES + 12, 2 * FRAME_BYTES - 1])
-def test_a_tail_cut_off_is_dropped_and_told(ledger: Ledger, tmp_path: Path, cut: int) -> None:
-    name = groups_of(ledger, 5).name
-    dead = killed(ledger, tmp_path / "dead")
-    os.truncate(dead / name, (dead / name).stat().st_size - cut)
-    steps, notes = steps_of(dead)
-    assert steps == [1, 2, 3, 4]
-    assert "dropped its last group of pushes, which was not whole; it followed group 4" in notes[0]
-    ledger = Ledger(dead)
-    done(ledger.append("a", 5, 0, bytes([5]) * SMALL), ledger.append("a", 6, 0, bytes([6]) * SMALL))
-    ledger.close()
-    assert steps_of(dead) == ([1, 2, 3, 4, 5, 6], [])
-
-
-def test_damage_in_the_last_group_is_dropped_and_told(ledger: Ledger, tmp_path: Path) -> None:
-    name = groups_of(ledger, 5).name
-    dead = killed(ledger, tmp_path / "dead")
-    flip(dead / name, (dead / name).stat().st_size - 1000)
-    steps, (note,) = steps_of(dead)
-    assert steps == [1, 2, 3, 4]
-    assert "00000001.db: dropped its last group of pushes, which was not whole; it followed group 4" in note
-    assert steps_of(dead) == ([1, 2, 3, 4], [])
-
-
-@pytest.mark.parametrize("frame", [0, 1, 3, 5])
-@pytest.mark.parametrize("at", [0, 9, 17, 24, 4000])
-def test_damage_before_the_last_group_is_named(ledger: Ledger, tmp_path: Path, frame: int, at: int) -> None:
-    name = groups_of(ledger, 5).name
-    dead = killed(ledger, tmp_path / "dead")
-    flip(dead / name, 32 + frame * FRAME_BYTES + at)
-    with pytest.raises(CheckpointError, match=r"a server's log must be whole; .*00000001\.db is damaged: \d groups"):
-        Ledger(dead)
-    with pytest.raises(CheckpointError, match="is damaged"):  # and nothing was made of it
-        Ledger(dead)
-
-
-@pytest.mark.parametrize("at", [0, 10, 18, 28])
-def test_a_damaged_header_is_named(ledger: Ledger, tmp_path: Path, at: int) -> None:
-    name = groups_of(ledger, 3).name
-    dead = killed(ledger, tmp_path / "dead")
-    flip(dead / name, at)
-    with pytest.raises(CheckpointError, match="is damaged: 3 groups of pushes behind group 0 cannot be read"):
-        Ledger(dead)
-
-
-@pytest.mark.parametrize(("num_bytes", "suffix"), [(SMALL, ".db"), (LARGE, ".db-large")])
-def test_damage_in_a_closed_log_is_named(ledger: Ledger, num_bytes: int, suffix: str) -> None:
-    groups_of(ledger, 5, num_bytes)
-    ledger.close()
-    (file,) = ledger.folder.glob(f"*{suffix}")
-    size = file.stat().st_size
-    flip(file, size - 1000)
-    again = Ledger(ledger.folder)
-    with pytest.raises(CheckpointError, match=r"is damaged: the push of client 0 for step \d of a fails its checksum"):
-        list(again.pushes("a"))
-    again.close()
-    os.truncate(file, size - 3 * 4096)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        list(Ledger(ledger.folder).pushes("a"))
-
-
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_damaged_large_push_is_named(ledger: Ledger, tmp_path: Path, step: int) -> None:
-    groups_of(ledger, 5, LARGE)
-    dead = killed(ledger, tmp_path / "dead")
-    flip(dead / "00000001.db-large", step * LARGE - 1)
-    again = Ledger(dead)
-    with pytest.raises(CheckpointError, match=f"is damaged: the push of client 0 for step {step} of a fails its check"):
-        list(again.pushes("a"))
-    again.close()
-
-
-@pytest.mark.parametrize("rest", [0, 1, 4 * LARGE, 5 * LARGE - 1])
-def test_large_pushes_cut_off_are_named(ledger: Ledger, tmp_path: Path, rest: int) -> None:
-    groups_of(ledger, 5, LARGE)
-    dead = killed(ledger, tmp_path / "dead")
-    os.truncate(dead / "00000001.db-large", rest)
-    for _ in range(2):
-        with pytest.raises(
-            CheckpointError, match=f"is damaged: large pushes must be {5 * LARGE} bytes; there are {rest}"
-        ):
-            Ledger(dead)
-    (dead / "00000001.db-large").unlink()
-    with pytest.raises(CheckpointError, match="there are 0"):
-        Ledger(dead)
-
-
-def test_large_pushes_of_a_group_that_was_not_whole_are_dropped_with_it(ledger: Ledger, tmp_path: Path) -> None:
-    name = groups_of(ledger, 5, LARGE).name
-    dead = killed(ledger, tmp_path / "dead")
-    os.truncate(dead / name, (dead / name).stat().st_size - 1)
-    steps, notes = steps_of(dead, LARGE)
-    assert steps == [1, 2, 3, 4]
-    assert "dropped its last group of pushes, which was not whole; it followed group 4" in notes[0]
-    again = Ledger(dead)
-    done(*(again.append("a", step, 0, bytes([step]) * LARGE) for step in (4, 5, 6)))
-    again.close()
-    assert steps_of(dead, LARGE) == ([1, 2, 3, 4, 5, 6], [])
-
-
-def test_large_and_small_pushes_in_one_group_come_back(ledger: Ledger) -> None:
-    payloads = [os.urandom(size) for size in (LARGE, 0, SMALL, 9 << 20, 1, LARGE)]
-    parts = [[payload[:5], b"", payload[5:70_000], payload[70_000:]] for payload in payloads]
-    done(*(ledger.append("a", step, 0, each) for step, each in enumerate(parts)))
-    done(ledger.append("b", 1, 0, [b"x"] * 30_000))  # more parts than one call writes
-    again = reopened(ledger)
-    assert [push.payload for push in again.pushes("a")] == payloads
-    assert [push.payload for push in again.pushes("b")] == [b"x" * 30_000]
-    again.close()
-
-
-def test_a_file_whose_process_died_over_making_it_is_none(ledger: Ledger, tmp_path: Path) -> None:
-    groups_of(ledger, 2)
-    dead = killed(ledger, tmp_path / "dead")
-    (dead / "00000002.db").touch()
-    (dead / "00000003.db-wal").write_bytes(bytes(100))
-    assert steps_of(dead) == ([1, 2], [])
-    assert sorted(file.name for file in dead.glob("*.db")) == ["00000001.db"]
 
 
 # A full disk.
