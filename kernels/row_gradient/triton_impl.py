@@ -5,11 +5,11 @@
 3. Each row's program sums what is left of its run and adds the pieces. The row itself stays in registers, so the same
    read of grad_output gives score · grad_output for the row and ⟨grad_output, row⟩ for the lookup's score.
 
-Rows wider than a warp's registers are taken one slice of columns after the other.
+Rows wider than a warp's registers, or far from a power of two, are taken one slice of columns after the other.
 No atomics: every sum has one program and a fixed order, so results repeat bit for bit.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,9 @@ _COLUMNS_EACH = 1024
 #: if it is in fp32.
 _SHORT_RUN = 32
 _COLUMNS_OF_SHORT_RUNS = 512
+#: A pass takes about as long for columns past the last as for others: less than a quarter may be that, but that a slice
+#: of so many columns is not cut further, because every pass reads all words.
+_LEAST_COLUMNS = 256
 #: Registers to a thread of that many columns in bf16 or fp16; more would leave room for fewer warps.
 _REGISTERS = 96
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
@@ -68,11 +71,11 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    columns = slice_columns(dim, is_short=has_short_runs(row_ids, num_rows, grad_output))
+    parts = slices(dim, widest(is_short=has_short_runs(row_ids, num_rows, grad_output)))
     num_pieces = row_ids.numel() // PIECE
-    pieces = grad_scores.new_empty(num_pieces, columns)
-    options = warp_options(columns, grad_output)
-    for first in range(0, dim, columns):
+    pieces = grad_scores.new_empty(num_pieces * parts[0].columns)
+    for first, columns in parts:
+        options = warp_options(columns, grad_output)
         constants = (row_ids.shape[1], PIECE, columns, first > 0, True)
         if num_pieces:
             sum_piece[(num_pieces,)](
@@ -89,9 +92,30 @@ def has_short_runs(row_ids: Tensor, num_rows: int, grad_output: Tensor) -> bool:
     return grad_output.itemsize > _NARROW_BYTES and row_ids.numel() < _SHORT_RUN * num_rows
 
 
-def slice_columns(dim: int, *, is_short: bool) -> int:
-    """Return the columns that one warp's program takes at a time."""
-    return min(_COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH, next_power_of_2(dim))
+class Slice(NamedTuple):
+    """Columns that are taken in one pass: a power of two of them, of which the last may lie past the row's end."""
+
+    first: int
+    columns: int
+
+
+def widest(*, is_short: bool) -> int:
+    """Return the most columns that one warp's program takes at a time."""
+    return _COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH
+
+
+def slices(dim: int, most: int) -> list[Slice]:
+    """Return the slices of rows `dim` wide, the widest first."""
+    found: list[Slice] = []
+    first = 0
+    while first < dim:
+        left = dim - first
+        columns = min(most, next_power_of_2(left))
+        if columns > _LEAST_COLUMNS and 4 * left <= 3 * columns:
+            columns //= 2
+        found.append(Slice(first, columns))
+        first += columns
+    return found
 
 
 def warp_options(columns: int, grad_output: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import PIECE, has_short_runs, slice_columns, sum_piece, warp_options
+from mfdist.kernels.row_gradient.triton_impl import PIECE, has_short_runs, slices, sum_piece, warp_options, widest
 from mfdist.kernels.row_gradient.triton_order import order_by_row, sort_by_row
 from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.row_update.rule import RowRule
@@ -22,6 +22,10 @@ from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_o
 #: Columns to a warp of a row's program where its gradient is given, and the most warps.
 _COLUMNS_EACH = 1024
 _MAX_WARPS = 16
+#: Sums of the slices before the last are kept in so much memory at most; else they are summed twice.
+_MOST_KEPT_BYTES = 512 << 20
+#: Columns of a program that updates a row by kept sums.
+_KEPT_COLUMNS = 512
 
 
 def fused_row_update(
@@ -56,22 +60,32 @@ def fused_row_update(
         order = order_by_row(*lookup, is_checked=is_checked)
         needs_squares = rule.kind == "rowwise_adagrad"
         is_short = has_short_runs(row_ids, num_rows, grad_output) and not needs_squares
-        columns = slice_columns(dim, is_short=is_short)
+        parts = slices(dim, widest(is_short=is_short))
+        plan = passes(parts, needs_squares=needs_squares)
+        num_kept = parts[-1].first if len(plan) > len(parts) else 0
+        is_kept = 0 < num_kept * num_rows * scores.itemsize <= _MOST_KEPT_BYTES
+        sums = scores.new_empty(num_rows * num_kept if is_kept else 0)
+        squares = scores.new_empty(num_rows if len(parts) > 1 else 0)
         num_pieces = row_ids.numel() // PIECE
-        options = warp_options(columns, grad_output)
-        pieces = scores.new_empty(num_pieces, columns)
-        squares = scores.new_empty(num_rows if dim > columns else 0)
-        for part in passes(dim, columns, needs_squares=needs_squares):
-            tile = (row_ids.shape[1], PIECE, columns, part.first_column > 0, part.has_products)
+        pieces = scores.new_empty(num_pieces * parts[0].columns)
+        states = two_states(state, table)
+        for part in plan[: len(parts)] if is_kept else plan:
+            tile = (row_ids.shape[1], PIECE, part.columns, part.first_column > 0, part.has_products)
+            options = warp_options(part.columns, grad_output)
             if num_pieces:
                 sum_piece[(num_pieces,)](
                     table, row_ids, grad_output, *order, pieces, grad_scores,
                     dim, code_stride, part.first_column, num_rows, *tile, **options,
                 )  # fmt: skip
             _update_row[(num_rows,)](
-                table, *two_states(state, table), grad_output, *order, pieces, grad_scores, squares, *constants,
-                dim, part.first_column, *offsets,
-                *tile, NUMBERS[rule.kind], part.is_updated, part.squares, **options,
+                table, *states, grad_output, *order, pieces, grad_scores, squares, sums, *constants,
+                dim, part.first_column, num_kept, *offsets,
+                *tile, NUMBERS[rule.kind], part.is_updated, part.squares, is_kept, **options,
+            )  # fmt: skip
+        if is_kept:
+            _update_kept[(num_rows, triton.cdiv(num_kept, _KEPT_COLUMNS))](
+                table, *states, order.starts, order.ends, squares, sums, *constants,
+                dim, num_kept, *offsets, _KEPT_COLUMNS, NUMBERS[rule.kind], num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return grad_scores
 
@@ -116,20 +130,39 @@ def _shape(dim: int) -> tuple[int, int]:
 
 @triton.jit
 def _update_row(
-    table, first, second, grad_output, words, starts, ends, pieces, grad_scores, squares, shared, keys,
-    D, first_column, row_offset, column_offset,
+    table, first, second, grad_output, words, starts, ends, pieces, grad_scores, squares, sums, shared, keys,
+    D, first_column, num_kept, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
-    RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
+    RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr, IS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Update one row, if it is looked up."""
+    """Update one slice of a row, if the row is looked up; a slice that is to be updated later has its sum kept."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(starts + row)
     end = tl.load(ends + row)
     if end > start:
         update_run(
-            table, first, second, grad_output, words, pieces, grad_scores, squares, shared, keys,
-            row, start, end, row, D, first_column, row_offset, column_offset,
-            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, RULE, IS_UPDATED, SQUARES,
+            table, first, second, grad_output, words, pieces, grad_scores, squares, sums, shared, keys,
+            row, start, end, row, D, first_column, num_kept, row_offset, column_offset,
+            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, RULE, IS_UPDATED, SQUARES, IS_KEPT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _update_kept(
+    table, first, second, starts, ends, squares, sums, shared, keys,
+    D, num_kept, row_offset, column_offset,
+    COLUMNS: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Update COLUMNS columns of one row by their kept sums, if the row is looked up; its state has the squares."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(ends + row) > tl.load(starts + row):
+        c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        is_column = c < num_kept
+        values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+        gradient = tl.load(sums + row * num_kept + c, mask=is_column, other=0.0)
+        update_row(
+            table, first, second, row, c, is_column, values, gradient, tl.load(squares + row) * 0.0,
+            tl.load(first + row), load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE,
         )  # fmt: skip
 
 

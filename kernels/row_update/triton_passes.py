@@ -1,16 +1,18 @@
 """Passes of a fused update over slices of columns, and what a program does with one row's run of lookups in one.
 
 Rows wider than a slice take a pass for each. Row-wise Adagrad, which needs the square of a row's whole gradient, goes
-over the slices adding up squares, updates the last one when they are complete, and then goes over the others once more.
+over the slices adding up squares, updates the last one when they are complete, and then goes over the others once more:
+from their sums, where those were kept, or else summing again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import add_pieces, cut_pieces, sum_lookups
+from mfdist.kernels.row_gradient.triton_impl import Slice, add_pieces, cut_pieces, sum_lookups
 from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, load_constants, update_row
 
 #: What a pass does with the gradient's squares: uses its own, begins a sum, adds to it, completes it, or has used it.
@@ -24,19 +26,20 @@ class Pass(NamedTuple):
     """One pass over a slice of columns: what is done besides summing the rows' gradients."""
 
     first_column: int
+    columns: int
     has_products: bool  # score gradients
     is_updated: bool
     squares: int
     is_last_product: bool = False
 
 
-def passes(dim: int, columns: int, *, needs_squares: bool) -> list[Pass]:
+def passes(parts: Sequence[Slice], *, needs_squares: bool) -> list[Pass]:
     """Return the passes that update all slices."""
-    *others, last = range(0, dim, columns)
+    *others, last = parts
     if not others or not needs_squares:
-        return [Pass(first, True, True, OWN, first == last) for first in (*others, last)]
-    looks = [Pass(first, True, False, ADDED if first else BEGUN) for first in others]
-    return [*looks, Pass(last, True, True, COMPLETED, True), *(Pass(first, False, True, KNOWN) for first in others)]
+        return [Pass(*part, True, True, OWN, part == last) for part in parts]
+    looks = [Pass(*part, True, False, ADDED if part.first else BEGUN) for part in others]
+    return [*looks, Pass(*last, True, True, COMPLETED, True), *(Pass(*part, False, True, KNOWN) for part in others)]
 
 
 def two_states(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,12 +50,15 @@ def two_states(state: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def update_run(
-    table, first, second, grad_output, words, pieces, grad_scores, squares, shared, keys,
-    row, start, end, place, D, first_column, row_offset, column_offset,
+    table, first, second, grad_output, words, pieces, grad_scores, squares, sums, shared, keys,
+    row, start, end, place, D, first_column, num_kept, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
-    RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
+    RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr, IS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Sum one row's run of lookups over a slice of columns, and update the slice by it; squares[place] is the row's."""
+    """Sum one row's run of lookups over a slice of columns, and update the slice by it; squares[place] is the row's.
+
+    IS_KEPT: a slice that is not updated has its sum written to the row's place in `sums`, num_kept columns wide.
+    """
     c = first_column + tl.arange(0, COLUMNS)
     is_column = c < D
     values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -65,6 +71,8 @@ def update_run(
         cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
     )  # fmt: skip
     gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
+    if IS_KEPT and not IS_UPDATED:
+        tl.store(sums + tl.cast(place, tl.int64) * num_kept + c, gradient, mask=is_column)
     finish_row(
         table, first, second, squares, row, place, c, is_column, values, gradient, accumulated,
         load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE, IS_UPDATED, SQUARES,

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import store_piece
+from mfdist.kernels.row_gradient.triton_impl import slices, store_piece
 from mfdist.kernels.row_gradient.triton_order import SortedLookups, lookup_of, score_of
 from mfdist.kernels.row_update.triton_passes import finish_row, passes, two_states, update_run
 from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, load_constants
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers
 
 #: Lookups a row, on average, below which rows are taken by windows.
 SHORT_RUN = 4
@@ -46,20 +46,21 @@ def update_by_windows(
     """Update the rows that are looked up, a slice of columns at a time, and fill `grad_scores`."""
     num_rows, dim = table.shape
     num_ids, needs_squares = grad_scores.numel(), rule == ROWWISE_ADAGRAD.value
-    columns = min(_WHOLE_COLUMNS if needs_squares else _COLUMNS, next_power_of_2(dim))
+    parts = slices(dim, _WHOLE_COLUMNS if needs_squares else _COLUMNS)
     num_pieces = num_ids // PIECE
-    pieces = grad_scores.new_empty(num_pieces, columns)
-    plan = passes(dim, columns, needs_squares=needs_squares)
+    pieces = grad_scores.new_empty(num_pieces * parts[0].columns)
+    plan = passes(parts, needs_squares=needs_squares)
     # In several passes: score gradients so far, and squares of rows at their last lookups.
     products = grad_scores.new_empty(num_ids if len(plan) > 1 else 0)
     squares = grad_scores.new_empty(num_ids if len(plan) > 1 and needs_squares else 0)
     states = two_states(state, table)
     options = {"num_warps": 1, **LAUNCH_OPTIONS}
-    is_narrow = grad_output.itemsize == _NARROW_BYTES and columns in _REGISTERS
-    limited = {**options, **at_most_registers(_REGISTERS[columns])} if is_narrow else options
+    is_narrow = grad_output.itemsize == _NARROW_BYTES
     sizes = (num_ids, num_rows, dim)
     for part in plan:
-        first, is_added = part.first_column, part.first_column > 0
+        first, columns, is_added = part.first_column, part.columns, part.first_column > 0
+        is_limited = is_narrow and columns in _REGISTERS
+        limited = {**options, **at_most_registers(_REGISTERS[columns])} if is_limited else options
         how = (part.has_products, rule, part.is_updated, part.squares)
         tile = (grad_scores.shape[1], PIECE, columns, is_added)
         if num_pieces:
@@ -180,9 +181,9 @@ def _update_long_run(
         found = tl.load(rows + start).to(tl.int64)
         end = _first_place(rows, found + 1, start, M)
         update_run(
-            table, first, second, grad_output, words, pieces, grad_scores, squares, shared, keys,
-            found, start, end, end - 1, D, first_column, row_offset, column_offset,
-            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, RULE, IS_UPDATED, SQUARES,
+            table, first, second, grad_output, words, pieces, grad_scores, squares, squares, shared, keys,
+            found, start, end, end - 1, D, first_column, 0, row_offset, column_offset,
+            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, RULE, IS_UPDATED, SQUARES, False,
         )  # fmt: skip
 
 

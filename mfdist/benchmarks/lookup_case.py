@@ -61,6 +61,12 @@ CASES: dict[str, dict[str, LookupCase]] = {
         "base-qkv": LookupCase(*_BASE_QKV, dtypes=_ALL),
         "base-ffn2": LookupCase(*_BASE_FFN2, dtypes=_ALL),
         "tiny-qkv": LookupCase(*_TINY_QKV, dtypes=_ALL),
+        # The other lookups of a block: three projections in one, 3·d wide, and the feed-forward's.
+        "base-qkv-3d": LookupCase(16384, 128, 256, 3072, dtypes=("bf16",)),
+        "base-ffn1": LookupCase(16384, 128, 256, 1280, dtypes=("bf16",)),
+        "tiny-qkv-3d": LookupCase(32768, 64, 256, 1536, dtypes=("bf16",)),
+        "tiny-ffn1": LookupCase(32768, 64, 256, 640, dtypes=("bf16",)),
+        "tiny-ffn2": LookupCase(32768, 64, 1024, 512, dtypes=("bf16",)),
         "big-tau16": LookupCase(16384, 128, 65536, 1024, dtypes=("bf16",)),
         "pkm-1M": LookupCase(*_PKM, is_shared=True, dtypes=_ALL),
         "base-qkv-zipf": LookupCase(*_BASE_QKV, is_skewed=True, dtypes=("bf16",)),

@@ -66,6 +66,7 @@ def updates() -> None:
     sgd, adagrad, _ = RULES
     check(make_lookup(0, 3, 8, 8), sgd)
     check(make_lookup(3, 20, 1, 100), adagrad)
+    check(make_lookup(6, 2, 2, 640, dtype=torch.bfloat16), adagrad)  # slices of two widths
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
     gradients._COLUMNS_OF_SHORT_RUNS = 16
@@ -74,6 +75,9 @@ def updates() -> None:
     # Long runs, wide rows and few columns a warp, at small sizes.
     triton_impl.PIECE, gradients._COLUMNS_EACH = 8, 16
     check(equal, adagrad)
+    check(make_lookup(36, 2, 2, 40, is_compact=False), adagrad)
+    check(make_lookup(36, 2, 2, 40, dtype=torch.bfloat16), adagrad)
+    triton_impl._MOST_KEPT_BYTES = 0  # as for rows so many that slices are summed twice
     check(make_lookup(36, 2, 2, 40, is_compact=False), adagrad)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check(make_lookup(36, 2, 2, 40), sgd)

@@ -52,6 +52,7 @@ def lookups() -> None:
     equal.row_ids.fill_(3)
     check_lookup(equal)
     check_lookup(make_lookup(6, 2, 2, 1000, dtype=torch.bfloat16))  # slices that go through shared memory
+    check_lookup(make_lookup(6, 2, 2, 640))  # slices of two widths
     # As for a table whose slices fit no cache, many tokens and long runs.
     sums._SLICE_BYTES = 0
     gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32

@@ -11,6 +11,7 @@ import torch
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
+from mfdist.kernels.row_gradient.triton_impl import slices
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
@@ -58,6 +59,8 @@ UPDATE = {
     "mean_squares": "*fp32",
     "products": "*fp32",
     "squares": "*fp32",
+    "sums": "*fp32",
+    "num_kept": "i32",
     "column_offset": "i32",
 }
 ADAGRAD = {**UPDATE, "first": "*fp32"}
@@ -116,9 +119,13 @@ KERNELS = {
         {"lr": "*fp32", "step": "*i64", "shared": "*fp32", "keys": "*i64", "seed": "i64", **STEP},
         {},
     ),
-    "row_update.triton_impl._update_row by adagrad": (ADAGRAD, {**WHOLE, "RULE": 1}),
-    "row_update.triton_impl._update_row by adagrad in slices": (ADAGRAD, {**IN_SLICES, "RULE": 1, "SQUARES": 3}),
-    "row_update.triton_impl._update_row by adam": (UPDATE, {**WHOLE, "RULE": 2}),
+    "row_update.triton_impl._update_row by adagrad": (ADAGRAD, {**WHOLE, "RULE": 1, "IS_KEPT": False}),
+    "row_update.triton_impl._update_row by adagrad in slices": (
+        ADAGRAD,
+        {**IN_SLICES, "RULE": 1, "SQUARES": 3, "IS_KEPT": True},
+    ),
+    "row_update.triton_impl._update_row by adam": (UPDATE, {**WHOLE, "RULE": 2, "IS_KEPT": False}),
+    "row_update.triton_impl._update_kept": (ADAGRAD, {"COLUMNS": 512, "RULE": 1}),
     "row_update.triton_windows._update_window by adagrad": (
         ADAGRAD,
         {**WHOLE, "RULE": 1, "IS_LAST_PRODUCT": True, "WINDOW": 32},
@@ -196,6 +203,12 @@ def test_sizes_of_tiles() -> None:
     assert [can_be_bad(codes, limit) for limit in (16, 255, 256)] == [True, True, False]
     assert [can_be_bad(codes.to(torch.uint16), limit) for limit in (65_535, 65_536)] == [True, False]
     assert can_be_bad(codes.int(), 1 << 20)
+    widths = {1: [1], 40: [64], 160: [256], 640: [512, 128], 960: [1024], 1280: [1024, 256], 1536: [1024, 512]}
+    for dim, expected in widths.items():
+        found = slices(dim, 1024)
+        assert [part.columns for part in found] == expected
+        assert [part.first for part in found] == [sum(expected[:index]) for index in range(len(expected))]
+    assert [part.columns for part in slices(12288, 512)] == [512] * 24
 
 
 @pytest.mark.gpu
