@@ -42,6 +42,7 @@ class ModelConfig(Section):
     )
     score: Literal["paper", "released"] = Field("paper", description="row weight: the paper's p(z), or ‖z‖₁·p(z)")
     score_temperature: Positive = Field(1.0, description="t in p(z) = 1 / prod(1 + exp(-2|z|/t))")
+    init_scale: Positive = Field(1.0, description="standard deviation of new rows, as a multiple of the paper's")
     rotary_fraction: Fraction = Field(0.25, description="share of each head that is rotated by position")
     table_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="what rows are kept in; bf16 needs a rule in [optimizer.tables] that rounds stochastically"

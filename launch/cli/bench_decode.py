@@ -30,6 +30,7 @@ def bench_decode(
         int | None,
         typer.Option(min=1, metavar="N", help="Layers with weights of their own; the others take theirs in turn."),
     ] = None,
+    is_compiled: Annotated[bool, typer.Option("--compile", help="Compile both by torch.compile, on a GPU.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Let a model of random weights and its dense twin write, in turns; speed does not depend on weights.
@@ -38,7 +39,7 @@ def bench_decode(
 
     Example: mfdist bench decode base --threads 1 --set model.hidden_dim=2048 --distinct 4
 
-    Example: mfdist bench decode base --device cuda --dtype bf16 --batch 8
+    Example: mfdist bench decode base --device cuda --dtype bf16 --batch 8 --compile
 
     One layer of each, by itself, comes after them; `mfdist bench layers` has more of that. A model whose vocabulary is
     its tokenizer's gets data.vocab_size tokens. Tables take all their memory; with --distinct, that of N layers.
@@ -63,13 +64,16 @@ def bench_decode(
         for name, kind in (("dense twin", "dense"), ("MemoryFormer", "memory"))
     }
     where = choose_device(device)
+    if is_compiled and where.type == "cpu":
+        raise ConfigError("--compile needs --device cuda: on a CPU every token has another shape, compiled anew")
     models = {
         name: random_model(each, num_distinct=distinct, dtype=FLOATS[dtype], device=where.type)
         for name, each in shapes.items()
     }
-    found = measure_decoding(models, batch=batch, num_tokens=tokens, rounds=rounds)
+    found = measure_decoding(models, batch=batch, num_tokens=tokens, rounds=rounds, is_compiled=is_compiled)
     name = machine.cpu()["name"] if where.type == "cpu" else "CUDA graphs"
-    typer.echo(f"{name}, {describe_device(where)}, torch {torch.__version__}, batch {batch}, {dtype}")
+    how = ", compiled" if is_compiled else ""
+    typer.echo(f"{name}, {describe_device(where)}, torch {torch.__version__}, batch {batch}, {dtype}{how}")
     counts = {name: count(random_model(each, dtype=FLOATS[dtype], device="meta")) for name, each in shapes.items()}
     typer.echo(f"{'':<14}{'tokens/s':>10}{'ms/token':>10}{'of twin':>9}{'read a token':>14}{'parameters':>12}")
     for name, speed in found.items():
@@ -103,6 +107,7 @@ def bench_decode(
             "machine": {"cpu": machine.cpu(), "gpus": machine.gpus(), "threads": torch.get_num_threads()},
             "device": where.type,
             "batch": batch,
+            "is_compiled": is_compiled,
             "versions": machine.versions(),
             "model": shapes["MemoryFormer"].model_dump(),
             "distinct_layers": distinct or shape.num_layers,

@@ -15,6 +15,8 @@ from mfdist.models import Transformer, build_model
 from mfdist.models.attention import KeyValueCache
 
 _PROMPT_TOKENS = 16
+#: Tokens and caches → the logits after the last token; `Transformer.next_logits`, compiled or not.
+_Call = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ def dense_twin(model: Transformer) -> Transformer:
 
 @torch.inference_mode()
 def measure_decoding(
-    models: Mapping[str, Transformer], *, batch: int = 1, num_tokens: int = 32, rounds: int = 7
+    models: Mapping[str, Transformer],
+    *,
+    batch: int = 1,
+    num_tokens: int = 32,
+    rounds: int = 7,
+    is_compiled: bool = False,
 ) -> dict[str, Decoding]:
     """Return how fast each model decodes sequences after a short prompt.
 
@@ -75,6 +82,7 @@ def measure_decoding(
         batch: sequences that are written at once.
         num_tokens: that each writes in a turn, of each sequence.
         rounds: turns of each; one more comes first and does not count.
+        is_compiled: what a token takes is compiled by torch.compile.
 
     Raises:
         InternalError: a CUDA graph did not give the logits of the model.
@@ -84,12 +92,17 @@ def measure_decoding(
     """
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    calls: dict[str, _Call] = {
+        name: torch.compile(model.next_logits, dynamic=False) if is_compiled else model.next_logits
+        for name, model in models.items()
+    }
     for number in range(rounds + 1):
         for name, model in models.items():
             config = model.config
             length = min(_PROMPT_TOKENS + num_tokens, config.max_seq_len)
             tokens = torch.randint(config.vocab_size, (batch, length), generator=generator)
-            taken = _decode_s(model, tokens.to(model.embedding.weight.device)) / (length - _PROMPT_TOKENS)
+            device = model.embedding.weight.device
+            taken = _decode_s(model, calls[name], tokens.to(device)) / (length - _PROMPT_TOKENS)
             if number:
                 seconds[name].append(taken / batch)
     first = next(iter(seconds.values()))
@@ -101,16 +114,16 @@ def measure_decoding(
     }
 
 
-def _decode_s(model: Transformer, tokens: Tensor) -> float:
-    """Return how long all tokens after the prompt took."""
+def _decode_s(model: Transformer, call: _Call, tokens: Tensor) -> float:
+    """Return how long all tokens after the prompt took, each by the call."""
     device = tokens.device
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     caches = model.new_caches(len(tokens), tokens.shape[1])
     model.next_logits(tokens[:, :_PROMPT_TOKENS], caches).argmax(-1).tolist()
     if device.type == "cuda":
-        following: Callable[[Tensor], Tensor] = _GraphedStep(model, tokens[:, :1], caches)
+        following: Callable[[Tensor], Tensor] = _GraphedStep(call, tokens[:, :1], caches)
     else:
-        following = partial(model.next_logits, caches=caches)
+        following = partial(call, caches=caches)
     began = clock()
     for index in range(_PROMPT_TOKENS, tokens.shape[1]):
         following(tokens[:, index : index + 1]).argmax(-1).tolist()  # as sampling does, wait for the logits
@@ -120,14 +133,14 @@ def _decode_s(model: Transformer, tokens: Tensor) -> float:
 class _GraphedStep:
     """The next token of each sequence as one CUDA graph, after what the caches hold now."""
 
-    def __init__(self, model: Transformer, tokens: Tensor, caches: Sequence[KeyValueCache]) -> None:
+    def __init__(self, call: _Call, tokens: Tensor, caches: Sequence[KeyValueCache]) -> None:
         self._tokens = tokens.clone()
         seen = caches[0].length
 
         def step() -> Tensor:
             for cache in caches:
                 cache.length = seen
-            return model.next_logits(self._tokens, caches)
+            return call(self._tokens, caches)
 
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())

@@ -22,7 +22,9 @@ from mfdist.training.loop import train
 from mfdist.training.metrics import read_metrics
 from mfdist.training.run import RunDirectory
 
-_KIND, _RATE, _TABLE_RATE = "model.kind", "optimizer.dense.lr", "optimizer.tables.lr"
+_KIND, _DTYPE = "model.kind", "model.table_dtype"
+_RATE, _TABLE_RATE = "optimizer.dense.lr", "optimizer.tables.lr"
+_RULE, _DECAY = "optimizer.tables.rule", "optimizer.tables.weight_decay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,34 +42,53 @@ class Variant:
     settings: dict[str, str]
 
 
-def _rates(dense_lr: float, *, is_twin: bool) -> dict[str, str]:
-    kind = {_KIND: "dense"} if is_twin else {_TABLE_RATE: f"{3 * dense_lr:g}"}
-    return {_RATE: f"{dense_lr:g}", **kind}
+def _twin(lr: str) -> Variant:
+    return Variant(name=f"twin-{lr}", question="twin", settings={_KIND: "dense", _RATE: lr})
+
+
+def _rates(dense: str, tables: str) -> Variant:
+    return Variant(
+        name=f"rates-{dense}-{tables}", question="learning rate", settings={_RATE: dense, _TABLE_RATE: tables}
+    )
+
+
+def _adagrad(lr: str, decay: str, dense: str = "2e-3") -> Variant:
+    """Decay a step is rate · weight_decay, which goes down as far as the rate goes up."""
+    settings = {_RULE: "rowwise_adagrad", _DTYPE: "bf16", _RATE: dense, _TABLE_RATE: lr, _DECAY: decay}
+    return Variant(
+        name=f"adagrad-{lr}" if dense == "2e-3" else f"adagrad-{dense}-{lr}", question="states", settings=settings
+    )
+
+
+def _one(name: str, question: str, key: str, value: str) -> Variant:
+    return Variant(name=name, question=question, settings={key: value})
 
 
 #: Of the tiny preset, whose dense rate is 2e-3 and whose tables' is 6e-3; the first two answer the main question.
 VARIANTS = (
     Variant(name="memory", question="memory", settings={}),
-    Variant(name="twin-2e-3", question="twin", settings=_rates(2e-3, is_twin=True)),
-    Variant(name="twin-1e-3", question="twin", settings=_rates(1e-3, is_twin=True)),
-    Variant(name="twin-3e-3", question="twin", settings=_rates(3e-3, is_twin=True)),
-    Variant(name="released-score", question="score", settings={"model.score": "released"}),
-    Variant(name="lr-1e-3", question="learning rate", settings={_RATE: "1e-3", _TABLE_RATE: "1e-3"}),
-    Variant(name="lr-2e-3", question="learning rate", settings={_RATE: "2e-3", _TABLE_RATE: "2e-3"}),
-    Variant(name="lr-3e-3", question="learning rate", settings={_RATE: "3e-3", _TABLE_RATE: "3e-3"}),
-    Variant(name="lr-4e-3", question="learning rate", settings={_RATE: "4e-3", _TABLE_RATE: "4e-3"}),
-    Variant(name="tables-9e-3", question="learning rate", settings={_TABLE_RATE: "9e-3"}),
-    Variant(name="tables-12e-3", question="learning rate", settings={_TABLE_RATE: "12e-3"}),
-    Variant(name="bits-4", question="bits", settings={"model.bits": "4"}),
-    Variant(name="extra-bits-0", question="extra bits", settings={"model.extra_bits": "0"}),
-    Variant(name="extra-bits-1", question="extra bits", settings={"model.extra_bits": "1"}),
-    Variant(name="extra-bits-3", question="extra bits", settings={"model.extra_bits": "3"}),
-    Variant(name="gelu", question="activation", settings={"model.activation": "gelu"}),
-    Variant(name="no-decay", question="decay of tables", settings={"optimizer.tables.weight_decay": "0.0"}),
+    *map(_twin, ("2e-3", "1e-3", "3e-3")),
+    _one("released-score", "score", "model.score", "released"),
+    _one("temperature-0.5", "score", "model.score_temperature", "0.5"),
+    _one("temperature-2", "score", "model.score_temperature", "2.0"),
+    *(_rates(rate, rate) for rate in ("1e-3", "2e-3", "3e-3", "4e-3", "6e-3", "9e-3")),
+    *(_rates("2e-3", rate) for rate in ("9e-3", "12e-3")),
+    *(_rates(rate, "12e-3") for rate in ("4e-3", "6e-3")),
+    _one("bits-4", "bits", "model.bits", "4"),
+    *(_one(f"extra-bits-{bits}", "extra bits", "model.extra_bits", bits) for bits in ("0", "1", "3")),
+    _one("gelu", "activation", "model.activation", "gelu"),
+    *(_one(f"init-{scale}", "initialisation", "model.init_scale", scale) for scale in ("0.3", "3.0")),
+    _one("no-decay", "decay of tables", _DECAY, "0.0"),
+    _one("decay-0.3", "decay of tables", _DECAY, "0.3"),
+    *(
+        _adagrad(lr, decay)
+        for lr, decay in (("20e-3", "0.03"), ("50e-3", "0.012"), ("100e-3", "0.006"), ("200e-3", "0.003"))
+    ),
+    _adagrad("100e-3", "0.006", dense="6e-3"),
     Variant(
-        name="adagrad-bf16",
-        question="memory of states",
-        settings={"optimizer.tables.rule": "rowwise_adagrad", "model.table_dtype": "bf16", _TABLE_RATE: "20e-3"},
+        name="adam-bf16",
+        question="states",
+        settings={_RULE: "adam", _DTYPE: "bf16", "optimizer.tables.state_dtype": "bf16"},
     ),
 )
 

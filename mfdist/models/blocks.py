@@ -52,7 +52,7 @@ class MemoryBlock(Block):
         wide_bits = bits + config.extra_bits
         wide_dim = d // bits * wide_bits
 
-        def layer(in_features: int, out_features: int, bits: int, part: str, std: float | None = None) -> MemoryLayer:
+        def layer(in_features: int, out_features: int, bits: int, part: str, std: float) -> MemoryLayer:
             return MemoryLayer(
                 in_features,
                 out_features,
@@ -60,13 +60,13 @@ class MemoryBlock(Block):
                 config.score,
                 temperature=config.score_temperature,
                 name=f"{name}.{part}",
-                std=std,
+                std=config.init_scale * std,
                 table_device=table_device,
                 table_dtype=torch.bfloat16 if config.table_dtype == "bf16" else None,
             )
 
         self.attention_norm = nn.RMSNorm(d, eps=1e-5)
-        self.qkv = layer(d, 3 * d, bits, "qkv")
+        self.qkv = layer(d, 3 * d, bits, "qkv", math.sqrt(2 / (5 * d)))
         self.ffn1_norm = nn.RMSNorm(d, eps=1e-5)
         self.ffn1 = layer(d, wide_dim, bits, "ffn1", FEED_FORWARD_STD)
         self.has_gelu = config.activation == "gelu"
