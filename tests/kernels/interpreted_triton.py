@@ -105,6 +105,18 @@ def ragged_lookups() -> None:
             check(got[1], expected[1])
             check(got[2], expected[2])
             ragged._COLUMNS = 32
+    ragged._PIECE = 8  # of runs of 1, 15, 16, 17 and 40 lookups, the last three are cut
+    table, row_ids, tokens, scores, grads = make_list(89, 9, 5, 40)
+    row_ids.copy_(torch.arange(5).repeat_interleave(torch.tensor([1, 15, 16, 17, 40]))[torch.randperm(89)])
+    listed = (table, row_ids, tokens, scores, grads)
+    got, again = (ragged.ragged_gradient(*listed, torch.float32, "t") for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
+    expected = expected_of_list(*listed)
+    assert np.array_equal(got[0].numpy(), expected[0])
+    check(got[1], expected[1])
+    alone = row_ids == 4  # a row's bits are its own, whatever else is in the list
+    of_one = ragged.ragged_gradient(table, row_ids[alone], tokens[alone], scores[alone], grads, torch.float32, "t")
+    assert torch.equal(of_one[1][0], got[1][4])
 
 
 def hashing() -> None:

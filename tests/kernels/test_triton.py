@@ -82,7 +82,11 @@ PACK = {"TOKENS": 64, "LOOKUPS": 32, "IS_CHECKED": True}
 SLICE_TILE = {"TOKENS": 32, "COLUMNS": 64, "OFFSET": "int32", "IS_WHOLE": True}
 STREAM = {"TOKENS": 1, "COLUMNS": 1024, "UNROLLED": 4, "OFFSET": "int64", "IS_CHECKED": False}
 FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
-RAGGED = {**GRADIENT, "row_ids": "*i32", "tokens": "*i32", "order": "*i64", "ends": "*i64", "grad_rows": "*bf16"}
+RAGGED = {
+    **GRADIENT,
+    "row_ids": "*i32", "tokens": "*i32", "order": "*i64", "ends": "*i64", "runs": "*i64",
+    "pieces": "*fp32", "grad_rows": "*bf16",
+}
 KERNELS = {
     "gather_sum.triton_impl._pack": (PACKED, {**PACK, "scales": None}),
     "gather_sum.triton_impl._pack of fp8": ({**PACKED, **FP8}, PACK),
@@ -109,7 +113,8 @@ KERNELS = {
         COUNTING,
         {"CHUNK": 1024, "BINS": 1024, "TOKENS": 64, "IS_HELD": False},
     ),
-    "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512}),
+    "ragged_gradient.triton_impl._sum_piece": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
+    "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
     "row_gradient.triton_impl.sum_piece": (SUMS, SLICE),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
