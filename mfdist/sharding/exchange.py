@@ -7,8 +7,9 @@ Order of a call, on every rank of the group alike:
     pending = exchange.send(...)              # an all-to-all that is under way; compute meanwhile
     pending.wait()                            # → what arrived
 
-Any number of sends may be under way; they end in the order they were begun. Every wait ends: after the deadline it
-raises an error that names the ranks that are not there. After such an error the group is of no further use.
+A collective takes a start whatever it carries, so tensors that are there together go by one: `send_together`. Any
+number of sends may be under way; they end in the order they were begun. Every wait ends: after the deadline it raises
+an error that names the ranks that are not there. After such an error the group is of no further use.
 
 W ranks. All calls are for the thread that runs the model, forward or backward.
 """
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfdist.errors import ConfigError, ConsistencyError, MfdistError
+from mfdist.sharding.packing import Part, pack, unpack
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
 
@@ -69,7 +71,8 @@ class Exchange:
         device: where the payload lies; NCCL carries it on a GPU, gloo on a CPU, and tags always travel by gloo.
         deadline_s: longest wait for the slowest rank.
         chunk_bytes: payload that is worth a chunk of its own, so that it travels while the next is computed; by default
-            32 MiB on a GPU, and no chunks on a CPU, which has no cores to spare.
+            256 MiB on a GPU, whose links take longer for that than another collective takes to begin, and no chunks on
+            a CPU, which has no cores to spare.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -87,7 +90,7 @@ class Exchange:
         self.world_size = len(self.ranks)
         self.deadline_s = deadline_s
         self.traffic = Traffic()
-        self._chunk_bytes = chunk_bytes if chunk_bytes or device.type == "cpu" else 32 << 20
+        self._chunk_bytes = chunk_bytes if chunk_bytes or device.type == "cpu" else 256 << 20
         self._names: dict[str, None] = {}
         self._num_calls = 0
         self._control = self._new_group("gloo", deadline_s)
@@ -185,12 +188,34 @@ class Exchange:
             A handle whose `wait` gives a flat tensor of the payload's dtype, in the order of the ranks.
         """
         payload = payload.reshape(-1)
-        width = payload.element_size()
-        self._count(opened.call.phase, [size * width for size in sizes])
+        self._count(opened.call.phase, [size * payload.element_size() for size in sizes])
+        return self._send(opened, payload, sizes, arriving, largest)
+
+    def send_together(self, opened: "Opened", parts: Sequence[Part]) -> "PendingParts":
+        """Send each rank its pieces of several tensors in one message, and get theirs.
+
+        Args:
+            opened: the call this belongs to; its tags may still be under way.
+            parts: the tensors, the same number of them on all ranks; they may be written to afterwards.
+
+        Returns:
+            A handle whose `wait` gives for each part a flat tensor, in the order of the ranks. What stays here is not
+            copied where nothing else is there, so that it may be the piece itself.
+        """
+        packed = pack(parts, self.rank)
+        self._count(opened.call.phase, packed.payload_bytes)
+        self.traffic.control_bytes += packed.words.nbytes - sum(packed.payload_bytes)
+        largest = sum(part.largest_words for part in parts)
+        pending = self._send(opened, packed.words, packed.sizes, packed.arriving, largest)
+        return PendingParts(pending, tuple(parts))
+
+    def _send(
+        self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+    ) -> "Pending":
         if self.traffic.sends is not None:
             self.traffic.sends.append(Sent(payload.dtype, list(sizes), list(arriving), largest))
         received = payload.new_empty(sum(arriving))
-        step = max(1, _MAX_MESSAGE_BYTES // width)
+        step = max(1, _MAX_MESSAGE_BYTES // payload.element_size())
         pending = Pending(exchange=self, opened=opened, received=received)
         if largest <= step:
             pending.start(received, payload, arriving, sizes)
@@ -306,6 +331,18 @@ class Pending:
                 self.received[begin:end] = part
         self._kept.clear()
         return self.received
+
+
+@dataclass(frozen=True)
+class PendingParts:
+    """Several tensors that are under way in one message."""
+
+    pending: Pending
+    parts: tuple[Part, ...]
+
+    def wait(self) -> list[Tensor]:
+        """Return what arrived of each part, once; see `Pending.wait`."""
+        return unpack(self.pending.wait(), self.parts, self.pending.exchange.rank)
 
 
 @dataclass(frozen=True)

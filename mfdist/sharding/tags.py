@@ -7,6 +7,7 @@ exchange of sizes carries the sender's tag; a tag that differs from one's own is
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from mfdist.errors import ConsistencyError
@@ -48,6 +49,7 @@ class Call:
         )
 
 
+@cache
 def name_code(name: str) -> int:
     """Return a number that stands for a name, the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")

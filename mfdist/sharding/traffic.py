@@ -163,13 +163,14 @@ class _Group:
         pairs, their_pairs = self.num_tokens * (all_hits - hits), self.num_tokens * (self.group - 1) * hits
         lookups = self.num_lookups * (1 - self.share)
         their_lookups = self.num_lookups * (self.group - 1) * self.share
+        lookup_bytes = id_bytes + SCORE_BYTES
+        listed = lookups * lookup_bytes + pairs * _RUN_BYTES
+        their_listed = their_lookups * lookup_bytes + their_pairs * _RUN_BYTES
         if self.plan.pooled:
             return [
                 *self._phase(
                     "forward",
-                    ("row ids", lookups, their_lookups, id_bytes),
-                    ("scores", lookups, their_lookups, SCORE_BYTES),
-                    ("runs", pairs, their_pairs, _RUN_BYTES),
+                    ("row ids, scores and runs", listed, their_listed, 1),
                     ("partial sums", their_pairs, pairs, self._wire("forward", width)),
                 ),
                 *self._phase(
@@ -187,9 +188,7 @@ class _Group:
             *self._phase(
                 "backward",
                 ("gradients", pairs, their_pairs, self._wire("backward", width)),
-                ("runs", pairs, their_pairs, _RUN_BYTES),
-                ("places", lookups, their_lookups, id_bytes),
-                ("scores", lookups, their_lookups, SCORE_BYTES),
+                ("places, scores and runs", listed, their_listed, 1),
                 ("score gradients", their_lookups, lookups, SCORE_BYTES),
             ),
         ]
@@ -204,8 +203,7 @@ class _Group:
         return [
             *self._phase(
                 "forward",
-                ("codes", asked, served, self.load.id_bytes),
-                ("scores", asked, served, SCORE_BYTES),
+                ("codes and scores", asked, served, self.load.id_bytes + SCORE_BYTES),
                 ("partial sums", given, got, self._wire("forward", width)),
             ),
             *self._phase(
@@ -225,8 +223,7 @@ class _Group:
         return [
             *self._phase(
                 "forward",
-                ("codes", codes, codes, self.load.id_bytes),
-                ("scores", codes, codes, SCORE_BYTES),
+                ("codes and scores", codes, codes, self.load.id_bytes + SCORE_BYTES),
                 ("sums", here, elsewhere, 1),
             ),
             *self._phase("backward", ("gradients", asked, served, 1), ("score gradients", codes, codes, SCORE_BYTES)),

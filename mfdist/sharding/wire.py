@@ -47,6 +47,10 @@ class Wire:
         values = (wide / scale).to(self.dtype)
         return torch.cat((values.view(torch.uint8), scale.view(torch.uint8)), dim=1)
 
+    def write(self, rows: Tensor, out: Tensor) -> None:
+        """Write rows [M, D] as they travel to `out`, [M, width(D)] of `payload_dtype`."""
+        out.copy_(self.encode(rows) if self.num_scale_bytes else rows)
+
     def decode(self, payload: Tensor) -> Tensor:
         """Return the rows [M, D] in `rows_dtype` from [M, width(D)] as it arrived."""
         if not self.num_scale_bytes:

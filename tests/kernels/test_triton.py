@@ -84,8 +84,13 @@ STREAM = {"TOKENS": 1, "COLUMNS": 1024, "UNROLLED": 4, "OFFSET": "int64", "IS_CH
 FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
 RAGGED = {
     **GRADIENT,
-    "row_ids": "*i32", "tokens": "*i32", "order": "*i64", "ends": "*i64", "runs": "*i64",
-    "pieces": "*fp32", "grad_rows": "*bf16",
+    "row_ids": "*i32",
+    "tokens": "*i32",
+    "order": "*i64",
+    "ends": "*i64",
+    "runs": "*i64",
+    "pieces": "*fp32",
+    "grad_rows": "*bf16",
 }
 KERNELS = {
     "gather_sum.triton_impl._pack": (PACKED, {**PACK, "scales": None}),

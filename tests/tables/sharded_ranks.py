@@ -128,6 +128,16 @@ def chunked(rank, kind, stride):
     return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), messages
 
 
+def messages(rank, kind, stride):
+    """Return how many messages this rank sent to the other in a lookup and its backward."""
+    spec = TableSpec(name="t", num_rows=5 * (stride or 40), row_dim=23)
+    exchanges = exchanges_for(kind, 2)
+    table = ShardedTable(make_plan(kind, spec, 2, stride), exchanges)
+    ids, scores, grads = lookup_of(stride, 5, spec.num_rows, 40, spec.row_dim)
+    table(ids, scores.requires_grad_(), code_stride=stride).backward(grads)
+    return exchanges.everyone.traffic.num_messages
+
+
 def in_pieces(rank, kind, stride):
     """Return whether messages cut into pieces of 64 bytes change a bit."""
     whole = compared(rank, kind, stride, {})[0]

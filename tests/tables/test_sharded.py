@@ -83,6 +83,15 @@ def test_chunks_change_no_bit(pool, kind):
     assert within > without
 
 
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("column_wise", 4), ("table_wise", 4), ("pooled_rows", 4), ("row_wise", 5), ("replicated", 2)],
+)
+def test_what_is_there_together_travels_in_one_message(pool, kind, number):
+    stride = 0 if kind in ("row_wise", "pooled_rows") else 8
+    assert pool.run(ranks.messages, 2, kind, stride) == [number] * 2
+
+
 @pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise", "replicated"])
 def test_messages_past_the_limit_are_split(pool, kind):
     assert pool.run(ranks.in_pieces, 3, kind, 8) == [True] * 3

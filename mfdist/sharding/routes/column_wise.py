@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import RowState
-from mfdist.sharding.exchange import Exchange, Opened, Pending
+from mfdist.sharding.exchange import Exchange, Opened, Pending, PendingParts
+from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
@@ -68,9 +69,10 @@ class ColumnWise(Route):
         chunks = self._chunks(num_tokens, lookup, wire)
         arriving = [self._gather(opened, lookup, chunk) for chunk in chunks]
         everyones, returning, kept = [], [], Kept()
-        for chunk, (ids, scores) in zip(chunks, arriving, strict=True):
+        for chunk, gathered in zip(chunks, arriving, strict=True):
             shape = (sum(end - begin for begin, end in chunk), lookup.num_lookups)
-            everyone = LookupArguments(ids.wait().view(shape), scores.wait().view(shape), lookup.code_stride)
+            ids, scores = (part.view(shape) for part in gathered.wait())
+            everyone = LookupArguments(ids, scores, lookup.code_stride)
             sums, kept = self._below.forward(weight, everyone, is_training=is_training)
             everyones.append(everyone)
             returning.append(self._return(opened, wire.encode(sums), chunk, wire))
@@ -110,11 +112,14 @@ class ColumnWise(Route):
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         own, most = num_tokens[exchange.rank], max(num_tokens)
         widths = [wire.width(each) for each in self._widths]
-        columns = [wire.encode(grad_output[:, begin:end]).view(-1) for begin, end in self._columns]
+        sizes = [own * width for width in widths]
+        payload = grad_output.new_empty(sum(sizes), dtype=wire.payload_dtype)
+        for (begin, end), part, width in zip(self._columns, payload.split_with_sizes(sizes), widths, strict=True):
+            wire.write(grad_output[:, begin:end], part.view(own, width))
         grads = exchange.send(
             opened,
-            torch.cat(columns),
-            [own * width for width in widths],
+            payload,
+            sizes,
             [count * widths[exchange.rank] for count in num_tokens],
             most * max(widths),
         ).wait()
@@ -156,17 +161,14 @@ class ColumnWise(Route):
             for index in range(num_chunks)
         ]
 
-    def _gather(self, opened: Opened, lookup: LookupArguments, chunk: _Chunk) -> tuple[Pending, Pending]:
+    def _gather(self, opened: Opened, lookup: LookupArguments, chunk: _Chunk) -> PendingParts:
         """Send a chunk of this rank's codes and scores to all ranks."""
         exchange = self._exchange
         begin, end = chunk[exchange.rank]
         arriving = [(last - first) * lookup.num_lookups for first, last in chunk]
-        sizes = [arriving[exchange.rank]] * exchange.world_size
-        ids, scores = (
-            exchange.send(opened, part[begin:end].repeat(exchange.world_size, 1), sizes, arriving, max(arriving))
-            for part in (lookup.row_ids, lookup.scores)
-        )
-        return ids, scores
+        own = [part[begin:end].reshape(-1).contiguous() for part in (lookup.row_ids, lookup.scores)]
+        parts = [Part(pieces=[part] * exchange.world_size, arriving=arriving, largest=max(arriving)) for part in own]
+        return exchange.send_together(opened, parts)
 
     def _return(self, opened: Opened, sums: Tensor, chunk: _Chunk, wire: Wire) -> Pending:
         """Send each rank the sums of its tokens in this rank's columns."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mfdist.kernels import ragged_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange
+from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.local import summed_dtype
 from mfdist.sharding.routes.requests import OwnerLookups
@@ -65,10 +66,12 @@ class PooledRows(Route):
         their_tokens, their_lookups, *largest = (list(column) for column in zip(*opened.wait(), strict=True))
         most = [max(column) for column in largest]
         by_lookup, by_token = (lookup_counts, their_lookups, most[1]), (token_counts, their_tokens, most[0])
-        arriving_runs = exchange.send(opened, asked.runs, *by_token)
-        arriving_ids = exchange.send(opened, asked.row_ids, *by_lookup)
-        arriving_scores = exchange.send(opened, lookup.scores.reshape(-1)[asked.lookups], *by_lookup)
-        runs, row_ids, scores = arriving_runs.wait(), arriving_ids.wait(), arriving_scores.wait()
+        parts = [
+            Part.cut(asked.runs, *by_token),
+            Part.cut(asked.row_ids, *by_lookup),
+            Part.cut(lookup.scores.reshape(-1)[asked.lookups], *by_lookup),
+        ]
+        runs, row_ids, scores = exchange.send_together(opened, parts).wait()
         width = wire.width(self._row_dim)
         returned = exchange.send(
             opened,

@@ -18,6 +18,7 @@ from mfdist.kernels import gather_sum, ragged_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange, Opened
+from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.local import summed_dtype
 from mfdist.sharding.routes.requests import Requests, Returns
@@ -119,19 +120,21 @@ class RowWise(Route):
             [count * width for count in sizes.tokens],
             sizes.most[1] * width,
         )
-        arriving_runs = exchange.send(opened, runs, token_counts, sizes.tokens, sizes.most[1])
-        arriving_places = exchange.send(opened, places, lookup_counts, sizes.lookups, sizes.most[2])
-        arriving_scores = exchange.send(
-            opened, scores.reshape(-1)[lookups], lookup_counts, sizes.lookups, sizes.most[2]
-        )
-        their_tokens = torch.repeat_interleave(arriving_runs.wait(), output_size=sum(sizes.lookups))
+        by_lookup = (lookup_counts, sizes.lookups, sizes.most[2])
+        parts = [
+            Part.cut(runs, token_counts, sizes.tokens, sizes.most[1]),
+            Part.cut(places, *by_lookup),
+            Part.cut(scores.reshape(-1)[lookups], *by_lookup),
+        ]
+        their_runs, their_places, their_scores = exchange.send_together(opened, parts).wait()
+        their_tokens = torch.repeat_interleave(their_runs, output_size=sum(sizes.lookups))
         starts = asked.new_tensor(_starts(sizes.asked)).repeat_interleave(
             asked.new_tensor(sizes.lookups, dtype=torch.int64), output_size=sum(sizes.lookups)
         )
-        row_ids = asked[arriving_places.wait() + starts]
+        row_ids = asked[their_places + starts]
         everyones = wire.decode(grads.wait().view(sum(sizes.tokens), width))
         rows, values, shares = ragged_gradient(
-            weight, row_ids, their_tokens, arriving_scores.wait(), everyones, self._name, dtype=dtype
+            weight, row_ids, their_tokens, their_scores, everyones, self._name, dtype=dtype
         )
         returned = exchange.send(opened, shares, sizes.lookups, lookup_counts, sizes.most[2]).wait()
         opened.wait()

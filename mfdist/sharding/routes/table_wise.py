@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mfdist.optim import RowState
-from mfdist.sharding.exchange import Exchange, Opened, Pending
+from mfdist.sharding.exchange import Exchange, Opened
+from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import refusal_of
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
@@ -151,16 +152,15 @@ class TableWise(Route):
         """Send each rank the codes and scores of its slots; return those that are for this rank."""
         widths = [end - begin for begin, end in slots]
         own = widths[self._exchange.rank]
-
-        def send(part: Tensor) -> Pending:
-            return self._exchange.send(
-                opened,
-                torch.cat([part[:, begin:end].reshape(-1) for begin, end in slots]),
-                [lookup.num_tokens * each for each in widths],
-                [count * own for count in num_tokens],
-                max(num_tokens) * max(widths),
+        arriving, largest = [count * own for count in num_tokens], max(num_tokens) * max(widths)
+        parts = [
+            Part(
+                pieces=[part[:, begin:end].reshape(-1).contiguous() for begin, end in slots],
+                arriving=arriving,
+                largest=largest,
             )
-
-        ids, scores = send(lookup.row_ids), send(lookup.scores)
+            for part in (lookup.row_ids, lookup.scores)
+        ]
         shape = (sum(num_tokens), own)
-        return LookupArguments(ids.wait().view(shape), scores.wait().view(shape), lookup.code_stride)
+        ids, scores = (part.view(shape) for part in self._exchange.send_together(opened, parts).wait())
+        return LookupArguments(ids, scores, lookup.code_stride)

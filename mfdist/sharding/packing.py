@@ -1,0 +1,110 @@
+"""Several tensors in one message to each rank, their bytes one after the other. Pure; no collectives.
+
+What a rank has for itself is not packed; it is handed back as it is. W ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+#: Each piece begins at a multiple of it, so that what arrives can be viewed in any dtype, and is copied by words.
+WORD_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A tensor that travels together with others.
+
+    Args:
+        pieces: [W] flat, contiguous, of one dtype: what each rank gets; several ranks may get the same tensor.
+        arriving: elements from each rank, whose `pieces` must have as many.
+        largest: the most elements any rank has for any other, known to all ranks alike.
+    """
+
+    pieces: Sequence[Tensor]
+    arriving: Sequence[int]
+    largest: int
+
+    @classmethod
+    def cut(cls, values: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> Self:
+        """Return the part that gives each rank so many elements of a flat tensor, one rank's after the other's."""
+        return cls(pieces=values.split_with_sizes(list(sizes)), arriving=arriving, largest=largest)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return what the pieces are of."""
+        return self.pieces[0].dtype
+
+    @property
+    def largest_words(self) -> int:
+        """Return the most words any rank has for any other."""
+        return _words(self.largest * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Messages to all ranks but one's own.
+
+    Args:
+        words: int64, the messages one after the other.
+        sizes: [W] words to each rank.
+        arriving: [W] words from each rank.
+        payload_bytes: [W] of `sizes`, without what fills up words.
+    """
+
+    words: Tensor
+    sizes: list[int]
+    arriving: list[int]
+    payload_bytes: list[int]
+
+
+def pack(parts: Sequence[Part], own: int) -> Packed:
+    """Return what this rank, the `own`-th, sends to each of the others."""
+    ranks = range(len(parts[0].pieces))
+    num_bytes = [[0 if rank == own else part.pieces[rank].nbytes for part in parts] for rank in ranks]
+    arriving = [
+        sum(_words(part.arriving[rank] * part.dtype.itemsize) for part in parts) if rank != own else 0 for rank in ranks
+    ]
+    sizes = [sum(map(_words, line)) for line in num_bytes]
+    words = parts[0].pieces[own].new_empty(sum(sizes), dtype=torch.int64)
+    pieces = [part.pieces[rank].detach() for rank in ranks if rank != own for part in parts]
+    if all(_is_whole(piece) for piece in pieces):
+        if pieces:
+            torch.cat([piece.view(torch.int64) for piece in pieces], out=words)
+    else:
+        filling = words.new_zeros(WORD_BYTES, dtype=torch.uint8)
+        filled = [each for piece in pieces for each in (piece.view(torch.uint8), filling[: -piece.nbytes % WORD_BYTES])]
+        torch.cat(filled, out=words.view(torch.uint8))
+    return Packed(words, sizes, arriving, [sum(line) for line in num_bytes])
+
+
+def unpack(words: Tensor, parts: Sequence[Part], own: int) -> list[Tensor]:
+    """Return each part's elements from all ranks, in their order; what arrived may be viewed and not copied."""
+    arrived, begin = words.view(torch.uint8), 0
+    found: list[list[Tensor]] = [[] for _ in parts]
+    for rank in range(len(parts[0].pieces)):
+        for part, pieces in zip(parts, found, strict=True):
+            if rank == own:
+                pieces.append(part.pieces[own].detach())
+                continue
+            size = part.arriving[rank] * part.dtype.itemsize
+            pieces.append(arrived[begin : begin + size].view(part.dtype))
+            begin += _words(size) * WORD_BYTES
+    return [_joined(pieces) for pieces in found]
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    filled = [piece for piece in pieces if piece.numel()]
+    return torch.cat(filled) if len(filled) > 1 else filled[0] if filled else pieces[0]
+
+
+def _words(num_bytes: int) -> int:
+    return -(-num_bytes // WORD_BYTES)
+
+
+def _is_whole(piece: Tensor) -> bool:
+    """Return whether a piece is of whole words that lie as words do."""
+    return not piece.nbytes % WORD_BYTES and not piece.storage_offset() * piece.element_size() % WORD_BYTES
