@@ -23,7 +23,8 @@ def bench_training(
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed; medians are reported.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
     at_least: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Fail unless the preset has so much of its twin's tokens/s.")
+        float | None,
+        typer.Option(metavar="RATIO", help="Fail unless the faster MemoryFormer has so much of its twin's tokens/s."),
     ] = None,
     json_file: JsonFile = None,
 ) -> int:
@@ -33,7 +34,8 @@ def bench_training(
 
     Example: mfdist bench training base --set training.batch_size=16 --json base.json
 
-    Steps are those of `mfdist train`. "Bytes" are those of a table's parameter with its gradient and states. That the
+    Steps are those of `mfdist train`. A MemoryFormer is measured with the preset's rule for tables, and with rows in
+    bf16 and row-wise Adagrad. "Bytes" are those of a table's parameter with its gradient and states. That the
     loss on the tokens falls is checked for each.
     """
     import torch
@@ -59,13 +61,15 @@ def bench_training(
         json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
     if wrong := [speed.contender for speed in found if speed.is_wrong]:
         return failures.fail(f"the loss on the same tokens must fall; it did not for {' and '.join(wrong)}")
-    ratio = next(speed.ratio for speed in found if speed.contender == "MemoryFormer")
-    if at_least is not None and ratio < at_least:
+    ratio = max((speed.ratio for speed in found[1:] if not speed.note), default=0.0)
+    if at_least is not None and not ratio >= at_least:
         return failures.fail(f"the MemoryFormer must train at {at_least:g} of its twin's speed; got {ratio:.2f}")
     return failures.DONE
 
 
 def _line(speed: "TrainingSpeed") -> str:
+    if speed.note:
+        return f"{speed.contender:<42}{speed.note}"
     peak = "" if speed.peak_memory_bytes is None else quantities.num_bytes(speed.peak_memory_bytes)
     size = "" if speed.table_bytes is None else f"{speed.table_bytes:.1f}"
     shares = ", ".join(

@@ -169,6 +169,7 @@ def _is_finished(path: Path) -> bool:
 def _train(path: Path, preset: str, overrides: Sequence[str]) -> None:
     if path.exists():  # cut short; nothing of it was saved
         shutil.rmtree(path)
+    torch.compiler.reset()  # which gives up compiling after a few models in one process
     torch.manual_seed(0)
     run = RunDirectory.create(path, load_config(preset, overrides))
     train(run, observer=ignore)

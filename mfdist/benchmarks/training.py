@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,10 +38,11 @@ _BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """What one model did.
+    """What one model did; a model that does not fit into memory has a note and no figures.
 
     Args:
         contender: a name in CONTENDERS.
+        note: why it was not measured.
         step_s: median.
         tokens_per_s: at that.
         ratio: to the first contender's tokens a second.
@@ -52,19 +53,20 @@ class TrainingSpeed:
     """
 
     contender: str
-    step_s: float
-    tokens_per_s: float
-    ratio: float
-    peak_memory_bytes: int | None
-    table_bytes: float | None
-    shares: dict[str, float]
-    first_loss: float
-    last_loss: float
+    note: str = ""
+    step_s: float = math.nan
+    tokens_per_s: float = math.nan
+    ratio: float = math.nan
+    peak_memory_bytes: int | None = None
+    table_bytes: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+    first_loss: float = math.nan
+    last_loss: float = math.nan
 
     @property
     def is_wrong(self) -> bool:
         """Return whether the model did not learn what it saw again and again; NaN is not learning."""
-        return not self.last_loss < self.first_loss
+        return not self.note and not self.last_loss < self.first_loss
 
 
 def measure_training(
@@ -81,18 +83,27 @@ def measure_training(
     first: float | None = None
     for contender, changes in CONTENDERS.items():
         config = load_config(preset, [*settings, *(f"{key}={value}" for key, value in changes.items())])
-        speed = _measured(contender, config, device, steps, first)
+        _release(device)
+        try:
+            speed = _measured(contender, config, device, steps, first)
+        except torch.OutOfMemoryError:
+            speed = TrainingSpeed(contender=contender, note="needs more memory than there is")
         first = first or speed.tokens_per_s
         yield speed
+
+
+def _release(device: torch.device) -> None:
+    """Forget the contender before, and what was compiled for it."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _measured(
     contender: str, config: RunConfig, device: torch.device, steps: int, first: float | None
 ) -> TrainingSpeed:
-    gc.collect()  # the one before
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     training = config.training
     vocab_size = config.model.vocab_size or config.data.vocab_size
     torch.manual_seed(training.seed)

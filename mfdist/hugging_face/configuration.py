@@ -23,6 +23,7 @@ class MemoryFormerConfig(PreTrainedConfig):
         activation: `none`, or `gelu` between the feed-forward layers.
         score: `paper` or `released`, the weight of a row.
         score_temperature: t of the score.
+        init_scale: standard deviation of new rows, as a multiple of the paper's.
         rotary_fraction: share of each head that is rotated by position.
         table_dtype: what rows are kept in, `fp32` or `bf16`.
     """
@@ -40,6 +41,7 @@ class MemoryFormerConfig(PreTrainedConfig):
     activation: str = "none"
     score: str = "paper"
     score_temperature: float = 1.0
+    init_scale: float = 1.0
     rotary_fraction: float = 0.25
     table_dtype: str = "fp32"
     use_cache: bool = True

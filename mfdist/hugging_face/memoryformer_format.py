@@ -35,6 +35,7 @@ _FIELDS = {
     "activation": "activation",
     "score": "score",
     "score_temperature": "score_temperature",
+    "init_scale": "init_scale",
     "rotary_fraction": "rotary_fraction",
     "table_dtype": "table_dtype",
 }
