@@ -1,28 +1,45 @@
 """What a rank checks of its own lookup before it tells the others of it."""
 
+from typing import NoReturn
+
 from torch import Tensor
 
 from mfdist.errors import MfdistError
 from mfdist.kernels.lookup_arguments import check_lookup
 from mfdist.kernels.row_id_check import bad_id_error
+from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.routes.route import LookupArguments
+from mfdist.sharding.tags import Call
 
 
-def refusal_of(
-    lookup: LookupArguments, num_rows: int, weight: Tensor, name: str, *, must_look: bool = False
-) -> MfdistError | None:
+def refusal_of(lookup: LookupArguments, num_rows: int, weight: Tensor, name: str) -> MfdistError | None:
     """Return why a lookup in a table of `num_rows` rows cannot be made, or None.
 
     A rank that raised at once would leave the others waiting, so the error goes into the exchange as a refusal. On a
-    GPU ids are looked at only where `must_look`, because it waits for the device; elsewhere the kernels check them.
+    GPU ids are not looked at, because it would wait for the device; the kernels check them.
     """
-    row_ids, stride = lookup.row_ids, lookup.code_stride
+    refusal = shape_refusal(lookup, num_rows, weight, name)
+    return refusal if refusal or lookup.row_ids.is_cuda else id_refusal(lookup, num_rows, name)
+
+
+def shape_refusal(lookup: LookupArguments, num_rows: int, weight: Tensor, name: str) -> MfdistError | None:
+    """Return what is wrong with a lookup whatever its ids are, or None."""
     try:
         whole = weight.new_empty(1, weight.shape[1]).expand(num_rows, -1)  # the shape of it, without its memory
-        check_lookup(whole, row_ids, lookup.scores, stride, name)
+        check_lookup(whole, lookup.row_ids, lookup.scores, lookup.code_stride, name)
     except MfdistError as error:
         return error
-    limit = stride or num_rows
-    if row_ids.is_cuda and not must_look:
-        return None
-    return bad_id_error(row_ids, limit, name, is_code=stride > 0)
+    return None
+
+
+def id_refusal(lookup: LookupArguments, num_rows: int, name: str) -> MfdistError | None:
+    """Return the error for the first id outside the table, or None; it waits for a GPU."""
+    stride = lookup.code_stride
+    return bad_id_error(lookup.row_ids, stride or num_rows, name, is_code=stride > 0)
+
+
+def refuse(exchange: Exchange, call: Call, refusal: MfdistError | None) -> NoReturn:
+    """Tell the other ranks that this one cannot make a lookup, and raise the refusal."""
+    exchange.open(call, refusal=refusal).wait()
+    assert refusal is not None
+    raise refusal

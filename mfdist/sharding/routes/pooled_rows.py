@@ -14,9 +14,10 @@ from mfdist.kernels import ragged_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
-from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.checks import id_refusal, refuse, shape_refusal
 from mfdist.sharding.routes.local import summed_dtype
-from mfdist.sharding.routes.requests import OwnerLookups
+from mfdist.sharding.routes.rank_rows import RankRows
+from mfdist.sharding.routes.requests import by_owner
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.wire import Wire
 
@@ -46,9 +47,8 @@ class PooledRows(Route):
         wires: tuple[torch.dtype, torch.dtype],
     ) -> None:
         self._name = name
-        self._rows = tuple(rows)
+        self._rows = RankRows(rows)
         self._row_dim = row_dim
-        self._num_rows = max(end for _, end in rows)
         self._exchange = exchange
         self._forward_wire, self._backward_wire = wires
 
@@ -56,10 +56,10 @@ class PooledRows(Route):
         """Return the sums; see `Route.forward`."""
         exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
         call = lookup.call(self._name, "pooled rows")
-        refusal = refusal_of(lookup, self._num_rows, weight, self._name, must_look=True)
-        if refusal is not None:
-            exchange.open(call, refusal=refusal).wait()
-        asked = OwnerLookups.of(lookup, self._rows, self._num_rows)
+        refusal = shape_refusal(lookup, self._rows.num_rows, weight, self._name)
+        asked = None if refusal else by_owner(lookup, self._rows)
+        if asked is None:
+            refuse(exchange, call, refusal or id_refusal(lookup, self._rows.num_rows, self._name))
         token_counts, lookup_counts = asked.counts
         most = [max(counts) for counts in asked.counts]
         opened = exchange.open(call, [[*counts, *most] for counts in zip(*asked.counts, strict=True)])

@@ -1,16 +1,20 @@
 """Which rows a rank asks of which owner, and what it sends them back in the gradient. Index arithmetic, no exchange.
 
-n tokens, K lookups a token, W ranks, U requested ids, P pairs of a token and an owner of rows it used.
+What is counted is fetched at once, and whether ids lie in the table with it, so that the host waits for a GPU a single
+time. Until then ids outside are held at the table's ends; what was made of them is of no use.
+
+n tokens, K lookups a token, M = n·K; W ranks, U requested ids, P pairs of a token and an owner of rows it used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mfdist.kernels.row_id_check import can_be_bad
+from mfdist.sharding.routes.rank_rows import RankRows
 from mfdist.sharding.routes.route import LookupArguments
 
 #: Rows a lookup up to which marking the rows that are used beats sorting the ids.
@@ -25,36 +29,6 @@ class Requests:
     counts: list[int]  # of them for each rank
     positions: Tensor  # [n, K] int32 or int64: which of the U each lookup uses
 
-    @classmethod
-    def of(cls, lookup: LookupArguments, rows: Sequence[tuple[int, int]], num_rows: int, *, is_unique: bool) -> Self:
-        """Group a lookup's ids, which must be in range.
-
-        Args:
-            lookup: ids or codes.
-            rows: [begin, end) of each rank's rows.
-            num_rows: R.
-            is_unique: list an id once, however often it is looked up; lookups of one rank are then in ascending order.
-        """
-        ids = lookup.row_ids.long()
-        if lookup.code_stride:
-            ids = ids + lookup.code_stride * torch.arange(lookup.num_lookups, device=ids.device)
-        # Numbered by owner, so that the ids of rank 0 come first; mostly that is the same number.
-        starts = _rank_starts(rows)
-        flat = _renumbered(ids.reshape(-1), rows, starts)
-        if is_unique:
-            listed, positions = _unique(flat, num_rows)
-        else:
-            owners = torch.bucketize(flat, flat.new_tensor(starts[1:]), right=True)
-            order = torch.sort(owners, stable=True).indices
-            listed, positions = flat[order], torch.empty_like(order)
-            positions[order] = torch.arange(order.numel(), device=order.device)
-        bounds = _count_below(listed, starts, is_sorted=is_unique)
-        counts = [high - low for low, high in pairwise(bounds)]
-        first = flat.new_tensor(starts[:-1]).repeat_interleave(flat.new_tensor(counts), output_size=sum(counts))
-        dtype = torch.int32 if num_rows <= torch.iinfo(torch.int32).max else torch.int64
-        narrow = torch.int32 if listed.numel() <= torch.iinfo(torch.int32).max else torch.int64
-        return cls((listed - first).to(dtype), counts, positions.to(narrow).view(lookup.row_ids.shape))
-
 
 @dataclass(frozen=True)
 class Returns:
@@ -62,107 +36,192 @@ class Returns:
 
     tokens: Tensor  # [P] int64, those for rank 0 first, in ascending order for each rank
     runs: Tensor  # [P] int32: how many lookups each has there
-    lookups: Tensor  # [n·K] int64: n·K + k in the same order
-    places: Tensor  # [n·K] int32 or int64: which of the ids that were asked of the owner each one used
-    counts: tuple[list[int], list[int]] = field(default=([], []))  # tokens and lookups for each rank
+    lookups: Tensor  # [M] int64: n·K + k in the same order
+    places: Tensor  # [M] int32 or int64: which of the ids that were asked of the owner each one used
+    counts: tuple[list[int], list[int]]  # tokens and lookups for each rank
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors, in the order of the fields."""
         return self.tokens, self.runs, self.lookups, self.places
 
-    @classmethod
-    def of(cls, requests: Requests, num_lookups: int) -> Self:
-        """Group the lookups of some requests by owner, those of one owner staying in the order of the tokens."""
-        flat = requests.positions.reshape(-1).long()
-        bounds = flat.new_tensor([0, *requests.counts]).cumsum(0)
-        owners = torch.bucketize(flat, bounds[1:], right=True)
-        lookups, tokens, runs, counts = _by_owner(owners, num_lookups, len(requests.counts))
-        places = (flat - bounds[owners])[lookups].to(requests.positions.dtype)
-        return cls(tokens, runs, lookups, places, counts)
-
-    @classmethod
-    def nothing(cls, requests: Requests) -> Self:
-        """Return what goes back where no gradient is wanted."""
-        empty, zeros = requests.row_ids.new_empty(0), [0] * len(requests.counts)
-        return cls(empty, empty, empty, empty, (zeros, zeros))
-
 
 @dataclass(frozen=True)
 class OwnerLookups:
     """A lookup grouped by owner, what one owner answers staying in the order of the tokens."""
 
-    row_ids: Tensor  # [n·K] int32 or int64, counted from the first row of the owner
-    lookups: Tensor  # [n·K] int64: n·K + k in the same order
+    row_ids: Tensor  # [M] int32 or int64, counted from the first row of the owner
+    lookups: Tensor  # [M] int64: n·K + k in the same order
     tokens: Tensor  # [P] int64: which tokens, those for rank 0 first
     runs: Tensor  # [P] int32: how many lookups each has there
     counts: tuple[list[int], list[int]]  # tokens and lookups for each rank
 
+
+def requested(
+    lookup: LookupArguments, rows: RankRows, *, is_unique: bool, is_training: bool
+) -> tuple[Requests, Returns] | None:
+    """Group a lookup's ids by owner, and what goes back; None where an id lies outside the table.
+
+    Args:
+        lookup: ids or codes.
+        rows: which rank has which.
+        is_unique: list an id once, however often it is looked up; lookups of one rank are then in ascending order.
+        is_training: a gradient is wanted; otherwise nothing goes back.
+    """
+    asked = _Asked.of(lookup, rows)
+    groups = _Groups.of(asked.owners, lookup.num_lookups, rows.world_size) if is_training or not is_unique else None
+    if is_unique:
+        listed = _unique(asked.numbers, rows)
+    else:
+        assert groups is not None
+        listed = _all(asked.numbers, groups)
+    to_count = [listed.below] if groups is None else [listed.below, groups.pairs_below, groups.lookups_below]
+    counted = asked.fetch(to_count)
+    if counted is None:
+        return None
+    numbers = listed.made(sum(counted[0]))
+    local = numbers - rows.starts(numbers.device)[rows.owners(numbers)]
+    narrow = torch.int32 if numbers.numel() <= torch.iinfo(torch.int32).max else torch.int64
+    requests = Requests(
+        local.to(_id_dtype(rows.num_rows)), counted[0], listed.positions.to(narrow).view(lookup.row_ids.shape)
+    )
+    if not is_training or groups is None:
+        empty, zeros = requests.row_ids.new_empty(0), [0] * rows.world_size
+        return requests, Returns(empty, empty, empty, empty, (zeros, zeros))
+    places = (listed.positions - listed.below[asked.owners])[groups.lookups].to(narrow)
+    tokens, runs = groups.pairs(sum(counted[1]))
+    return requests, Returns(tokens, runs, groups.lookups, places, (counted[1], counted[2]))
+
+
+def by_owner(lookup: LookupArguments, rows: RankRows) -> OwnerLookups | None:
+    """Group a lookup's ids by owner as they are; None where one lies outside the table."""
+    asked = _Asked.of(lookup, rows)
+    groups = _Groups.of(asked.owners, lookup.num_lookups, rows.world_size)
+    counted = asked.fetch([groups.pairs_below, groups.lookups_below])
+    if counted is None:
+        return None
+    local = (asked.numbers - rows.starts(asked.numbers.device)[asked.owners])[groups.lookups]
+    tokens, runs = groups.pairs(sum(counted[0]))
+    return OwnerLookups(local.to(_id_dtype(rows.num_rows)), groups.lookups, tokens, runs, (counted[0], counted[1]))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The ids of a lookup as they are numbered rank by rank, and whose they are."""
+
+    numbers: Tensor  # [M] int64
+    owners: Tensor  # [M] int64
+    extremes: tuple[Tensor, ...]  # the lowest and the highest id as it was given, where they are to be looked at
+    limit: int  # which no id may reach
+
     @classmethod
-    def of(cls, lookup: LookupArguments, rows: Sequence[tuple[int, int]], num_rows: int) -> Self:
-        """Group a lookup's ids, which must be in range; see `Requests.of`."""
-        ids = lookup.row_ids.long()
-        if lookup.code_stride:
-            ids = ids + lookup.code_stride * torch.arange(lookup.num_lookups, device=ids.device)
-        starts = _rank_starts(rows)
-        flat = _renumbered(ids.reshape(-1), rows, starts)
-        owners = torch.bucketize(flat, flat.new_tensor(starts[1:]), right=True)
-        lookups, tokens, runs, counts = _by_owner(owners, lookup.num_lookups, len(rows))
-        local = (flat - flat.new_tensor(starts)[owners])[lookups]
-        dtype = torch.int32 if num_rows <= torch.iinfo(torch.int32).max else torch.int64
-        return cls(local.to(dtype), lookups, tokens, runs, counts)
+    def of(cls, lookup: LookupArguments, rows: RankRows) -> "_Asked":
+        ids, stride = lookup.row_ids.long(), lookup.code_stride
+        limit = stride or rows.num_rows
+        extremes: tuple[Tensor, ...] = ()
+        if ids.numel() and can_be_bad(lookup.row_ids, limit):
+            extremes = tuple(ids.aminmax())
+            ids = ids.clamp(0, limit - 1)
+        if stride:
+            ids = ids + stride * torch.arange(lookup.num_lookups, device=ids.device)
+        numbers = rows.numbered(ids.reshape(-1))
+        return cls(numbers, rows.owners(numbers), extremes, limit)
+
+    def fetch(self, below: Sequence[Tensor]) -> list[list[int]] | None:
+        """Return from how many there are below each rank's, [W + 1], how many each has; None if an id lies outside."""
+        fetched = torch.cat([*below, *(each[None] for each in self.extremes)]).tolist()
+        size = below[0].numel()
+        if self.extremes and not 0 <= fetched[-2] <= fetched[-1] < self.limit:
+            return None
+        parts = [fetched[size * index : size * (index + 1)] for index in range(len(below))]
+        return [[int(high - low) for low, high in pairwise(part)] for part in parts]
 
 
-def _by_owner(
-    owners: Tensor, num_lookups: int, world_size: int
-) -> tuple[Tensor, Tensor, Tensor, tuple[list[int], list[int]]]:
-    """Return the lookups in the order of their owners, the tokens and runs of each, and both counted for each rank."""
-    lookups = torch.sort(owners.to(torch.int16), stable=True).indices
-    tokens = lookups // max(1, num_lookups)
-    by_owner = owners[lookups]
-    is_first = torch.ones_like(tokens, dtype=torch.bool)
-    is_first[1:] = (tokens[1:] != tokens[:-1]) | (by_owner[1:] != by_owner[:-1])
-    firsts = is_first.nonzero().squeeze(1)
-    runs = torch.diff(firsts, append=firsts.new_tensor([tokens.numel()]))
-    counted = torch.stack([torch.bincount(owner, minlength=world_size) for owner in (by_owner[firsts], owners)])
-    in_tokens, in_lookups = counted.tolist()
-    return lookups, tokens[firsts], runs.int(), (in_tokens, in_lookups)
+@dataclass(frozen=True)
+class _Groups:
+    """Lookups in the order of their owners, those of one owner in the order of the tokens; nothing counted yet."""
+
+    lookups: Tensor  # [M] int64: n·K + k
+    tokens: Tensor  # [M] int64
+    firsts: "_Marks"  # of each pair of a token and an owner
+    pairs_below: Tensor  # [W + 1] int64: how many pairs there are with owners below each, and lookups
+    lookups_below: Tensor
+
+    @classmethod
+    def of(cls, owners: Tensor, num_lookups: int, world_size: int) -> "_Groups":
+        lookups = torch.sort(owners.to(torch.int16), stable=True).indices
+        tokens, in_order = lookups // max(1, num_lookups), owners[lookups]
+        is_first = torch.ones_like(tokens, dtype=torch.bool)
+        is_first[1:] = (tokens[1:] != tokens[:-1]) | (in_order[1:] != in_order[:-1])
+        firsts = _Marks.of(is_first)
+        lookups_below = torch.searchsorted(in_order, torch.arange(world_size + 1, device=owners.device))
+        return cls(lookups, tokens, firsts, firsts.below(lookups_below), lookups_below)
+
+    def pairs(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens [P] of all pairs, and how many lookups [P] int32 each has."""
+        firsts = self.firsts.places(number)
+        return self.tokens[firsts], nn.functional.pad(firsts, (0, 1), value=self.lookups.numel()).diff().int()
 
 
-def _rank_starts(rows: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the first number of each rank's rows when all rows are numbered rank by rank, and their total."""
-    starts = [0]
-    for begin, end in rows:
-        starts.append(starts[-1] + end - begin)
-    return starts
+@dataclass(frozen=True)
+class _Marks:
+    """Some marked places among many."""
+
+    is_marked: Tensor  # bool
+    up_to: Tensor  # int64: how many are marked up to each place and there
+
+    @classmethod
+    def of(cls, is_marked: Tensor) -> "_Marks":
+        return cls(is_marked, is_marked.cumsum(0))
+
+    def below(self, places: Tensor) -> Tensor:
+        """Return how many are marked below some places."""
+        return nn.functional.pad(self.up_to, (1, 0))[places]
+
+    def places(self, number: int) -> Tensor:
+        """Return the marked places, of which there are so many: `nonzero` would have a GPU count them once more."""
+        found = self.up_to.new_empty(number + 1)  # the last one takes what is not marked
+        places = torch.arange(self.up_to.numel(), device=found.device)
+        return found.scatter_(0, torch.where(self.is_marked, self.up_to - 1, number), places)[:number]
 
 
-def _renumbered(ids: Tensor, rows: Sequence[tuple[int, int]], starts: Sequence[int]) -> Tensor:
-    """Return ids as they count when all rows are numbered rank by rank."""
-    parts = sorted((begin, rank) for rank, (begin, end) in enumerate(rows) if end > begin)
-    shifts = [starts[rank] - begin for begin, rank in parts]
-    if not any(shifts):
-        return ids
-    part = torch.bucketize(ids, ids.new_tensor([begin for begin, _ in parts[1:]]), right=True)
-    return ids + ids.new_tensor(shifts)[part]
+@dataclass(frozen=True)
+class _Listed:
+    """Ids to be requested, not counted yet."""
+
+    positions: Tensor  # [M] int64: which of them each lookup uses
+    below: Tensor  # [W + 1] int64: how many of them are of ranks below each
+    numbers: Tensor  # of them, among others
+    marks: _Marks | None = None  # which; where it is None, all
+
+    def made(self, number: int) -> Tensor:
+        """Return the ids [U] by number, of which there are so many."""
+        return self.numbers if self.marks is None else self.numbers[self.marks.places(number)]
 
 
-def _unique(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the different ids, ascending, and where each of `ids` is among them."""
-    if num_rows > _MARKED_ROWS * ids.numel():
-        unique, positions = torch.unique(ids, return_inverse=True)
-        return unique, positions
-    is_used = torch.zeros(num_rows, dtype=torch.bool, device=ids.device)
-    is_used[ids] = True
-    places = is_used.cumsum(0, dtype=torch.int64) - 1
-    return is_used.nonzero().squeeze(1), places[ids]
+def _unique(numbers: Tensor, rows: RankRows) -> _Listed:
+    """List each id once, ascending."""
+    starts = rows.starts(numbers.device)
+    if rows.num_rows <= _MARKED_ROWS * numbers.numel():
+        is_used = torch.zeros(rows.num_rows, dtype=torch.bool, device=numbers.device)
+        is_used[numbers] = True
+        marks = _Marks.of(is_used)
+        everyone = torch.arange(rows.num_rows, device=numbers.device)
+        return _Listed(marks.up_to[numbers] - 1, marks.below(starts), everyone, marks)
+    in_order, lookups = torch.sort(numbers)
+    is_first = torch.ones_like(in_order, dtype=torch.bool)
+    is_first[1:] = in_order[1:] != in_order[:-1]
+    marks = _Marks.of(is_first)
+    positions = torch.empty_like(lookups).scatter_(0, lookups, marks.up_to - 1)
+    return _Listed(positions, marks.below(torch.searchsorted(in_order, starts)), in_order, marks)
 
 
-def _count_below(ids: Tensor, bounds: Sequence[int], *, is_sorted: bool) -> list[int]:
-    """Return how many ids lie below each bound; ids that are not sorted are at least grouped by them."""
-    limits = ids.new_tensor(bounds)
-    if is_sorted:
-        return [int(count) for count in torch.searchsorted(ids, limits).tolist()]
-    owners = torch.bucketize(ids, limits[1:], right=True)
-    counted = torch.bincount(owners, minlength=len(bounds) - 1).cumsum(0).tolist()
-    return [0, *map(int, counted)]
+def _all(numbers: Tensor, groups: _Groups) -> _Listed:
+    """List each lookup's id, grouped by owner."""
+    places = torch.arange(numbers.numel(), device=numbers.device)
+    positions = torch.empty_like(places).scatter_(0, groups.lookups, places)
+    return _Listed(positions, groups.lookups_below, numbers[groups.lookups])
+
+
+def _id_dtype(num_rows: int) -> torch.dtype:
+    return torch.int32 if num_rows <= torch.iinfo(torch.int32).max else torch.int64

@@ -19,9 +19,10 @@ from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange, Opened
 from mfdist.sharding.packing import Part
-from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.checks import id_refusal, refuse, shape_refusal
 from mfdist.sharding.routes.local import summed_dtype
-from mfdist.sharding.routes.requests import Requests, Returns
+from mfdist.sharding.routes.rank_rows import RankRows
+from mfdist.sharding.routes.requests import Requests, Returns, requested
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
 from mfdist.sharding.wire import Wire
@@ -63,9 +64,8 @@ class RowWise(Route):
         deduplicate: bool,
     ) -> None:
         self._name = name
-        self._rows = tuple(rows)
+        self._rows = RankRows(rows)
         self._row_dim = row_dim
-        self._num_rows = max(end for _, end in rows)
         self._exchange = exchange
         self._forward_wire, self._backward_wire = wires
         self._deduplicate = deduplicate
@@ -74,11 +74,12 @@ class RowWise(Route):
         """Return the sums; see `Route.forward`."""
         exchange, weight = self._exchange, self._as_wide(weight)
         call = lookup.call(self._name, "row_wise" if is_training else "row_wise without gradients")
-        refusal = refusal_of(lookup, self._num_rows, weight, self._name, must_look=True)
-        if refusal is not None:
-            exchange.open(call, refusal=refusal).wait()
-        requests = Requests.of(lookup, self._rows, self._num_rows, is_unique=self._deduplicate)
-        returns = Returns.of(requests, lookup.num_lookups) if is_training else Returns.nothing(requests)
+        refusal, grouped = shape_refusal(lookup, self._rows.num_rows, weight, self._name), None
+        if refusal is None:
+            grouped = requested(lookup, self._rows, is_unique=self._deduplicate, is_training=is_training)
+        if grouped is None:
+            refuse(exchange, call, refusal or id_refusal(lookup, self._rows.num_rows, self._name))
+        requests, returns = grouped
         opened, sizes = self._open(call, requests, returns)
         asked = exchange.send(opened, requests.row_ids, requests.counts, sizes.asked, sizes.most[0]).wait()
         out = weight.new_empty(lookup.num_tokens, self._row_dim)
@@ -128,10 +129,8 @@ class RowWise(Route):
         ]
         their_runs, their_places, their_scores = exchange.send_together(opened, parts).wait()
         their_tokens = torch.repeat_interleave(their_runs, output_size=sum(sizes.lookups))
-        starts = asked.new_tensor(_starts(sizes.asked)).repeat_interleave(
-            asked.new_tensor(sizes.lookups, dtype=torch.int64), output_size=sum(sizes.lookups)
-        )
-        row_ids = asked[their_places + starts]
+        by_rank = zip(their_places.split_with_sizes(sizes.lookups), _starts(sizes.asked), strict=True)
+        row_ids = asked[torch.cat([part + start for part, start in by_rank])]
         everyones = wire.decode(grads.wait().view(sum(sizes.tokens), width))
         rows, values, shares = ragged_gradient(
             weight, row_ids, their_tokens, their_scores, everyones, self._name, dtype=dtype
