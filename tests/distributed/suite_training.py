@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,7 @@ def _asked(device, world_size, preset):
     name, settings = _SETTINGS[device]
     settings = {
         **settings,
+        "data.source": f'"{ROOT / "docs"}"',  # a little text, tokenised within a second
         "training.steps": _STEPS,
         "training.precision": "fp32",
         "training.eval_every": _STEPS,
@@ -79,8 +81,9 @@ def _run(device, world_size, timeout_s, *arguments):
 
 
 def _command(timeout_s, arguments, **variables):
-    command = [sys.executable, "-m", *arguments, "--quiet"]
+    command = [sys.executable, "-m", *arguments]  # not --quiet: what runs late says where it is
     environment = {**os.environ, **variables, "PYTHONPATH": _path()}
+    began = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
@@ -89,7 +92,8 @@ def _command(timeout_s, arguments, **variables):
             out, err = _ended(process)
     if process.returncode:
         said = f"{out[-1500:]}\n{err[-2500:]}"
-        raise AssertionError(f"{' '.join(arguments[:8])} … ended with {process.returncode}\n{said}")
+        spent = f"ended with {process.returncode} after {time.monotonic() - began:.0f} s of {timeout_s:.0f}"
+        raise AssertionError(f"{' '.join(arguments[:8])} … {spent}\n{said}")
 
 
 def _ended(process):
