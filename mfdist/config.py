@@ -180,7 +180,11 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """How often the run is saved and how much is kept."""
 
-    every: Count = Field(200, description="steps between checkpoints; the last step is always saved")
+    every: int = Field(
+        200,
+        ge=0,
+        description="steps between checkpoints; the last step is saved too; 0: none, and nothing to go on from",
+    )
     keep_last: Count = Field(2, description="checkpoints kept; older ones are removed after a newer one is committed")
     keep_every: int = Field(0, ge=0, description="steps divisible by this are kept besides; 0: none")
     url: str = Field(

@@ -93,6 +93,10 @@ VARIANTS = (
 )
 
 
+#: Steps that compile and fill caches.
+_COMPILING_STEPS = 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One validation."""
@@ -100,7 +104,7 @@ class Point:
     step: int
     tokens: int
     flops: float  # forward and backward, a multiply-add counted once
-    seconds: float  # of training steps alone: no validation, no saving
+    seconds: float  # of training steps alone: no validation, no saving, no compiling
     loss: float  # nats a token
     bits_per_byte: float
 
@@ -151,13 +155,12 @@ def measure(
             yield _learned(path, variant, seed)
 
 
-#: Every validation takes the whole text, so that all are alike; no saves within, no sample, no timed twin.
+#: Every validation takes the whole text, so that all are alike; no saves, no sample, no timed twin.
 _OF_ALL = (
     "training.eval_sequences=1000000",
     "training.twin_steps=0",
     'training.sample_prompt=""',
-    "checkpoint.every=1000000000",
-    "checkpoint.asynchronous=false",
+    "checkpoint.every=0",
 )
 
 
@@ -173,7 +176,6 @@ def _train(path: Path, preset: str, overrides: Sequence[str]) -> None:
     torch.manual_seed(0)
     run = RunDirectory.create(path, load_config(preset, overrides))
     train(run, observer=ignore)
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)  # gigabytes that no figure needs
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -184,9 +186,7 @@ def _learned(path: Path, variant: Variant, seed: int) -> Learned:
     steps = read_metrics(path / "metrics.jsonl", "stepped")
     tokens_a_step = started["tokens_per_step"]
     flops_a_token = flops_per_token(config.model, config.training.seq_len, _vocab_size(path))
-    seconds = [0.0]
-    for each in steps:
-        seconds.append(seconds[-1] + each["step_s"])
+    seconds = list(itertools.accumulate(_without_compiling([each["step_s"] for each in steps]), initial=0.0))
     points = [
         Point(
             step=each["step"],
@@ -206,6 +206,12 @@ def _learned(path: Path, variant: Variant, seed: int) -> Learned:
         peak_memory_bytes=max(each["peak_memory_bytes"] for each in steps),
         points=points,
     )
+
+
+def _without_compiling(seconds: Sequence[float]) -> list[float]:
+    """Return how long steps took, the first few and others that took three times the median as long as that."""
+    usual = statistics.median(seconds)
+    return [each if index >= _COMPILING_STEPS and each < 3 * usual else usual for index, each in enumerate(seconds)]
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float:

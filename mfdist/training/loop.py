@@ -50,7 +50,10 @@ from mfdist.training.validation import Validation
 from mfdist.training.world import World, joined
 from mfdist.training.writing import writing
 
-PROFILE_EVERY = 50  # steps between measurements of what a step's time goes to
+#: Between measurements of what a step's time goes to, which take a few times as long as a quick step, at least so many
+#: steps and so many seconds pass.
+PROFILE_EVERY = 50
+PROFILE_EVERY_S = 20.0
 NUM_SAMPLE_TOKENS = 100
 
 
@@ -168,6 +171,8 @@ class _Session:
         self._twin_tokens_per_s = twin_tokens_per_s
         self._table_home = table_home
         self._is_new = is_new
+        #: The first step and the first time at which a step may be profiled; not the first two, which compile.
+        self._next_profile = (first_step + 2, 0.0)
 
     @classmethod
     def prepare(
@@ -266,7 +271,7 @@ class _Session:
         step = saved = self.first_step
         timings: list[_Timing] = []
         with RunSaver(self._checkpoints, checkpoint, tell) as saver:
-            if self._is_new and self._table_home is not None:
+            if self._is_new and self._table_home is not None and checkpoint.every:
                 # Rows elsewhere outlive this process: should it die before the first commit, they go back to this one.
                 saver.save(self._captured(step))
             while step < training.steps and not self._world.any(request.reason is not None):
@@ -277,10 +282,10 @@ class _Session:
                 saver.report()
                 if step % training.eval_every == 0 and step < training.steps:
                     self._validate(step, training.eval_sequences, tell)
-                if step % checkpoint.every == 0:
+                if checkpoint.every and step % checkpoint.every == 0:
                     saver.save(self._captured(step))
                     saved = step
-            if step > saved:
+            if checkpoint.every and step > saved:
                 saver.save(self._captured(step))
             saver.finish()
         is_finished = step == training.steps
@@ -292,15 +297,17 @@ class _Session:
 
     def _step(self, step: int) -> tuple[Stepped, _Timing]:
         training = self.config.training
-        is_profiled = (step - self.first_step) % PROFILE_EVERY == 2
         inputs, targets = self._batches.at(step)
         start = time.perf_counter()
+        is_profiled = step >= self._next_profile[0] and start >= self._next_profile[1]
         if is_profiled:
             result, shares = time_shares(lambda: self._train_step(step, inputs, targets), self._device)
         else:
             result, shares = self._train_step(step, inputs, targets), None
         synchronize(self._device)
         step_s = time.perf_counter() - start
+        if is_profiled:
+            self._next_profile = (step + PROFILE_EVERY, start + PROFILE_EVERY_S)
         event = Stepped(
             step=step + 1,
             loss=result.loss,

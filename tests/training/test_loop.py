@@ -73,6 +73,13 @@ def test_a_run_learns_and_tells_its_story_in_order(tmp_path, tiny_config):
     assert [(record["step"], record["loss"]) for record in written] == losses(events)
 
 
+def test_a_run_without_checkpoints_saves_nothing(tmp_path, tiny_config):
+    run = RunDirectory.create(tmp_path / "run", set_keys(tiny_config, "checkpoint.every=0"))
+    events = recorded(run)
+    assert of(Stopped, events)[0].reason == "finished" and not of(Saved, events)
+    assert not run.checkpoints.steps()
+
+
 def test_evaluating_a_run_gives_the_final_score_again(tiny_run):
     events = recorded(tiny_run)
     final = of(Evaluated, events)[-1]

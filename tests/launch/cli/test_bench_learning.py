@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, flops_per_token, gap
+from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, _without_compiling, flops_per_token, gap
 from mfdist.config import ModelConfig, load_config
 
 from .conftest import TINY
@@ -30,7 +30,7 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
         seconds = [point["seconds"] for point in result["points"]]
         assert seconds == sorted(seconds) and seconds[0] > 0
     assert results[0]["points"][-1]["flops"] < results[1]["points"][-1]["flops"]
-    assert not list((tmp_path / "runs").glob("*/checkpoints"))
+    assert not list((tmp_path / "runs").glob("*/checkpoints/*step*"))
     torn = tmp_path / "runs" / "twin-2e-3-seed-0" / "metrics.jsonl"
     torn.write_text("".join(torn.read_text("utf-8").splitlines(keepends=True)[:4]), "utf-8")
     code, again, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--at-least", "1000")
@@ -55,6 +55,10 @@ def test_misuse_trains_nothing(mfdist, workplace, tmp_path, wrong):
     code, _, err = mfdist("bench", "learning", "--out", tmp_path / "runs", *wrong)
     assert (code, err.splitlines()[-1].startswith("mfdist: ")) == (2, True)
     assert not (tmp_path / "runs").exists()
+
+
+def test_time_spent_compiling_is_not_trained():
+    assert _without_compiling([20.0, 1.0, 1.2, 1.0, 2.0, 8.0, 0.5]) == [1.2, 1.2, 1.2, 1.0, 2.0, 1.2, 0.5]
 
 
 def test_flops_of_a_token_are_those_counted_by_hand():
