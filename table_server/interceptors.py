@@ -64,13 +64,14 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
             return None  # gRPC answers UNIMPLEMENTED
         method = details.method
 
-        async def answer(raw: AsyncIterator[bytes], context: Any) -> bytes | None:
+        async def answer(_: AsyncIterator[bytes], context: Any) -> bytes | None:
+            # What gRPC gives to iterate over refers to itself, and so keeps each call until the collector comes by.
             call = Call(method, context.peer())
-            async with self._answering(call, context, raw):
+            async with self._answering(call, context):
                 if handler.request_streaming:
-                    argument: Any = self._requests(call, handler, raw, context)
+                    argument: Any = self._requests(call, handler, context)
                 else:
-                    argument = await self._request(call, handler, raw, context, await context.read())
+                    argument = await self._request(call, handler, context, await context.read())
                 if not handler.response_streaming:
                     behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
                     return _serialized(call, handler, await behaviour(argument, context))
@@ -94,7 +95,7 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         return grpc.stream_unary_rpc_method_handler(answer, None, None)
 
     @contextlib.asynccontextmanager
-    async def _answering(self, call: Call, context: Any, raw: AsyncIterator[bytes]) -> AsyncIterator[None]:
+    async def _answering(self, call: Call, context: Any) -> AsyncIterator[None]:
         self._metrics.began(call.name)
         span = self._spans.begin(call.method, context.invocation_metadata()) if self._spans is not None else None
         code, answer = grpc.StatusCode.UNKNOWN, None
@@ -124,7 +125,7 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         finally:
             self._finish(call, code, span)
         if answer is not None:
-            await _drain(raw)
+            await _drain(context)
             await abort(context, code, *answer)
 
     def _finish(self, call: Call, code: grpc.StatusCode, span: Any) -> None:
@@ -137,13 +138,11 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
             fields |= {"request_bytes": call.request_bytes, "reply_bytes": call.reply_bytes}
             _logger.debug("answered", extra={"fields": fields})
 
-    async def _requests(self, call: Call, handler: Any, raw: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
-        async for data in raw:
-            yield await self._request(call, handler, raw, context, data)
+    async def _requests(self, call: Call, handler: Any, context: Any) -> AsyncIterator[Any]:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            yield await self._request(call, handler, context, data)
 
-    async def _request(
-        self, call: Call, handler: Any, raw: AsyncIterator[bytes], context: Any, data: bytes | object
-    ) -> Any:
+    async def _request(self, call: Call, handler: Any, context: Any, data: bytes | object) -> Any:
         """Return a message that is within the limits and one of the protocol; else answer, and raise."""
         try:
             if not isinstance(data, bytes):
@@ -151,19 +150,19 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
             self._admission.check_size(call, len(data))
             return handler.request_deserializer(data) if handler.request_deserializer is not None else data
         except DecodeError:
-            await self._refuse(call, context, raw, _malformed(call, "got bytes that are not"))
+            await self._refuse(call, context, _malformed(call, "got bytes that are not"))
         except Refusal as refusal:
-            await self._refuse(call, context, raw, refusal)
+            await self._refuse(call, context, refusal)
 
-    async def _refuse(self, call: Call, context: Any, raw: AsyncIterator[bytes], refusal: Refusal) -> None:
+    async def _refuse(self, call: Call, context: Any, refusal: Refusal) -> None:
         """Answer in mid-stream, whatever the servicer makes of the exception that this raises."""
         self._metrics.refused(refusal.reason)
         self._admission.log(call, refusal)
-        await _drain(raw)
+        await _drain(context)
         await abort(context, refusal.code, str(refusal), refusal.kind, refusal.wait_s)
 
 
-async def _drain(raw: AsyncIterator[bytes]) -> None:
+async def _drain(context: Any) -> None:
     """Take in what the client is still sending, within bounds, and drop it.
 
     gRPC's asyncio client loses a status that comes while it writes: it says INTERNAL, "Internal error from Core".
@@ -172,7 +171,7 @@ async def _drain(raw: AsyncIterator[bytes]) -> None:
     end = now() + _DRAIN_S
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DRAIN_PAUSE_S) as patience:
-            async for data in raw:
+            while isinstance(data := await context.read(), bytes):
                 num_bytes += len(data)
                 if num_bytes > _DRAIN_BYTES or now() > end:
                     return

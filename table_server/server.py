@@ -1,6 +1,7 @@
 """The process: listens, tells its health, drains on SIGTERM."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from mfdist.table_server.service import TableService
 from mfdist.table_server.tls import server_credentials
 
 _NAME = pb.DESCRIPTOR.services_by_name["TableService"].full_name
+_LOOKS_OF_MIDDLE_AGE = 50  # of the collector, before one at everything
 _ONE_SERVER_A_PORT = ("grpc.so_reuseport", 0)  # a second one must fail, not share its calls
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +60,10 @@ def serve(
     node = Node(config.server, config.replication, is_paired=pairing is not None)
     if pairing is not None:
         pairing.begin(node.standing)
+    # The collector looks seldom, and not at what is there now, which stays: each long look holds all calls up.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], _LOOKS_OF_MIDDLE_AGE)
     try:
         asyncio.run(_serve(node, config, on_listening))
     finally:

@@ -74,6 +74,8 @@ class Echo(TableServiceServicer):
     async def Lookup(self, requests: AsyncIterator[pb.LookupRequest], context: Any) -> AsyncIterator[pb.LookupReply]:
         async for request in requests:
             yield pb.LookupReply(sums=request.lookups.row_ids)
+            if request.table == "enough":
+                return
 
     async def Write(self, requests: AsyncIterator[pb.WriteRequest], context: Any) -> pb.WriteReply:
         async for _ in requests:

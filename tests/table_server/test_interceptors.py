@@ -1,6 +1,7 @@
 """Calls through the interceptors of a real server: who is let in, what is refused and how, what is counted."""
 
 import asyncio
+import gc
 import logging
 import re
 import time
@@ -63,6 +64,19 @@ def test_every_kind_of_call_passes_through(plain: Served) -> None:
         assert [len(reply.sums.data) for reply in replies] == [0, 7, 100_000]
         assert stub.Write(iter([pb.WriteRequest()] * 5), timeout=DEADLINE_S) == pb.WriteReply()
         assert stub.Write(iter([]), timeout=DEADLINE_S) == pb.WriteReply()
+
+
+def test_calls_whose_requests_were_not_read_to_the_end_leave_nothing_for_the_collector(plain: Served) -> None:
+    request = pb.LookupRequest(table="enough")
+    gc.collect()
+    gc.disable()
+    try:
+        with grpc.insecure_channel(plain.address) as channel:
+            for _ in range(25):
+                assert len(list(stub_of(channel).Lookup(iter([request] * 3), timeout=DEADLINE_S))) == 1
+        until(lambda: sum(type(each).__name__ == "_ServicerContext" for each in gc.get_objects()) < 10)
+    finally:
+        gc.enable()
 
 
 def test_calls_and_their_bytes_are_counted(plain: Served) -> None:
