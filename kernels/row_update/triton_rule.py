@@ -14,6 +14,7 @@ SGD: tl.constexpr = tl.constexpr(0)
 ROWWISE_ADAGRAD: tl.constexpr = tl.constexpr(1)
 ADAM: tl.constexpr = tl.constexpr(2)
 NUMBERS = {"sgd": 0, "rowwise_adagrad": 1, "adam": 2}
+_LARGEST_NAN: tl.constexpr = tl.constexpr(0x7FFF0000)
 _LEAST_LOG = -1e30  # stands for the logarithm of a beta of 0
 
 
@@ -120,13 +121,11 @@ def _store_rounded(to, at, value, mask, key, row, column):
     """Write fp32 values in the pointer's dtype: bf16 rounded stochastically, others to the nearest."""
     if to.dtype.element_ty == tl.bfloat16:
         row_key = (_mix64(key.to(tl.uint64, bitcast=True) + row.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(tl.uint32)
-        words = value.to(tl.uint32, bitcast=True)
         random = _mix32(row_key + column.to(tl.uint32) * 0x9E3779B9) >> 16
+        # A NaN whose bits are all set would be carried past the sign; the largest that is not stays one.
+        words = tl.minimum(value.to(tl.int32, bitcast=True), _LARGEST_NAN).to(tl.uint32, bitcast=True)
         rounded = ((words + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        is_special = (words & 0x7F800000) == 0x7F800000  # NaN and infinity have no next value
-        tl.store(
-            to + at, tl.where(is_special, value.to(tl.bfloat16), rounded), mask=mask, eviction_policy="evict_first"
-        )
+        tl.store(to + at, rounded, mask=mask, eviction_policy="evict_first")
     else:
         tl.store(to + at, value.to(to.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 

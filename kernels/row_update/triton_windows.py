@@ -73,7 +73,7 @@ def update_by_windows(
             )  # fmt: skip
         _update_window[(triton.cdiv(num_ids, _WINDOW),)](
             table, *states, grad_output, *lookups, products, grad_scores, squares, *constants,
-            *sizes, first, *offsets, *tile, *how, part.is_last_product, _WINDOW, **limited,
+            *sizes, first, *offsets, *tile, *how, part.is_last_product, first + columns <= dim, _WINDOW, **limited,
         )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _update_window(
     M, R, D, first_column, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr,
     HAS_PRODUCTS: tl.constexpr, RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr,
-    IS_LAST_PRODUCT: tl.constexpr, WINDOW: tl.constexpr,
+    IS_LAST_PRODUCT: tl.constexpr, IS_WHOLE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Sum the runs, shorter than two pieces, that start in one window of lookups, and update their rows.
 
@@ -108,7 +108,7 @@ def _update_window(
     if start < end:
         constants = load_constants(shared, keys, RULE)
         c = first_column + tl.arange(0, COLUMNS)
-        is_column = c < D
+        is_column = tl.arange(0, COLUMNS) < (COLUMNS if IS_WHOLE else D - first_column)
         first_row = tl.load(rows + start)
         first_word = tl.load(words + start)
         next_row, next_word = first_row, first_word
@@ -118,6 +118,7 @@ def _update_window(
         next_accumulated = 0.0
         if RULE == ROWWISE_ADAGRAD:
             next_accumulated = tl.load(first + next_row)
+        nothing = tl.zeros([COLUMNS], tl.int32)
         values = tl.zeros([COLUMNS], tl.float32)
         gradient = tl.zeros([COLUMNS], tl.float32)
         for place in tl.range(start, end, num_stages=_STAGES):
@@ -132,7 +133,7 @@ def _update_window(
             grads = tl.load(grad_output + token * D + c, mask=is_column, other=0.0)
             new_values = tl.load(
                 table + far_row.to(tl.int64) * D + c,
-                mask=c < tl.where(is_first, D, 0), other=0.0, eviction_policy="evict_first",
+                mask=is_column & (nothing < is_first.to(tl.int32)), other=0.0, eviction_policy="evict_first",
             )  # fmt: skip
             next_row = tl.cast(R, row.dtype)
             if place + 1 < M:
@@ -146,6 +147,7 @@ def _update_window(
                     next_accumulated = tl.where(is_other, found, next_accumulated)
             if is_first:
                 values = new_values.to(tl.float32)
+                gradient = tl.zeros([COLUMNS], tl.float32)
             wide = grads.to(tl.float32)
             gradient += wide * score_of(word)
             if HAS_PRODUCTS:
@@ -159,7 +161,6 @@ def _update_window(
                     table, first, second, squares, row.to(tl.int64), place, c, is_column, values, gradient,
                     accumulated, constants, D, row_offset, column_offset, RULE, IS_UPDATED, SQUARES,
                 )  # fmt: skip
-                gradient = tl.zeros([COLUMNS], tl.float32)
 
 
 @triton.jit

@@ -157,6 +157,11 @@ def not_finite() -> None:
         triton_impl.row_update(got.table, got.state, grads, None, None, LR, STEP, rule, (0, 0), "t")
         for one, other in zip([got.table, *got.state], [before.table, *before.state], strict=True):
             assert torch.equal(one[1:3], other[1:3]) and not torch.equal(one[0], other[0])
+    special = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]], dtype=torch.bfloat16)
+    rows = torch.cat([special, special.view(torch.int16).bitwise_or(0x7F).view(torch.bfloat16)])
+    triton_impl.row_update(rows, [], torch.ones(2, 4), None, None, LR, STEP, RULES[0], (0, 0), "t")
+    assert torch.equal(rows[0, 1:3], special[0, 1:3]) and rows[0, 3] < 1
+    assert rows.isnan().tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
 def expect_error(start: str) -> None:

@@ -138,11 +138,11 @@ KERNELS = {
     "row_update.triton_impl._update_kept": (ADAGRAD, {"COLUMNS": 512, "RULE": 1}),
     "row_update.triton_windows._update_window by adagrad": (
         ADAGRAD,
-        {**WHOLE, "RULE": 1, "IS_LAST_PRODUCT": True, "WINDOW": 32},
+        {**WHOLE, "RULE": 1, "IS_LAST_PRODUCT": True, "IS_WHOLE": True, "WINDOW": 32},
     ),
     "row_update.triton_windows._update_window by sgd in slices": (
         UPDATE,
-        {**IN_SLICES, "RULE": 0, "IS_LAST_PRODUCT": False, "WINDOW": 32},
+        {**IN_SLICES, "RULE": 0, "IS_LAST_PRODUCT": False, "IS_WHOLE": False, "WINDOW": 32},
     ),
     "row_update.triton_windows._update_long_run": (UPDATE, {**IN_SLICES, "RULE": 2}),
     "row_update.triton_windows._sum_long_piece": ({**UPDATE, "rows": "*i64"}, SLICE),
