@@ -4,7 +4,8 @@
   before the next one starts, and most reads are cache hits. Ids and scores are first packed into one word a lookup,
   the words of one lookup k side by side: a tile then reads each of them with its neighbours, and one round ahead of
   its rows. Read as they come, [N, K], they take twice as many of the first-level cache's cycles as the rows do.
-- Larger tables: whole rows, a long contiguous read each.
+- Larger tables, and tokens that are not enough for tiles to fill a GPU: long contiguous reads of rows, or of parts of
+  them that a warp has several of on their way.
 - Few tokens: the lookups of one token are read side by side, because there is no other work to hide the latency.
 
 Each output element is summed by one program in a fixed order, so results repeat bit for bit. Quantised rows have a
@@ -27,15 +28,16 @@ from mfdist.kernels.triton_rows import as_fp32, weighted
 _SLICE_ROW_BYTES = 128
 #: A slice of this size stays in the second-level cache of an A100 or H100 while others stream through.
 _SLICE_BYTES = 24 << 20
-#: Elements a warp sums by the bytes of each, and fewer where there would be too few warps to fill a GPU with.
-_TILE = {1: 1024, 2: 2048, 4: 1024}
-_SMALL_TILE = 512
-_MANY_TILES = 2048
+#: Elements of a tile, which a warp sums, and lookups taken at a time, by the bytes of each element.
+_TILE = {1: (1024, 1), 2: (2048, 2), 4: (1024, 1)}
+#: Outputs whose tiles are enough warps to fill a GPU.
+_MANY_SUMS = 1 << 22
 _PACKED_TOKENS = 64
 _PACKED_LOOKUPS = 32
-#: Elements of a streaming program, and its warps, by the bytes of each element.
-_STREAMED = {1: (512, 1), 2: (1024, 4), 4: (1024, 4)}
-_UNROLLED = 4
+#: Bytes of rows that a streaming program reads for a lookup, its warps, and lookups taken at a time, for outputs at most
+#: so many, and for more by the bytes of each element: measured on an H200.
+_STREAMED_OF_FEW = ((1 << 18, (256, 1, 16)), (1 << 20, (512, 1, 16)), (_MANY_SUMS, (1024, 2, 8)))
+_STREAMED = {1: (512, 1, 4), 2: (2048, 4, 4), 4: (4096, 4, 4)}
 FEW_TOKENS = 64
 
 
@@ -73,25 +75,29 @@ def gather_sum(
                 table, scales, row_ids, scores, out, word, *sizes,
                 lookups, columns, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
-        elif num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES:
+        elif num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES and num_tokens * dim >= _MANY_SUMS:
             # One round more than there is, for a tile to read ahead of its last.
             packed = torch.empty(num_lookups + 1, num_tokens, dtype=torch.int64, device=table.device)
             _pack[(triton.cdiv(num_tokens, _PACKED_TOKENS), triton.cdiv(num_lookups, _PACKED_LOOKUPS))](
                 table, scales, row_ids, scores, packed, word, *sizes,
                 _PACKED_TOKENS, _PACKED_LOOKUPS, is_checked, **LAUNCH_OPTIONS,
             )  # fmt: skip
-            tokens, columns = tile(num_tokens, dim, table.itemsize)
+            elements, unrolled = _TILE[table.itemsize]
+            columns = min(_SLICE_ROW_BYTES // table.itemsize, next_power_of_2(dim))
+            tokens = elements // columns
             _sum_slice[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
                 table, packed, out, num_tokens, num_lookups, dim, code_stride,
-                tokens, columns, offset, dim % columns == 0, num_warps=1, **LAUNCH_OPTIONS,
+                tokens, columns, unrolled, offset, dim % columns == 0, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
         else:
-            elements, warps = _STREAMED[table.itemsize]
+            of_few = (how for most, how in _STREAMED_OF_FEW if num_tokens * dim <= most)
+            row_bytes, warps, unrolled = next(of_few, _STREAMED[table.itemsize])
+            elements = row_bytes // table.itemsize
             columns = min(elements, next_power_of_2(dim))
             tokens = elements // columns
             _stream_rows[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
                 table, scales, row_ids, scores, out, word, *sizes,
-                tokens, columns, _UNROLLED, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
+                tokens, columns, unrolled, offset, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return out
 
@@ -105,13 +111,6 @@ def few_tile(num_tokens: int, num_lookups: int, dim: int) -> tuple[int, int, int
     most, columns = (512, 32) if num_sums <= 1 << 13 else (256, 32) if num_sums <= 1 << 14 else (64, 64)
     lookups = min(most, next_power_of_2(num_lookups))
     return lookups, min(columns, next_power_of_2(dim)), max(2, lookups // 64)
-
-
-def tile(num_tokens: int, dim: int, itemsize: int) -> tuple[int, int]:
-    """Return tokens and columns of the tile that a warp sums of one slice."""
-    columns = min(_SLICE_ROW_BYTES // itemsize, next_power_of_2(dim))
-    is_many = num_tokens * dim >= _TILE[itemsize] * _MANY_TILES
-    return (_TILE[itemsize] if is_many else _SMALL_TILE) // columns, columns
 
 
 @triton.jit
@@ -142,7 +141,8 @@ def _pack(
 def _sum_slice(
     table, packed, out,
     N, K, D, S,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, OFFSET: tl.constexpr, IS_WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr,
+    OFFSET: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Sum K rows for TOKENS tokens in COLUMNS columns, in the order k = 0..K-1; an OFFSET holds any id · D.
 
@@ -156,7 +156,7 @@ def _sum_slice(
     words = packed + n
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     word = tl.load(words, mask=is_token, other=0)
-    for _ in range(K):
+    for _ in tl.range(0, K, loop_unroll_factor=UNROLLED):
         words += N
         next_word = tl.load(words, mask=is_token, other=0)
         at = word.to(tl.int32).to(OFFSET)[:, None] * D + c[None, :]

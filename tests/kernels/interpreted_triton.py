@@ -53,8 +53,10 @@ def lookups() -> None:
     check_lookup(equal)
     check_lookup(make_lookup(6, 2, 2, 1000, dtype=torch.bfloat16))  # slices that go through shared memory
     check_lookup(make_lookup(6, 2, 2, 640))  # slices of two widths
-    # As for a table whose slices fit no cache, many tokens and long runs.
-    sums._SLICE_BYTES = 0
+    sums._SLICE_BYTES = 0  # as for a table whose slices fit no cache
+    check_lookup(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32))
+    # As for many tokens and long runs.
+    sums._STREAMED_OF_FEW = ()
     gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32
     gradients.PIECE = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
@@ -204,6 +206,7 @@ def expect_error(start: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    sums.FEW_TOKENS = hashed.FEW_TOKENS = 32  # shapes here are small, and both kernels are to be met
+    sums.FEW_TOKENS = hashed.FEW_TOKENS = 32  # shapes here are small, and all kernels are to be met
+    sums._MANY_SUMS = 0
     parts = (lookups, ragged_lookups, quantised, hashing, bad_ids)
     {part.__name__: part for part in parts}[sys.argv[1]]()

@@ -79,7 +79,7 @@ STEP = dict.fromkeys(
 )
 PACKED = {**LOOKUP, "packed": "*i64"}
 PACK = {"TOKENS": 64, "LOOKUPS": 32, "IS_CHECKED": True}
-SLICE_TILE = {"TOKENS": 32, "COLUMNS": 64, "OFFSET": "int32", "IS_WHOLE": True}
+SLICE_TILE = {"TOKENS": 32, "COLUMNS": 64, "UNROLLED": 2, "OFFSET": "int32", "IS_WHOLE": True}
 STREAM = {"TOKENS": 1, "COLUMNS": 1024, "UNROLLED": 4, "OFFSET": "int64", "IS_CHECKED": False}
 FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
 RAGGED = {
