@@ -16,6 +16,16 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def can_chain(tensor: Tensor) -> bool:
+    """Return whether the tensor's GPU can start a kernel while the one before it still runs; see `triton_chain`."""
+    return tensor.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def chain_options(*, is_chained: bool) -> dict[str, bool]:
+    """Return the launch option of a kernel that waits for its inputs, which only NVIDIA's launcher takes."""
+    return {"launch_pdl": True} if is_chained else {}
+
+
 def at_most_registers(count: int) -> dict[str, int]:
     """Return the launch option that keeps a thread to so many registers, which only NVIDIA's compiler takes."""
     return {} if torch.version.hip else {"maxnreg": count}

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mfdist.kernels.row_id_check import can_be_bad, error_word, note_bad_id
+from mfdist.kernels.triton_chain import start_next, wait_for_inputs
 from mfdist.kernels.triton_ids import checked
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, can_chain, chain_options, device_of, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32, weighted
 
 #: A row's part in one slice of columns: a line of the first-level cache.
@@ -34,8 +35,8 @@ _TILE = {1: (1024, 1), 2: (2048, 2), 4: (1024, 1)}
 _MANY_SUMS = 1 << 22
 _PACKED_TOKENS = 64
 _PACKED_LOOKUPS = 32
-#: Bytes of rows that a streaming program reads for a lookup, its warps, and lookups taken at a time, for outputs at most
-#: so many, and for more by the bytes of each element: measured on an H200.
+#: Bytes of a row that a streaming program reads, its warps, and lookups taken at a time: for outputs at most so many, and
+#: for more of them by the bytes of each element; measured on an H200.
 _STREAMED_OF_FEW = ((1 << 18, (256, 1, 16)), (1 << 20, (512, 1, 16)), (_MANY_SUMS, (1024, 2, 8)))
 _STREAMED = {1: (512, 1, 4), 2: (2048, 4, 4), 4: (4096, 4, 4)}
 FEW_TOKENS = 64
@@ -71,9 +72,11 @@ def gather_sum(
     with device_of(table):
         if num_tokens <= FEW_TOKENS:
             lookups, columns, warps = few_tile(num_tokens, num_lookups, dim)
+            is_chained = can_chain(table)
+            options = {"num_warps": warps, **LAUNCH_OPTIONS, **chain_options(is_chained=is_chained)}
             _sum_few[(num_tokens, triton.cdiv(dim, columns))](
                 table, scales, row_ids, scores, out, word, *sizes,
-                lookups, columns, is_checked, num_warps=warps, **LAUNCH_OPTIONS,
+                lookups, columns, is_checked, is_chained, **options,
             )  # fmt: skip
         elif num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES and num_tokens * dim >= _MANY_SUMS:
             # One round more than there is, for a tile to read ahead of its last.
@@ -214,7 +217,7 @@ def _stream_rows(
 def _sum_few(
     table, scales, row_ids, scores, out, error_word,
     N, K, D, S, limit,
-    LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, IS_CHECKED: tl.constexpr,
+    LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, IS_CHECKED: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum K rows for one token in COLUMNS columns, LOOKUPS of them read at a time and added up at the end."""
     n = tl.program_id(0).to(tl.int64)
@@ -222,6 +225,8 @@ def _sum_few(
     is_column = c < D
     worst = tl.zeros([LOOKUPS], tl.int64)
     totals = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
+    if IS_CHAINED:
+        wait_for_inputs()
     for first in range(0, K, LOOKUPS):
         k = first + tl.arange(0, LOOKUPS)
         is_lookup = k < K
@@ -235,6 +240,8 @@ def _sum_few(
         score = weighted(score, table, scales, row, is_read)
         rows = tl.load(table + row[:, None] * D + c[None, :], mask=is_read[:, None] & is_column[None, :], other=0)
         totals += as_fp32(rows) * score[:, None]
+    if IS_CHAINED:
+        start_next()
     total = tl.sum(totals, axis=0)
     if IS_CHECKED:
         is_clean = checked(worst, worst == worst, limit, error_word)

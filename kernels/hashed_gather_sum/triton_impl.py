@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mfdist.kernels.gather_sum.triton_impl import FEW_TOKENS, gather_sum
 from mfdist.kernels.sign_hash.triton_impl import hash_chunks, sign_hash
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
+from mfdist.kernels.triton_chain import start_next, wait_for_inputs
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, can_chain, chain_options, device_of, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32
 
 #: A token's outputs → lookups and columns that a program reads at a time, and its warps: measured on an H100.
@@ -34,10 +35,12 @@ def hashed_gather_sum(table: Tensor, x: Tensor, bits: int, score: str, temperatu
     table, x = table.contiguous(), x.contiguous()
     out = table.new_empty(num_tokens, dim)
     lookups, columns, warps = tile(num_tokens, num_lookups, dim)
+    is_chained = can_chain(table)
+    options = {"num_warps": warps, **LAUNCH_OPTIONS, **chain_options(is_chained=is_chained)}
     with device_of(table):
         _sum_hashed[(triton.cdiv(dim, columns), num_tokens)](
             table, x, out, num_lookups, dim, -2 / temperature,
-            bits, next_power_of_2(bits), score == "released", lookups, columns, num_warps=warps, **LAUNCH_OPTIONS,
+            bits, next_power_of_2(bits), score == "released", lookups, columns, is_chained, **options,
         )  # fmt: skip
     return out
 
@@ -54,12 +57,15 @@ def tile(num_tokens: int, num_lookups: int, dim: int) -> tuple[int, int, int]:
 def _sum_hashed(
     table, x, out, K, D, slope,
     BITS: tl.constexpr, WIDTH: tl.constexpr, IS_RELEASED: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum K rows for one token in COLUMNS columns, LOOKUPS of them hashed and read at a time, added up at the end."""
     n = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = c < D
     totals = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
+    if IS_CHAINED:
+        wait_for_inputs()
     for first in range(0, K, LOOKUPS):
         k = first + tl.arange(0, LOOKUPS)
         is_lookup = k < K
@@ -67,4 +73,6 @@ def _sum_hashed(
         row = code.to(tl.int64) + (k.to(tl.int64) << BITS)
         rows = tl.load(table + row[:, None] * D + c[None, :], mask=is_lookup[:, None] & is_column[None, :], other=0)
         totals += as_fp32(rows) * tl.where(is_lookup, score, 0.0)[:, None]
+    if IS_CHAINED:
+        start_next()
     tl.store(out + n * D + c, tl.sum(totals, axis=0).to(out.dtype.element_ty), mask=is_column)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ PACKED = {**LOOKUP, "packed": "*i64"}
 PACK = {"TOKENS": 64, "LOOKUPS": 32, "IS_CHECKED": True}
 SLICE_TILE = {"TOKENS": 32, "COLUMNS": 64, "UNROLLED": 2, "OFFSET": "int32", "IS_WHOLE": True}
 STREAM = {"TOKENS": 1, "COLUMNS": 1024, "UNROLLED": 4, "OFFSET": "int64", "IS_CHECKED": False}
-FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True}
+FEW = {"LOOKUPS": 64, "COLUMNS": 32, "IS_CHECKED": True, "IS_CHAINED": False}
 RAGGED = {
     **GRADIENT,
     "row_ids": "*i32",
@@ -156,7 +157,7 @@ KERNELS = {
     ),
     "hashed_gather_sum.triton_impl._sum_hashed": (
         {**LOOKUP, "x": "*bf16", "slope": "fp32"},
-        {"BITS": 10, "WIDTH": 16, "IS_RELEASED": True, "LOOKUPS": 64, "COLUMNS": 32},
+        {"BITS": 10, "WIDTH": 16, "IS_RELEASED": True, "LOOKUPS": 64, "COLUMNS": 32, "IS_CHAINED": False},
     ),
     "sign_hash.triton_impl._gradient": (
         {"x": "*bf16", "grad_scores": "*fp32", "grad_x": "*bf16", "num_chunks": "i32", "slope": "fp32"},
@@ -173,9 +174,8 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiling_for_a_gpu(name: str, target: str) -> None:
+def compile_for(name: str, target: str, **changed: object) -> Any:
+    """Return one of KERNELS, some of its constants changed, compiled for one of TARGETS."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from importlib import import_module
 
@@ -185,12 +185,19 @@ def test_compiling_for_a_gpu(name: str, target: str) -> None:
     module, kernel_name = name.split(" ")[0].rsplit(".", 1)
     kernel = getattr(import_module(f"mfdist.kernels.{module}"), kernel_name)
     types, constants = KERNELS[name]
+    constants = {**constants, **changed}
     constants = {
         arg: getattr(triton.language, value) if isinstance(value, str) else value for arg, value in constants.items()
     }
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(LAUNCH_OPTIONS))
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(LAUNCH_OPTIONS))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiling_for_a_gpu(name: str, target: str) -> None:
+    compiled = compile_for(name, target)
     if TARGETS[target][0] == "hip":
         assert compiled.asm["hsaco"]
         return
@@ -198,6 +205,17 @@ def test_compiling_for_a_gpu(name: str, target: str) -> None:
     # The order of atomic additions differs from run to run, which only whole numbers do not show.
     atomics = re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\..*?)\s", compiled.asm["ptx"], re.MULTILINE)
     assert all(atomic.endswith(".shared.add.u32") for atomic in atomics), atomics
+
+
+@pytest.mark.parametrize(
+    "name", ["gather_sum.triton_impl._sum_few of fp8", "hashed_gather_sum.triton_impl._sum_hashed"]
+)
+def test_a_kernel_that_starts_early_waits_before_it_reads(name: str) -> None:
+    text = compile_for(name, "sm_90", IS_CHAINED=True).asm["ptx"]
+    wait, start = text.index("griddepcontrol.wait"), text.index("griddepcontrol.launch_dependents")
+    accesses = [found.start() for found in re.finditer(r"\b(?:ld|st)\.global", text)]
+    assert wait < min(accesses) < start < max(accesses)
+    assert "griddepcontrol" not in compile_for(name, "sm_90").asm["ptx"]
 
 
 def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
