@@ -35,8 +35,8 @@ _TILE = {1: (1024, 1), 2: (2048, 2), 4: (1024, 1)}
 _MANY_SUMS = 1 << 22
 _PACKED_TOKENS = 64
 _PACKED_LOOKUPS = 32
-#: Bytes of a row that a streaming program reads, its warps, and lookups taken at a time: for outputs at most so many, and
-#: for more of them by the bytes of each element; measured on an H200.
+#: Bytes of a row that a streaming program reads, its warps, and lookups taken at a time: for outputs at most so many,
+#: and for more of them by the bytes of each element; measured on an H200.
 _STREAMED_OF_FEW = ((1 << 18, (256, 1, 16)), (1 << 20, (512, 1, 16)), (_MANY_SUMS, (1024, 2, 8)))
 _STREAMED = {1: (512, 1, 4), 2: (2048, 4, 4), 4: (4096, 4, 4)}
 FEW_TOKENS = 64
