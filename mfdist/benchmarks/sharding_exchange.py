@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 
-from mfdist.sharding.exchange import Exchange, Sent
+from mfdist.sharding.exchange import Exchange
+from mfdist.sharding.sent import Sent
 from mfdist.sharding.tags import Call
 from mfdist.tables.sharded import ShardedTable
 
@@ -82,7 +83,7 @@ def shared_share(exchanging: Sequence[tuple[float, float]], computing: Sequence[
 def _replay(sends: Sequence[tuple[Exchange, Sent, Tensor]]) -> None:
     opened = {exchange: exchange.open(_CALL) for exchange, _, _ in sends}
     for exchange, sent, payload in sends:
-        exchange.send(opened[exchange], payload, sent.sizes, sent.arriving, sent.largest).wait()
+        exchange.swap(opened[exchange], payload, sent.sizes, sent.arriving, sent.largest)
     for each in opened.values():
         each.wait()
 

@@ -6,6 +6,7 @@ Order of a call, on every rank of the group alike:
     opened.wait()                             # → what the others' counts are; a tag that differs is an error
     pending = exchange.send(...)              # an all-to-all that is under way; compute meanwhile
     pending.wait()                            # → what arrived
+    exchange.swap(...)                        # the same at once, where there is nothing to compute meanwhile
 
 A collective takes a start whatever it carries, so tensors that are there together go by one: `send_together`. Any
 number of sends may be under way; they end in the order they were begun. Every wait ends: after the deadline it raises
@@ -16,7 +17,6 @@ W ranks. All calls are for the thread that runs the model, forward or backward.
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mfdist.errors import ConfigError, ConsistencyError, MfdistError
 from mfdist.sharding.packing import Part, pack, unpack
+from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
 
@@ -36,31 +37,6 @@ NUM_COUNTS = 6
 #: A message to one rank is split into pieces of at most so many bytes, for libraries that count in 32 bits.
 _MAX_MESSAGE_BYTES = 1 << 30
 _REFUSED = TAG_SIZE
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One all-to-all as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most."""
-
-    dtype: torch.dtype
-    sizes: list[int]
-    arriving: list[int]
-    largest: int
-
-
-@dataclass(kw_only=True)
-class Traffic:
-    """What this rank has sent to others through one exchange."""
-
-    num_bytes: Counter[str] = field(default_factory=Counter)  # phase → payload bytes
-    control_bytes: int = 0  # tags and sizes
-    num_messages: int = 0  # payload messages, a piece each
-    sends: list[Sent] | None = None  # every one, where a list is put here to be filled
-
-    def clear(self) -> None:
-        """Start counting anew."""
-        self.num_bytes.clear()
-        self.control_bytes = self.num_messages = 0
 
 
 class Exchange:
@@ -90,6 +66,8 @@ class Exchange:
         self.world_size = len(self.ranks)
         self.deadline_s = deadline_s
         self.traffic = Traffic()
+        #: Lookups begin before the tags are there, where all ranks know what is to be expected.
+        self.is_hasty = device.type == "cuda"
         self._chunk_bytes = chunk_bytes if chunk_bytes or device.type == "cpu" else 256 << 20
         self._names: dict[str, None] = {}
         self._num_calls = 0
@@ -173,7 +151,14 @@ class Exchange:
         )
 
     def send(
-        self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+        self,
+        opened: "Opened",
+        payload: Tensor,
+        sizes: Sequence[int],
+        arriving: Sequence[int],
+        largest: int,
+        *,
+        is_beside: bool = True,
     ) -> "Pending":
         """Send each rank its part of a flat tensor, and get theirs.
 
@@ -183,20 +168,28 @@ class Exchange:
             sizes: elements for each rank; they add up to the payload.
             arriving: elements from each rank, whose `sizes` must say the same.
             largest: the most elements any rank sends to any other, known to all ranks alike.
+            is_beside: there is something to compute meanwhile; otherwise see `swap`.
 
         Returns:
             A handle whose `wait` gives a flat tensor of the payload's dtype, in the order of the ranks.
         """
         payload = payload.reshape(-1)
         self._count(opened.call.phase, [size * payload.element_size() for size in sizes])
-        return self._send(opened, payload, sizes, arriving, largest)
+        return self._send(opened, payload, sizes, arriving, largest, is_beside)
 
-    def send_together(self, opened: "Opened", parts: Sequence[Part]) -> "PendingParts":
+    def swap(
+        self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+    ) -> Tensor:
+        """Return what arrives; see `send`. On a GPU it runs in the stream itself, where it begins sooner."""
+        return self.send(opened, payload, sizes, arriving, largest, is_beside=False).wait()
+
+    def send_together(self, opened: "Opened", parts: Sequence[Part], *, is_beside: bool = True) -> "PendingParts":
         """Send each rank its pieces of several tensors in one message, and get theirs.
 
         Args:
             opened: the call this belongs to; its tags may still be under way.
             parts: the tensors, the same number of them on all ranks; they may be written to afterwards.
+            is_beside: compute meanwhile; otherwise it is as quick as `swap`.
 
         Returns:
             A handle whose `wait` gives for each part a flat tensor, in the order of the ranks. What stays here is not
@@ -206,17 +199,23 @@ class Exchange:
         self._count(opened.call.phase, packed.payload_bytes)
         self.traffic.control_bytes += packed.words.nbytes - sum(packed.payload_bytes)
         largest = sum(part.largest_words for part in parts)
-        pending = self._send(opened, packed.words, packed.sizes, packed.arriving, largest)
+        pending = self._send(opened, packed.words, packed.sizes, packed.arriving, largest, is_beside)
         return PendingParts(pending, tuple(parts))
 
     def _send(
-        self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+        self,
+        opened: "Opened",
+        payload: Tensor,
+        sizes: Sequence[int],
+        arriving: Sequence[int],
+        largest: int,
+        is_beside: bool,
     ) -> "Pending":
         if self.traffic.sends is not None:
             self.traffic.sends.append(Sent(payload.dtype, list(sizes), list(arriving), largest))
         received = payload.new_empty(sum(arriving))
         step = max(1, _MAX_MESSAGE_BYTES // payload.element_size())
-        pending = Pending(exchange=self, opened=opened, received=received)
+        pending = Pending(exchange=self, opened=opened, received=received, is_beside=is_beside)
         if largest <= step:
             pending.start(received, payload, arriving, sizes)
             return pending
@@ -233,11 +232,13 @@ class Exchange:
         self.traffic.num_bytes[phase] += sum(others)
         self.traffic.num_messages += sum(-(-size // _MAX_MESSAGE_BYTES) for size in others)
 
-    def _swap(self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int]) -> Any:
+    def _swap(
+        self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int], *, is_beside: bool = True
+    ) -> Any:
         group = self._payload if sent.is_cuda else self._control
         if sent.dtype == torch.uint16:  # which neither backend knows; nothing is computed with it
             received, sent = received.view(torch.float16), sent.view(torch.float16)
-        return dist.all_to_all_single(received, sent, list(arriving), list(sizes), group=group, async_op=True)
+        return dist.all_to_all_single(received, sent, list(arriving), list(sizes), group=group, async_op=is_beside)
 
     def _explain(self, told: str, cause: BaseException) -> MfdistError:
         return explain_silence(told, self.ranks, cause, self.deadline_s)
@@ -301,6 +302,7 @@ class Pending:
     exchange: Exchange
     opened: Opened
     received: Tensor
+    is_beside: bool
     _works: list[Any] = field(default_factory=list)
     _kept: list[Tensor] = field(default_factory=list)  # until it has been sent
     _scattered: list[tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=list)
@@ -309,7 +311,9 @@ class Pending:
         """Begin one all-to-all."""
         self._kept.append(sent)
         with _explained(self.opened):
-            self._works.append(self.exchange._swap(received, sent, arriving, sizes))
+            work = self.exchange._swap(received, sent, arriving, sizes, is_beside=self.is_beside)
+        if self.is_beside:
+            self._works.append(work)
 
     def scatter(self, piece: Tensor, places: list[tuple[int, int]]) -> None:
         """Remember where a piece belongs once it is there."""

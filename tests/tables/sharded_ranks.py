@@ -138,6 +138,42 @@ def messages(rank, kind, stride):
     return exchanges.everyone.traffic.num_messages
 
 
+def hasty(rank, kind, stride):
+    """Return whether lookups begun before it is known how much arrives have the bits of others, and their messages.
+
+    Then what this rank is told where rank 1 gives a code outside, and whether the next lookup has those bits again.
+    """
+    spec = TableSpec(name="t", num_rows=5 * stride, row_dim=23)
+    rows = torch.randn(spec.num_rows, spec.row_dim, generator=torch.Generator().manual_seed(3))
+    tables = [sharded(rows, make_plan(kind, spec, 2, stride), exchanges_for(kind, 2)) for _ in range(2)]
+    tables[1].exchanges.everyone.is_hasty = True
+
+    def same(seed, num_tokens):
+        """Look up in both tables; return whether the bits are the same, and the second one's messages."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, stride, (num_tokens, 5), generator=generator).int()
+        scores = torch.randn(num_tokens, 5, generator=generator)
+        found = []
+        for table in tables:
+            table.weight.grad, traffic = None, table.exchanges.everyone.traffic
+            own, before = scores.clone().requires_grad_(), traffic.num_messages
+            out = table(ids, own, code_stride=stride)
+            sent = traffic.num_messages - before
+            out.sum().backward()
+            found.append((out.detach(), table.weight.grad, own.grad))
+        return all(torch.equal(one, two) for one, two in zip(*found, strict=True)), sent
+
+    counts = ((5, 9), (5, 9), (5, 9), (5, 3), (5, 3), (5, 3), (6, 9))
+    results = [same(10 * call + rank, each[rank]) for call, each in enumerate(counts)]
+    results += [same(rank, 4) for _ in range(2)]
+    told = ""
+    try:
+        tables[1](torch.full((4, 5), stride * rank, dtype=torch.int32), torch.ones(4, 5), code_stride=stride)
+    except MfdistError as error:
+        told = error.kind
+    return results, told, same(rank, 4)
+
+
 def in_pieces(rank, kind, stride):
     """Return whether messages cut into pieces of 64 bytes change a bit."""
     whole = compared(rank, kind, stride, {})[0]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mfdist.errors import MfdistError
 from mfdist.kernels.lookup_arguments import check_lookup
-from mfdist.kernels.row_id_check import bad_id_error
+from mfdist.kernels.row_id_check import bad_id_error, note_bad_id
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.routes.route import LookupArguments
 from mfdist.sharding.tags import Call
@@ -36,6 +36,16 @@ def id_refusal(lookup: LookupArguments, num_rows: int, name: str) -> MfdistError
     """Return the error for the first id outside the table, or None; it waits for a GPU."""
     stride = lookup.code_stride
     return bad_id_error(lookup.row_ids, stride or num_rows, name, is_code=stride > 0)
+
+
+def note_ids(lookup: LookupArguments, num_rows: int, name: str) -> None:
+    """Have a bad id reported as a kernel would, on a rank of a GPU that holds no part of the table and launches none.
+
+    On a CPU whoever asked has refused.
+    """
+    if lookup.row_ids.is_cuda:
+        stride = lookup.code_stride
+        note_bad_id(lookup.row_ids, stride or num_rows, name, is_code=stride > 0)
 
 
 def refuse(exchange: Exchange, call: Call, refusal: MfdistError | None) -> NoReturn:

@@ -6,6 +6,7 @@ Backward: columns of the gradient go to their owners, shares of the score gradie
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange, Opened, Pending, PendingParts
 from mfdist.sharding.packing import Part
-from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.checks import note_ids, refusal_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+from mfdist.sharding.routes.token_counts import TokenCounts
 from mfdist.sharding.tags import Call
 from mfdist.sharding.wire import Wire
 
@@ -33,7 +35,8 @@ class ColumnWise(Route):
         exchange: among the ranks that share the columns.
         below: what a rank does for the tokens of all of them: `LocalRoute`, or in a grid the route across hosts.
         wires: what sums travel as, and their gradients.
-        can_chunk: send and sum in chunks; only where `below` needs no other rank.
+        can_chunk: send and sum in chunks, and before it is known how many tokens there are; only where `below` needs
+            no other rank.
 
     Bytes sent a rank: n·K·(i + s)·(W − 1) + n·D·b·(W − 1)/W forward, n·D·b·(W − 1)/W + n·K·s·(W − 1) backward.
     """
@@ -57,32 +60,43 @@ class ColumnWise(Route):
         self._below = below
         self._forward_wire, self._backward_wire = wires
         self._can_chunk = can_chunk
+        self._token_counts = TokenCounts()
 
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
         """Return the sums; see `Route.forward`."""
-        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
+        refusal = refusal_of(lookup, self._num_rows, weight, self._name)
         call = lookup.call(self._name, "column_wise")
-        opened = exchange.open(
-            call, [lookup.num_tokens], refusal=refusal_of(lookup, self._num_rows, weight, self._name)
-        )
-        num_tokens = [counts[0] for counts in opened.wait()]
+        opened = self._exchange.open(call, [lookup.num_tokens], refusal=refusal)
+        look_up = partial(self._look_up, opened, weight, is_training=is_training)
+        if not self._can_chunk:
+            return look_up(lookup, [counts[0] for counts in opened.wait()])
+        return self._token_counts.make(opened, lookup, weight.dtype, look_up)
+
+    def _look_up(
+        self, opened: Opened, weight: Tensor, lookup: LookupArguments, num_tokens: list[int], *, is_training: bool
+    ) -> tuple[Tensor, Kept]:
+        """Return the sums, given how many tokens each rank has."""
+        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
         chunks = self._chunks(num_tokens, lookup, wire)
-        arriving = [self._gather(opened, lookup, chunk) for chunk in chunks]
+        is_beside = len(chunks) > 1
+        arriving = [self._gather(opened, lookup, chunk, is_beside=is_beside) for chunk in chunks]
         everyones, returning, kept = [], [], Kept()
         for chunk, gathered in zip(chunks, arriving, strict=True):
             shape = (sum(end - begin for begin, end in chunk), lookup.num_lookups)
             ids, scores = (part.view(shape) for part in gathered.wait())
             everyone = LookupArguments(ids, scores, lookup.code_stride)
+            if not self._widths[exchange.rank]:
+                note_ids(everyone, self._num_rows, self._name)
             sums, kept = self._below.forward(weight, everyone, is_training=is_training)
             everyones.append(everyone)
-            returning.append(self._return(opened, wire.encode(sums), chunk, wire))
+            returning.append(self._return(opened, wire.encode(sums), chunk, wire, is_beside=is_beside))
         out = weight.new_empty(lookup.num_tokens, sum(self._widths))
         for chunk, pending in zip(chunks, returning, strict=True):
             begin, end = chunk[exchange.rank]
             self._place(pending.wait(), out[begin:end], wire)
         if len(chunks) > 1:
             kept = Kept(_in_rank_order(everyones, chunks), kept.others)
-        return out, Kept(kept.tensors, (call, num_tokens, kept.others))
+        return out, Kept(kept.tensors, (opened.call, num_tokens, kept.others))
 
     def backward(
         self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
@@ -116,26 +130,26 @@ class ColumnWise(Route):
         payload = grad_output.new_empty(sum(sizes), dtype=wire.payload_dtype)
         for (begin, end), part, width in zip(self._columns, payload.split_with_sizes(sizes), widths, strict=True):
             wire.write(grad_output[:, begin:end], part.view(own, width))
-        grads = exchange.send(
+        grads = exchange.swap(
             opened,
             payload,
             sizes,
             [count * widths[exchange.rank] for count in num_tokens],
             most * max(widths),
-        ).wait()
+        )
         return wire.decode(grads.view(sum(num_tokens), widths[exchange.rank])), Kept(kept.tensors, below)
 
     def _combine(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
         """Send each rank this rank's shares of its score gradients; return the sum of those for this rank."""
         call, num_tokens, _ = kept.others
         exchange, own = self._exchange, num_tokens[self._exchange.rank]
-        returned = exchange.send(
+        returned = exchange.swap(
             opened,
             shares,
             [count * call.num_lookups for count in num_tokens],
             [own * call.num_lookups] * exchange.world_size,
             max(num_tokens) * call.num_lookups,
-        ).wait()
+        )
         opened.wait()
         return sum_in_order(returned.view(exchange.world_size, own, call.num_lookups))
 
@@ -146,10 +160,8 @@ class ColumnWise(Route):
         counts = [line[0] for line in opened.wait()]
         arriving = [count if values.numel() else 0 for count in counts]
         payload = values.repeat(sum(count > 0 for count in counts))
-        arrived = exchange.send(
-            opened, payload, [values.numel() if count else 0 for count in counts], arriving, max(counts)
-        )
-        shares = arrived.wait()
+        sizes = [values.numel() if count else 0 for count in counts]
+        shares = exchange.swap(opened, payload, sizes, arriving, max(counts))
         return sum_in_order(shares.view(-1, values.numel())) if values.numel() else values
 
     def _chunks(self, num_tokens: Sequence[int], lookup: LookupArguments, wire: Wire) -> list[_Chunk]:
@@ -161,24 +173,23 @@ class ColumnWise(Route):
             for index in range(num_chunks)
         ]
 
-    def _gather(self, opened: Opened, lookup: LookupArguments, chunk: _Chunk) -> PendingParts:
+    def _gather(self, opened: Opened, lookup: LookupArguments, chunk: _Chunk, *, is_beside: bool) -> PendingParts:
         """Send a chunk of this rank's codes and scores to all ranks."""
         exchange = self._exchange
         begin, end = chunk[exchange.rank]
         arriving = [(last - first) * lookup.num_lookups for first, last in chunk]
         own = [part[begin:end].reshape(-1).contiguous() for part in (lookup.row_ids, lookup.scores)]
         parts = [Part(pieces=[part] * exchange.world_size, arriving=arriving, largest=max(arriving)) for part in own]
-        return exchange.send_together(opened, parts)
+        return exchange.send_together(opened, parts, is_beside=is_beside)
 
-    def _return(self, opened: Opened, sums: Tensor, chunk: _Chunk, wire: Wire) -> Pending:
+    def _return(self, opened: Opened, sums: Tensor, chunk: _Chunk, wire: Wire, *, is_beside: bool) -> Pending:
         """Send each rank the sums of its tokens in this rank's columns."""
         exchange = self._exchange
         counts = [last - first for first, last in chunk]
         widths = [wire.width(each) for each in self._widths]
         sizes = [count * widths[exchange.rank] for count in counts]
-        return exchange.send(
-            opened, sums, sizes, [counts[exchange.rank] * width for width in widths], max(counts) * max(widths)
-        )
+        arriving = [counts[exchange.rank] * width for width in widths]
+        return exchange.send(opened, sums, sizes, arriving, max(counts) * max(widths), is_beside=is_beside)
 
     def _place(self, arrived: Tensor, out: Tensor, wire: Wire) -> None:
         """Write the columns of all owners, which arrived one owner after the other, side by side."""

@@ -25,7 +25,7 @@ class LocalRoute(Route):
 
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
         """Return the sums; see `Route.forward`."""
-        if not weight.shape[0]:  # a rank without rows; one without columns still checks everyone's ids
+        if not weight.shape[0]:  # of a rank without a part of the table
             return weight.new_zeros(lookup.num_tokens, weight.shape[1]), self._keep(lookup)
         return gather_sum(weight, lookup.row_ids, lookup.scores, lookup.code_stride, self._name), self._keep(lookup)
 

@@ -71,15 +71,15 @@ class PooledRows(Route):
             Part.cut(asked.row_ids, *by_lookup),
             Part.cut(lookup.scores.reshape(-1)[asked.lookups], *by_lookup),
         ]
-        runs, row_ids, scores = exchange.send_together(opened, parts).wait()
+        runs, row_ids, scores = exchange.send_together(opened, parts, is_beside=False).wait()
         width = wire.width(self._row_dim)
-        returned = exchange.send(
+        returned = exchange.swap(
             opened,
             wire.encode(_ragged_sums(self._as_wide(weight), row_ids, runs, scores)),
             [count * width for count in their_tokens],
             [count * width for count in token_counts],
             most[0] * width,
-        ).wait()
+        )
         out = weight.new_zeros(lookup.num_tokens, self._row_dim, dtype=summed_dtype(weight))
         shares = wire.decode(returned.view(sum(token_counts), width)).split_with_sizes(token_counts)
         for tokens, share in zip(asked.tokens.split_with_sizes(token_counts), shares, strict=True):
@@ -125,7 +125,7 @@ class PooledRows(Route):
         rows, values, shares = ragged_gradient(
             weight, row_ids.long(), places, their_scores, grads, self._name, dtype=dtype
         )
-        returned = exchange.send(opened, shares, their_lookups, lookup_counts, most[1]).wait()
+        returned = exchange.swap(opened, shares, their_lookups, lookup_counts, most[1])
         opened.wait()
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_scores.view(-1)[lookups] = returned

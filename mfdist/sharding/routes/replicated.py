@@ -74,10 +74,9 @@ class Replicated(Route):
         counts = [end - begin for begin, end in pairwise(even_cuts(num_rows, exchange.world_size))]
         width, own = wire.width(row_dim), counts[exchange.rank]
         sizes, own_sizes = [count * width for count in counts], [own * width] * exchange.world_size
-        arrived = exchange.send(opened, wire.encode(values), sizes, own_sizes, max(sizes)).wait()
+        arrived = exchange.swap(opened, wire.encode(values), sizes, own_sizes, max(sizes))
         shares = wire.decode(arrived.view(exchange.world_size * own, width)).view(exchange.world_size, own, row_dim)
         total = sum_in_order(shares) if values.is_floating_point() else shares.amax(0)
-        summed = exchange.send(
-            opened, wire.encode(total).repeat(exchange.world_size, 1), own_sizes, sizes, max(sizes)
-        ).wait()
+        repeated = wire.encode(total).repeat(exchange.world_size, 1)
+        summed = exchange.swap(opened, repeated, own_sizes, sizes, max(sizes))
         return wire.decode(summed.view(num_rows, width))

@@ -61,7 +61,7 @@ class RowGradient:
 
 
 class Route(ABC):
-    """A way for a lookup through the ranks. Stateless; all ranks of its exchange call it in the same order."""
+    """A way for a lookup through the ranks; all ranks of its exchange call it in the same order."""
 
     @abstractmethod
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:

@@ -81,7 +81,7 @@ class RowWise(Route):
             refuse(exchange, call, refusal or id_refusal(lookup, self._rows.num_rows, self._name))
         requests, returns = grouped
         opened, sizes = self._open(call, requests, returns)
-        asked = exchange.send(opened, requests.row_ids, requests.counts, sizes.asked, sizes.most[0]).wait()
+        asked = exchange.swap(opened, requests.row_ids, requests.counts, sizes.asked, sizes.most[0])
         out = weight.new_empty(lookup.num_tokens, self._row_dim)
         chunks = self._chunks(sizes, Wire(weight.dtype, self._forward_wire))
         arriving = [self._fetch(opened, weight[:, begin:end], asked, requests.counts, sizes) for begin, end in chunks]
@@ -135,7 +135,7 @@ class RowWise(Route):
         rows, values, shares = ragged_gradient(
             weight, row_ids, their_tokens, their_scores, everyones, self._name, dtype=dtype
         )
-        returned = exchange.send(opened, shares, sizes.lookups, lookup_counts, sizes.most[2]).wait()
+        returned = exchange.swap(opened, shares, sizes.lookups, lookup_counts, sizes.most[2])
         opened.wait()
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_scores.view(-1)[lookups] = returned

@@ -6,6 +6,7 @@ Backward: the gradient goes to all owners, the score gradients of their slots co
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange, Opened
 from mfdist.sharding.packing import Part
-from mfdist.sharding.routes.checks import refusal_of
+from mfdist.sharding.routes.checks import note_ids, refusal_of
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+from mfdist.sharding.routes.token_counts import TokenCounts
 from mfdist.sharding.wire import Wire
 
 
@@ -52,6 +54,7 @@ class TableWise(Route):
         self._otherwise = otherwise
         self._forward_wire, self._backward_wire = wires
         self._local = LocalRoute(name)
+        self._token_counts = TokenCounts()
 
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
         """Return the sums; see `Route.forward`."""
@@ -59,26 +62,41 @@ class TableWise(Route):
         if slots is None:
             out, kept = self._otherwise.forward(weight, lookup, is_training=is_training)
             return out, Kept(kept.tensors, (None, kept.others))
-        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
         call = lookup.call(self._name, "table_wise")
         refusal = refusal_of(lookup, self._num_rows, weight, self._name)
-        opened = exchange.open(call, [lookup.num_tokens], refusal=refusal)
-        num_tokens = [counts[0] for counts in opened.wait()]
+        opened = self._exchange.open(call, [lookup.num_tokens], refusal=refusal)
+        look_up = partial(self._look_up, opened, weight, slots, is_training=is_training)
+        return self._token_counts.make(opened, lookup, weight.dtype, look_up)
+
+    def _look_up(
+        self,
+        opened: Opened,
+        weight: Tensor,
+        slots: list[tuple[int, int]],
+        lookup: LookupArguments,
+        num_tokens: list[int],
+        *,
+        is_training: bool,
+    ) -> tuple[Tensor, Kept]:
+        """Return the sums, given how many tokens each rank has."""
+        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
+        if not self._owners[exchange.rank]:
+            note_ids(lookup, self._num_rows, self._name)
         everyone = self._dispatch(opened, lookup, num_tokens, slots)
         sums, kept = self._local.forward(weight, everyone, is_training=is_training)
         width = wire.width(self._row_dim)
         owners = self._owners
         is_owner = owners[exchange.rank]
-        returned = exchange.send(
+        returned = exchange.swap(
             opened,
             wire.encode(sums),
             [count * width * is_owner for count in num_tokens],
             [lookup.num_tokens * width * each for each in owners],
             max(num_tokens) * width,
-        ).wait()
+        )
         shares = wire.decode(returned.view(sum(owners) * lookup.num_tokens, width))
         out = sum_in_order(shares.view(sum(owners), lookup.num_tokens, self._row_dim))
-        return out, Kept(kept.tensors, (call, num_tokens, slots, kept.others))
+        return out, Kept(kept.tensors, (opened.call, num_tokens, slots, kept.others))
 
     def backward(
         self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
@@ -108,13 +126,13 @@ class TableWise(Route):
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         own, width, owners = num_tokens[exchange.rank], wire.width(self._row_dim), self._owners
         is_owner = owners[exchange.rank]
-        arrived = exchange.send(
+        arrived = exchange.swap(
             opened,
             wire.encode(grad_output).repeat(sum(owners), 1),
             [own * width * each for each in owners],
             [count * width * is_owner for count in num_tokens],
             max(num_tokens) * width,
-        ).wait()
+        )
         return wire.decode(arrived.view(sum(num_tokens) * is_owner, width)), Kept(kept.tensors, stride)
 
     def _combine(self, opened: Opened, kept: Kept, slot_gradients: Tensor) -> Tensor:
@@ -122,13 +140,13 @@ class TableWise(Route):
         call, num_tokens, slots, _ = kept.others
         exchange, own = self._exchange, num_tokens[self._exchange.rank]
         widths = [end - begin for begin, end in slots]
-        returned = exchange.send(
+        returned = exchange.swap(
             opened,
             slot_gradients,
             [count * widths[exchange.rank] for count in num_tokens],
             [own * each for each in widths],
             max(num_tokens) * max(widths),
-        ).wait()
+        )
         opened.wait()
         grad_scores = returned.new_zeros(own, call.num_lookups)
         for (begin, end), part in zip(slots, returned.split_with_sizes([own * each for each in widths]), strict=True):
@@ -162,5 +180,5 @@ class TableWise(Route):
             for part in (lookup.row_ids, lookup.scores)
         ]
         shape = (sum(num_tokens), own)
-        ids, scores = (part.view(shape) for part in self._exchange.send_together(opened, parts).wait())
+        ids, scores = (part.view(shape) for part in self._exchange.send_together(opened, parts, is_beside=False).wait())
         return LookupArguments(ids, scores, lookup.code_stride)
