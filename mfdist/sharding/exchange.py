@@ -66,7 +66,8 @@ class Exchange:
         self.world_size = len(self.ranks)
         self.deadline_s = deadline_s
         self.traffic = Traffic()
-        #: Lookups begin before the tags are there, where all ranks know what is to be expected.
+        #: Payloads whose sizes are known, or as good as known, are queued first, and then the tags are sent: a GPU is
+        #: at work meanwhile. A CPU would wait for the payload.
         self.is_hasty = device.type == "cuda"
         self._chunk_bytes = chunk_bytes if chunk_bytes or device.type == "cpu" else 256 << 20
         self._names: dict[str, None] = {}
@@ -115,7 +116,8 @@ class Exchange:
         received = torch.empty_like(sent)
         self.traffic.control_bytes += sent.nbytes // self.world_size * (self.world_size - 1)
         opened = Opened(exchange=self, call=call, number=number, sent=sent, received=received, refusal=refusal)
-        opened.start()
+        if not self.is_hasty:
+            opened.start()
         return opened
 
     def agree(self, what: str, text: str) -> None:
@@ -258,7 +260,9 @@ class Opened:
     _counts: list[list[int]] | None = None
 
     def start(self) -> None:
-        """Send the tags."""
+        """Send the tags, once; `wait` and the call's first payload do it too."""
+        if self._work is not None:
+            return
         ones = [1] * self.exchange.world_size
         with _explained(self):
             self._work = self.exchange._swap(self.received, self.sent, ones, ones)
@@ -273,6 +277,7 @@ class Opened:
         """
         if self._counts is not None:
             return self._counts
+        self.start()
         with _explained(self):
             self._work.wait()
         lines = self.received.tolist()
@@ -314,6 +319,7 @@ class Pending:
             work = self.exchange._swap(received, sent, arriving, sizes, is_beside=self.is_beside)
         if self.is_beside:
             self._works.append(work)
+        self.opened.start()
 
     def scatter(self, piece: Tensor, places: list[tuple[int, int]]) -> None:
         """Remember where a piece belongs once it is there."""
