@@ -1,7 +1,9 @@
 """How the numba kernels are compiled and spread over threads: as many as torch uses, from numba's own pool."""
 
+import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -17,12 +19,27 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         options.update(nogil=True, no_cfunc_wrapper=True)
         try:
-            compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+            compiled: Any = numba.njit(cache=True, **options)(function)
+            # numba looks at the kernel's own file alone, and would go on with machine code made of parts as they were.
+            compiled._cache._cache_file._source_stamp = _stamp()
         except RuntimeError:  # neither folder can be written: compile in every process rather than fail
             compiled = numba.njit(**options)(function)
-        return compiled
+        made: Callable[..., Any] = compiled
+        return made
 
     return decorate
+
+
+@functools.cache
+def _stamp() -> tuple[int, int]:
+    """Return when any file of the kernels was changed last, and their size."""
+    return stamp_of(Path(__file__).parent)
+
+
+def stamp_of(folder: Path) -> tuple[int, int]:
+    """Return when any Python file below a folder was changed last, in nanoseconds, and how long all are together."""
+    stats = [file.stat() for file in folder.rglob("*.py")]
+    return max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats)
 
 
 def jit_part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -103,6 +103,13 @@ class TableGroupConfig(ParameterGroupConfig):
         None, description="update rows in backward, without a gradient of the table; by default wherever rule allows it"
     )
     state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="what rule adam keeps its moments in")
+    accumulator_decay: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="share of the squares that rule rowwise_adagrad has accumulated which it keeps at an update; with "
+        "1 it is Adagrad, with less its rates are Adam's",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -129,6 +136,8 @@ class TableGroupConfig(ParameterGroupConfig):
             )
         if self.rule == "sgd" and self.lr is None:
             raise ValueError('rule="sgd" has no usual rate; give optimizer.tables.lr')
+        if self.accumulator_decay != 1 and self.rule != "rowwise_adagrad":
+            raise ValueError(f'accumulator_decay is for rule="rowwise_adagrad"; got rule="{self.rule}"; leave it out')
         if self.state_dtype != "fp32" and self.rule != "adam":
             raise ValueError(f'state_dtype="bf16" is for rule="adam"; got rule="{self.rule}"; leave it out')
         return self

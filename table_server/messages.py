@@ -89,6 +89,7 @@ def optimizer_message(optimizer: RowOptimizer) -> pb.RowOptimizer:
     message = pb.RowOptimizer(lr=optimizer.lr, weight_decay=optimizer.weight_decay, seed=optimizer.seed)
     if isinstance(optimizer, RowAdagrad):
         message.rule, message.eps = pb.RowOptimizer.ROWWISE_ADAGRAD, optimizer.eps
+        message.beta2 = optimizer.decay
     elif isinstance(optimizer, RowAdam):
         message.rule, message.eps = pb.RowOptimizer.ADAM, optimizer.eps
         message.beta1, message.beta2 = optimizer.betas
@@ -113,7 +114,8 @@ def optimizer_of(message: pb.RowOptimizer) -> RowOptimizer:
     if message.rule == pb.RowOptimizer.SGD:
         return RowSGD(lr=lr, weight_decay=weight_decay, seed=seed)
     if message.rule == pb.RowOptimizer.ROWWISE_ADAGRAD:
-        return RowAdagrad(lr=lr, weight_decay=weight_decay, seed=seed, eps=message.eps)
+        decay = message.beta2 or 1.0  # which older clients leave out
+        return RowAdagrad(lr=lr, weight_decay=weight_decay, seed=seed, eps=message.eps, decay=decay)
     if message.rule != pb.RowOptimizer.ADAM:
         raise ConfigError(f"a row optimiser must name its rule; got {message.rule}")
     return RowAdam(

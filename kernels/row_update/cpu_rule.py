@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     eps: Any
     beta1: Any
     rest1: Any  # 1 − beta1
-    beta2: Any
+    beta2: Any  # of what row-wise Adagrad has accumulated, too
     rest2: Any
     corrected_lr: Any  # lr / (1 − beta1ᵗ)
     correction2: Any  # 1 / (1 − beta2ᵗ)
@@ -54,9 +54,11 @@ class Rule(NamedTuple):
 def rule_of_step(rule: RowRule, lr: float, step: int, offsets: tuple[int, int]) -> Rule:
     """Return a rule as the kernels take it at one step."""
     beta1, beta2 = rule.betas
+    second = rule.accumulation if rule.kind == "rowwise_adagrad" else (beta2, 1 - beta2)
     numbers = (
-        lr, 1 - lr * rule.weight_decay, rule.eps, beta1, 1 - beta1, beta2, 1 - beta2,
-        lr / (1 - beta1**step) if step else 0.0, 1 / (1 - beta2**step) if step else 0.0,
+        lr, 1 - lr * rule.weight_decay, rule.eps, beta1, 1 - beta1, *second,
+        lr / (1 - beta1**step) if rule.kind == "adam" and step else 0.0,
+        1 / (1 - beta2**step) if rule.kind == "adam" and step else 0.0,
     )  # fmt: skip
     base = mix64(rule.seed) + 4 * step
     keys = [np.uint64(mix64((base + stream) & _ALL_64)) for stream in range(3)]
@@ -105,7 +107,9 @@ def update_row(
         return
     rate = rule.lr
     if rule.kind == _ROWWISE_ADAGRAD:
-        first[row] += square
+        if first[row] > 0:
+            square = rule.beta2 * first[row] + rule.rest2 * square
+        first[row] = square
         rate = rule.lr / (np.float32(np.sqrt(first[row])) + rule.eps)
     number = np.uint64(row + rule.row_offset)
     keys = (_key(rule.row_key, number), _key(rule.first_key, number), _key(rule.second_key, number))

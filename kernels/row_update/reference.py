@@ -52,7 +52,9 @@ def row_update(
     if rule.kind == "sgd":
         w -= lr * g
     elif rule.kind == "rowwise_adagrad":
-        accumulated = state[0][rows].double() + squares
+        keep, gain = rule.accumulation
+        before = state[0][rows].double()
+        accumulated = torch.where(before > 0, keep * before + gain * squares, squares)
         state[0][rows] = accumulated.to(state[0].dtype)
         w -= lr * g / (accumulated.sqrt() + rule.eps).unsqueeze(1)
     else:

@@ -4,7 +4,8 @@ All rules decay touched rows by themselves, w ← (1 − lr · weight_decay) · 
 finite. t counts updates from 1.
 
 - `sgd`: w ← w − lr · g
-- `rowwise_adagrad`: a ← a + mean(g²), one a a row; w ← w − lr · g / (√a + eps)
+- `rowwise_adagrad`: a ← a + mean(g²), one a a row; w ← w − lr · g / (√a + eps). With β₂ < 1, where a does not grow for
+  ever: a ← β₂a + (1 − β₂) · mean(g²), which begins as mean(g²)
 - `adam`: m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g²; w ← w − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + eps)
 
 bf16 rows and states are rounded up or down at random, so that small updates count on average. The random bits follow
@@ -43,13 +44,20 @@ class RowRule:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ConfigError(f'a row rule must be one of {", ".join(get_args(Kind))}; got "{self.kind}"')
-        if not (self.weight_decay >= 0 and self.eps >= 0 and all(0 <= beta < 1 for beta in self.betas)):
+        most = 1.0 if self.kind == "rowwise_adagrad" else 1.0 - 2.0**-53
+        if not (self.weight_decay >= 0 and self.eps >= 0 and all(0 <= beta <= most for beta in self.betas)):
             raise ConfigError(
-                "a row rule needs weight_decay >= 0, eps >= 0 and betas in [0, 1); got "
+                "a row rule needs weight_decay >= 0, eps >= 0 and betas in [0, 1), or 1 in Adagrad; got "
                 f"weight_decay={self.weight_decay}, eps={self.eps}, betas={self.betas}"
             )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"the seed of stochastic rounding must lie in [0, 2**63); got {self.seed}")
+
+    @property
+    def accumulation(self) -> tuple[float, float]:
+        """Return by what row-wise Adagrad multiplies what it has accumulated, and the next mean square."""
+        beta = self.betas[1]
+        return (beta, 1 - beta) if beta < 1 else (1.0, 1.0)
 
     @property
     def num_states(self) -> int:

@@ -15,7 +15,14 @@ from mfdist.kernels.row_gradient.triton_order import order_by_row, sort_by_row
 from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.row_update.rule import RowRule
 from mfdist.kernels.row_update.triton_passes import passes, two_states, update_run
-from mfdist.kernels.row_update.triton_rule import NUMBERS, ROWWISE_ADAGRAD, load_constants, step_constants, update_row
+from mfdist.kernels.row_update.triton_rule import (
+    NUMBERS,
+    ROWWISE_ADAGRAD,
+    accumulate,
+    load_constants,
+    step_constants,
+    update_row,
+)
 from mfdist.kernels.row_update.triton_windows import SHORT_RUN, update_by_windows
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 
@@ -161,7 +168,7 @@ def _update_kept(
         values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
         gradient = tl.load(sums + row * num_kept + c, mask=is_column, other=0.0)
         update_row(
-            table, first, second, row, c, is_column, values, gradient, tl.load(squares + row) * 0.0,
+            table, first, second, row, c, is_column, values, gradient, tl.load(squares + row),
             tl.load(first + row), load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE,
         )  # fmt: skip
 
@@ -187,8 +194,11 @@ def _update_given(
         at = (row if IS_DENSE else place) * D
         gradient = tl.load(grads + at + c, mask=is_column, other=0.0).to(tl.float32)
         mean_square = tl.load(mean_squares + place) if HAS_SQUARES else tl.sum(gradient * gradient, axis=0) / D
-        accumulated = tl.load(first + row) if RULE == ROWWISE_ADAGRAD else 0.0
+        constants = load_constants(shared, keys, RULE)
+        accumulated = 0.0
+        if RULE == ROWWISE_ADAGRAD:
+            accumulated = accumulate(tl.load(first + row), mean_square, constants)
         update_row(
             table, first, second, row, c, is_column, values, gradient, mean_square,
-            accumulated, load_constants(shared, keys, RULE), D, row_offset, column_offset, RULE,
+            accumulated, constants, D, row_offset, column_offset, RULE,
         )  # fmt: skip

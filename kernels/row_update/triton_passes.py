@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfdist.kernels.row_gradient.triton_impl import Slice, add_pieces, cut_pieces, sum_lookups
-from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, load_constants, update_row
+from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, accumulate, load_constants, update_row
 
 #: What a pass does with the gradient's squares: uses its own, begins a sum, adds to it, completes it, or has used it.
 OWN, BEGUN, ADDED, COMPLETED, KNOWN = range(5)
@@ -89,11 +89,13 @@ def finish_row(
     known = tl.load(squares + place) if SQUARES > _BEGINS else 0.0
     if SQUARES == _KNOWS:
         # The state has them already; they only tell once more whether the row is to be left alone.
-        square = known * 0.0
+        square = known
     else:
         square = known + tl.sum(gradient * gradient, axis=0) / D
         if SQUARES != _OWNS:
             tl.store(squares + place, square)
+        if RULE == ROWWISE_ADAGRAD and IS_UPDATED:
+            accumulated = accumulate(accumulated, square, constants)
     if IS_UPDATED:
         update_row(
             table, first, second, row, c, is_column, values, gradient, square,

@@ -26,6 +26,8 @@ def step_constants(lr: Tensor, step: Tensor, rule: RowRule) -> tuple[Tensor, Ten
     shared = torch.empty(9, dtype=torch.float32, device=lr.device)
     keys = torch.empty(3, dtype=torch.int64, device=lr.device)
     betas = [(beta, 1 - beta, math.log(beta) if beta else _LEAST_LOG) for beta in rule.betas]
+    if rule.kind == "rowwise_adagrad":
+        betas[1] = (*rule.accumulation, 0.0)
     _prepare[(1,)](
         lr, step, shared, keys, rule.weight_decay, rule.eps, *betas[0], *betas[1], rule.seed,
         num_warps=1, **LAUNCH_OPTIONS,
@@ -62,11 +64,20 @@ def load_constants(shared, keys, RULE: tl.constexpr):
     rate, keep, eps = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
     key, corrected_rate, correction, beta1, complement1 = tl.load(keys), 0.0, 0.0, 0.0, 0.0
     beta2, complement2, key1, key2 = 0.0, 0.0, key, key
+    if RULE == ROWWISE_ADAGRAD:
+        beta2, complement2 = tl.load(shared + 7), tl.load(shared + 8)
     if RULE == ADAM:
         corrected_rate, correction, beta1 = tl.load(shared + 3), tl.load(shared + 4), tl.load(shared + 5)
         complement1, beta2, complement2 = tl.load(shared + 6), tl.load(shared + 7), tl.load(shared + 8)
         key1, key2 = tl.load(keys + 1), tl.load(keys + 2)
     return rate, keep, eps, corrected_rate, correction, beta1, complement1, beta2, complement2, key, key1, key2
+
+
+@triton.jit
+def accumulate(accumulated, mean_square, constants):
+    """Return what row-wise Adagrad has accumulated for a row once the mean of a gradient's squares is added."""
+    beta2, complement2 = constants[7], constants[8]
+    return tl.where(accumulated > 0, accumulated * beta2 + complement2 * mean_square, mean_square)
 
 
 @triton.jit
@@ -87,7 +98,8 @@ def update_row(
         values: [COLUMNS] fp32, the row as it is.
         gradient: [COLUMNS] fp32, 0 past the last column.
         mean_square: mean of the gradient's squares over the whole row; not finite leaves the row as it is.
-        accumulated: what row-wise Adagrad has accumulated for the row; the other rules do not look at it.
+        accumulated: what row-wise Adagrad has accumulated for the row, with this gradient; see `accumulate`. The other
+            rules do not look at it.
         constants: from `load_constants`.
         D: the row's width here.
         row_offset: row of the whole table that is row 0 here.
@@ -108,7 +120,6 @@ def update_row(
             _store_rounded(first, at, momentum, is_column, key1, row + row_offset, c + column_offset)
             _store_rounded(second, at, variance, is_column, key2, row + row_offset, c + column_offset)
         elif RULE == ROWWISE_ADAGRAD:
-            accumulated += mean_square
             tl.store(first + row, accumulated)
             updated = kept - rate / (tl.sqrt(accumulated) + eps) * gradient
         else:

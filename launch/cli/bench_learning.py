@@ -49,7 +49,7 @@ def bench_learning(
     chosen = [each for each in VARIANTS if any(fnmatch(each.name, one) for one in only or _MAIN)]
     if is_listed:
         for each in VARIANTS:
-            typer.echo(f"{each.name:<22}{each.question:<18}{_changes(each.settings)}")
+            typer.echo(f"{each.name:<26}{each.question:<18}{_changes(each.settings)}")
         return failures.DONE
     if not chosen:
         raise ConfigError(f"--only must name variants; got {', '.join(only or ())}; see mfdist bench learning --list")
@@ -88,7 +88,7 @@ def bench_learning(
 
 _MAIN = ("memory", "twin-2e-3")
 _HEADER = (
-    f"{'variant':<22}{'seed':>5}{'loss after a quarter, half, …':>34}{'bits/byte':>11}{'tokens/s':>11}"
+    f"{'variant':<26}{'seed':>5}{'loss after a quarter, half, …':>34}{'bits/byte':>11}{'tokens/s':>11}"
     f"{'GFLOPs/token':>14}{'seconds':>9}{'GB':>7}"
 )
 
@@ -113,7 +113,7 @@ def _line(learned: "Learned") -> str:
     quarters = [min(points, key=lambda point: abs(point.tokens - last.tokens * part / 4)) for part in (1, 2, 3)]
     losses = " ".join(f"{point.loss:.3f}" for point in (*quarters, last))
     return (
-        f"{learned.variant:<22}{learned.seed:>5}{losses:>34}{last.bits_per_byte:>11.4f}{learned.tokens_per_s:>11,.0f}"
+        f"{learned.variant:<26}{learned.seed:>5}{losses:>34}{last.bits_per_byte:>11.4f}{learned.tokens_per_s:>11,.0f}"
         f"{last.flops / last.tokens / 1e9:>14.3f}{last.seconds:>9.1f}{learned.peak_memory_bytes / 1e9:>7.2f}"
     )
 

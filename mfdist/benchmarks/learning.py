@@ -24,6 +24,7 @@ from mfdist.training.run import RunDirectory
 
 _KIND, _DTYPE = "model.kind", "model.table_dtype"
 _RATE, _TABLE_RATE = "optimizer.dense.lr", "optimizer.tables.lr"
+_ACCUMULATED = "optimizer.tables.accumulator_decay"
 _RULE, _DECAY = "optimizer.tables.rule", "optimizer.tables.weight_decay"
 
 
@@ -52,12 +53,16 @@ def _rates(dense: str, tables: str) -> Variant:
     )
 
 
-def _adagrad(lr: str, decay: str, dense: str = "2e-3") -> Variant:
-    """Decay a step is rate · weight_decay, which goes down as far as the rate goes up."""
-    settings = {_RULE: "rowwise_adagrad", _DTYPE: "bf16", _RATE: dense, _TABLE_RATE: lr, _DECAY: decay}
-    return Variant(
-        name=f"adagrad-{lr}" if dense == "2e-3" else f"adagrad-{dense}-{lr}", question="states", settings=settings
-    )
+def _adagrad(lr: str, *, decay: str = "1.0", weight_decay: str = "0.1") -> Variant:
+    """Rows in bf16, by row-wise Adagrad, whose accumulated squares decay or only grow.
+
+    weight_decay: goes down as far as the rate goes up, for what a step decays by is their product.
+    """
+    settings = {_RULE: "rowwise_adagrad", _DTYPE: "bf16", _TABLE_RATE: lr, _DECAY: weight_decay}
+    if decay == "1.0":
+        return Variant(name=f"adagrad-{lr}", question="states", settings=settings)
+    name = f"adagrad-decay-{decay}-{lr}"
+    return Variant(name=name, question="states", settings={**settings, _ACCUMULATED: decay})
 
 
 def _one(name: str, question: str, key: str, value: str) -> Variant:
@@ -81,11 +86,10 @@ VARIANTS = (
     *(_one(f"init-{scale}", "initialisation", "model.init_scale", scale) for scale in ("0.3", "3.0")),
     _one("no-decay", "decay of tables", _DECAY, "0.0"),
     _one("decay-0.3", "decay of tables", _DECAY, "0.3"),
-    *(
-        _adagrad(lr, decay)
-        for lr, decay in (("20e-3", "0.03"), ("50e-3", "0.012"), ("100e-3", "0.006"), ("200e-3", "0.003"))
-    ),
-    _adagrad("100e-3", "0.006", dense="6e-3"),
+    _adagrad("50e-3", weight_decay="0.012"),
+    _adagrad("100e-3", weight_decay="0.006"),
+    *(_adagrad(lr, decay="0.95") for lr in ("6e-3", "12e-3", "24e-3")),
+    _adagrad("12e-3", decay="0.99"),
     Variant(
         name="adam-bf16",
         question="states",

@@ -13,7 +13,7 @@ from mfdist.benchmarks.lookup_case import FLOATS, LookupCase, LookupTensors
 from mfdist.benchmarks.timing import Work
 from mfdist.kernels.row_update import RowRule, fused_row_update
 
-RULES = {"row_update_sgd": RowRule(kind="sgd"), "row_update_adagrad": RowRule(kind="rowwise_adagrad")}
+RULES = {"row_update_sgd": RowRule(kind="sgd"), "row_update_adagrad": RowRule(kind="rowwise_adagrad", betas=(0.0, 1.0))}
 
 
 def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison]:

@@ -75,14 +75,32 @@ class RowSGD(RowOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class RowAdagrad(RowOptimizer):
-    """a ← a + mean(g²), w ← w − lr · g / (√a + eps): four bytes a row."""
+    """a ← a + mean(g²), w ← w − lr · g / (√a + eps): four bytes a row.
+
+    Args:
+        lr: learning rate to begin with.
+        weight_decay: decoupled decay of the rows that are looked up.
+        seed: of stochastic rounding.
+        eps: added to the root.
+        decay: in (0, 1]; below 1, a ← decay · a + (1 − decay) · mean(g²), which begins as mean(g²) and does not grow
+            for ever: rates are then Adam's, and not Adagrad's.
+    """
 
     eps: float = 1e-8
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"Adagrad's decay must lie in (0, 1]; got {self.decay}")
 
     @property
     def rule(self) -> RowRule:
         """Return the rule as the kernels take it."""
-        return RowRule(kind="rowwise_adagrad", weight_decay=self.weight_decay, eps=self.eps, seed=self.seed)
+        betas = (0.0, self.decay)
+        return RowRule(
+            kind="rowwise_adagrad", weight_decay=self.weight_decay, eps=self.eps, betas=betas, seed=self.seed
+        )
 
     @property
     def states(self) -> Mapping[str, StateSpec]:

@@ -18,6 +18,7 @@ from mfdist.testing.table_conformance import DTYPES, assert_close, floats, grad_
 _OPTIMIZERS = (
     RowSGD(lr=0.1, weight_decay=0.5),
     RowAdagrad(lr=0.1, weight_decay=0.5),
+    RowAdagrad(lr=0.1, weight_decay=0.5, decay=0.5),
     RowAdam(lr=0.1, weight_decay=0.5, eps=1e-6),
 )
 

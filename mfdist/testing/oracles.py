@@ -83,7 +83,9 @@ def row_update(
         if kind == "sgd":
             rows[u] = kept - lr * g
         elif kind == "rowwise_adagrad":
-            states[0][u] += sum(float(value) ** 2 for value in g) / len(g)
+            square = sum(float(value) ** 2 for value in g) / len(g)
+            kept_part, gain = (betas[1], 1 - betas[1]) if betas[1] < 1 else (1.0, 1.0)
+            states[0][u] = kept_part * states[0][u] + gain * square if states[0][u] > 0 else square
             rows[u] = kept - lr / (math.sqrt(states[0][u]) + eps) * g
         else:
             m, v = (moment[u] for moment in states)

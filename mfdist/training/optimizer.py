@@ -187,7 +187,7 @@ def _row_optimizer(config: TableGroupConfig, lr: float, seed: int) -> RowOptimiz
         case "sgd":
             return RowSGD(lr=lr, weight_decay=decay, seed=seed)
         case "rowwise_adagrad":
-            return RowAdagrad(lr=lr, weight_decay=decay, seed=seed, eps=config.eps)
+            return RowAdagrad(lr=lr, weight_decay=decay, seed=seed, eps=config.eps, decay=config.accumulator_decay)
         case _:
             dtype = torch.bfloat16 if config.state_dtype == "bf16" else torch.float32
             return RowAdam(lr=lr, weight_decay=decay, seed=seed, betas=config.betas, eps=config.eps, state_dtype=dtype)

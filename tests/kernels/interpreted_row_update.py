@@ -15,7 +15,7 @@ from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.row_update import RowRule, reference, triton_impl, triton_windows
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.lookups import Lookup, make_lookup
-from tests.kernels.updates import LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
+from tests.kernels.updates import ADAGRAD, LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
 
 
 def check(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.float32) -> None:
@@ -62,6 +62,7 @@ def updates() -> None:
         check(make_lookup(30, 2, 6, 96, dtype=torch.bfloat16, id_dtype=torch.int32), rule, torch.bfloat16)
         check(make_lookup(9, 2, 30, 1, dtype=torch.float16, is_compact=False, id_dtype=torch.int64), rule)
         check_given(make_lookup(10, 2, 6, 40, dtype=torch.bfloat16), rule, torch.bfloat16)
+    check(make_lookup(20, 2, 6, 33), ADAGRAD)
     check_given(make_lookup(10, 2, 6, 33), RULES[1])
     sgd, adagrad, _ = RULES
     check(make_lookup(0, 3, 8, 8), sgd)

@@ -13,6 +13,8 @@ RULES = tuple(
     RowRule(kind=kind, weight_decay=0.1, eps=1e-6, betas=(0.9, 0.999), seed=7)
     for kind in ("sgd", "rowwise_adagrad", "adam")
 )
+#: Adagrad whose sums only grow; that of RULES forgets.
+ADAGRAD = RowRule(kind="rowwise_adagrad", weight_decay=0.1, eps=1e-6, betas=(0.0, 1.0), seed=7)
 LR, STEP = torch.tensor(0.05), torch.tensor(3)
 
 
@@ -32,7 +34,8 @@ def make_updated(table: Tensor, rule: RowRule, state_dtype: torch.dtype = torch.
     """Return a copy of a table with a random state."""
     state = {
         "sgd": list,
-        "rowwise_adagrad": lambda: [torch.rand(table.shape[0])],
+        # Some rows are updated for the first time.
+        "rowwise_adagrad": lambda: [torch.rand(table.shape[0]) * (torch.arange(table.shape[0]) % 3 > 0)],
         "adam": lambda: [torch.randn(table.shape).to(state_dtype), torch.rand(table.shape).to(state_dtype)],
     }[rule.kind]()
     return Updated(table.clone(), state)
