@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mfdist.checkpoint.direct_io import PageMemory
 from mfdist.errors import CheckpointError, ConfigError, UnavailableError
 from mfdist.table_server.ledger_segment import Key, Segment
 from mfdist.table_server.step_set import StepSet
@@ -70,6 +71,7 @@ class Ledger:
         self._is_closing = False
         self._is_retired = False  # whether the segment written to is to be followed by another
         self._number = 0
+        self._memory = PageMemory()
         self._reserve = folder / "reserve"  # room for another segment, so that a full disk can be emptied
         self._open()
         self._writer = threading.Thread(target=self._run, name="mfdist-ledger", daemon=True)
@@ -213,7 +215,7 @@ class Ledger:
     def _begin_segment(self) -> None:
         if self.failure is not None:
             self._reserve.unlink(missing_ok=True)
-        segment = Segment.create(self.folder / f"{self._number + 1:08}.db", self._records)
+        segment = Segment.create(self.folder / f"{self._number + 1:08}.db", self._records, self._memory)
         with self._has_work:
             self._number += 1
             self._segments.append(segment)

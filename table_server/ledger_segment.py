@@ -18,8 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mfdist.checkpoint.checksum import crc32c
+from mfdist.checkpoint.direct_io import PageMemory
 from mfdist.checkpoint.durability import Bytes, fsync
 from mfdist.errors import CheckpointError
+from mfdist.table_server.ledger_large import LargePushes, end_of
 
 #: (table, step, client)
 Key = tuple[str, int, int]
@@ -27,7 +29,6 @@ Key = tuple[str, int, int]
 _LARGE_BYTES = 16384  # from here on beside the database, which costs a group a second fsync
 _PAGE_BYTES = 4096
 _CACHE_KIB = 16384
-_MOST_PARTS = 1024  # that one call writes
 _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _SCHEMA = """
 create table pushes (seq integer primary key, name text, step integer, client integer, num_group integer,
@@ -47,15 +48,14 @@ class Segment:
         CheckpointError: it is damaged.
     """
 
-    def __init__(self, path: Path, *, is_last: bool = True, _is_new: bool = False) -> None:
+    def __init__(self, path: Path, *, is_last: bool = True, _memory: PageMemory | None = None) -> None:
         self.path = path
         self.note = ""  # what recovery dropped
         self.newest: dict[str, int] = {}  # table → last step that is needed
         _, self._wal, _, self._journal, large = _files(path)
         self._lock = threading.Lock()
-        self._large = os.open(large, os.O_RDWR if _is_new else os.O_RDONLY) if large.exists() else -1
-        self._large_bytes = 0
-        self._connection = self._connect_to_write() if _is_new else self._connect()
+        self._large, self._large_bytes = LargePushes(large, _memory), 0
+        self._connection = self._connect() if _memory is None else self._connect_to_write()
         try:
             with _named(path):
                 self._num_groups = self._find(is_last)
@@ -64,8 +64,13 @@ class Segment:
             raise
 
     @classmethod
-    def create(cls, path: Path, records: Mapping[str, bytes]) -> "Segment":
+    def create(cls, path: Path, records: Mapping[str, bytes], memory: PageMemory) -> "Segment":
         """Make a new one that begins with these records, on disk when this returns.
+
+        Args:
+            path: of the database.
+            records: key → value.
+            memory: to write large pushes from.
 
         Raises:
             sqlite3.Error, OSError: it could not be made; nothing is left.
@@ -79,7 +84,7 @@ class Segment:
                 connection.execute("pragma journal_mode=wal")
             _files(path)[-1].touch(exist_ok=False)
             fsync(path.parent)
-            return cls(path, _is_new=True)
+            return cls(path, _memory=memory)
         except BaseException:
             for file in _files(path):
                 file.unlink(missing_ok=True)
@@ -106,17 +111,19 @@ class Segment:
             sqlite3.Error, OSError: the disk is full or fails. The same group may be tried again, and only the same: it
                 then takes the place of what was written of it.
         """
-        group, place, rows = self._num_groups + 1, self._large_bytes, []
-        for (name, step, client), parts in pushes:
-            size, checksum = sum(map(len, parts)), _checksum(name, step, client, parts)
-            is_large = size >= _LARGE_BYTES
-            data = None if is_large else b"".join(parts)
-            rows.append((name, step, client, group, size, checksum, place if is_large else None, data))
-            if is_large:
-                self._write_large(parts, place)
-                place += size
-        if place > self._large_bytes:
-            _fdatasync(self._large)
+        group, rows = self._num_groups + 1, []
+        sizes = [sum(map(len, parts)) for _, parts in pushes]
+        large = [parts for (_, parts), size in zip(pushes, sizes, strict=True) if size >= _LARGE_BYTES]
+        places = iter(self._large.write(large, end_of(self._large_bytes)) if large else ())
+        end = self._large_bytes
+        for ((name, step, client), parts), size in zip(pushes, sizes, strict=True):
+            place, data = None, None
+            if size >= _LARGE_BYTES:
+                place = next(places)
+                end = place + size
+            else:
+                data = b"".join(parts)
+            rows.append((name, step, client, group, size, _checksum(name, step, client, parts), place, data))
         with self._lock:
             try:
                 self._connection.execute("begin immediate")
@@ -135,7 +142,7 @@ class Segment:
                     with contextlib.suppress(sqlite3.Error):  # what made the commit fail may make this fail
                         self._connection.execute("rollback")
                 raise
-        self._num_groups, self._large_bytes = group, place
+        self._num_groups, self._large_bytes = group, end
         for (name, step, _), _ in pushes:
             self.newest[name] = max(step, self.newest.get(name, 0))
 
@@ -164,7 +171,7 @@ class Segment:
             if found is None:
                 raise _damaged(self.path, f"push {number} is not there")
             name, step, client, num_bytes, checksum, place, data = found
-            payload: bytes = data if place is None else os.pread(self._large, num_bytes, place)
+            payload: bytes = data if place is None else self._large.read(place, num_bytes)
         if len(payload) != num_bytes or _checksum(name, step, client, [payload]) != checksum:
             raise _damaged(self.path, f"the push of client {client} for step {step} of {name} fails its checksum")
         return payload
@@ -172,7 +179,8 @@ class Segment:
     def close(self) -> None:
         """Let it go; SQLite folds the write-ahead log into the database, or leaves it where there is no room."""
         self._connection.close()
-        self._close_large()
+        with self._lock:
+            self._large.close()
 
     def remove(self) -> None:
         """Remove it from disk; what it holds must be needed no more."""
@@ -182,23 +190,8 @@ class Segment:
             file.unlink(missing_ok=True)
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
-        self._close_large()
-
-    def _write_large(self, parts: Sequence[Bytes], place: int) -> None:
-        left = [memoryview(part) for part in parts if part]
-        while left:
-            written = os.pwritev(self._large, left[:_MOST_PARTS], place)
-            place += written
-            while left and written >= len(left[0]):
-                written -= len(left.pop(0))
-            if left:
-                left[0] = left[0][written:]
-
-    def _close_large(self) -> None:
         with self._lock:
-            if self._large >= 0:
-                os.close(self._large)
-                self._large = -1
+            self._large.close()
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -228,8 +221,7 @@ class Segment:
         number, last, self._large_bytes = self._connection.execute(_EXTENT).fetchone()
         if number != last:
             raise _damaged(self.path, f"it has {number} of {last} pushes")
-        size = os.fstat(self._large).st_size if self._large >= 0 else 0
-        if size < self._large_bytes:
+        if (size := self._large.num_bytes) < self._large_bytes:
             raise _damaged(self.path, f"large pushes must be {self._large_bytes} bytes; there are {size}")
         if num_missing or (has_rest and is_last):
             self.note = (
@@ -245,7 +237,6 @@ class Segment:
         return groups
 
 
-_fdatasync = getattr(os, "fdatasync", os.fsync)  # Linux has it
 _EXTENT = "select count(*), coalesce(max(seq), 0), coalesce(max(place + num_bytes), 0) from pushes"
 _NUM_TABLES = "select count(*) from sqlite_schema"
 _LAST_GROUP = (

@@ -8,7 +8,7 @@ from mfdist.table_server import ledger_segment
 from mfdist.table_server.ledger import Ledger
 
 DEADLINE_S = 60.0
-SMALL, LARGE = 15_000, 100_000  # in the database, and beside it
+SMALL, LARGE = 15_000, 25 * 4096  # in the database, and beside it
 assert SMALL < ledger_segment._LARGE_BYTES < LARGE
 
 
