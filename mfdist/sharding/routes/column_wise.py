@@ -56,6 +56,8 @@ class ColumnWise(Route):
         self._num_rows = num_rows
         self._columns = tuple(columns)
         self._widths = [end - begin for begin, end in columns]
+        #: The ranks that have columns, from the first column to the last.
+        self._in_order = sorted((rank for rank, width in enumerate(self._widths) if width), key=columns.__getitem__)
         self._exchange = exchange
         self._below = below
         self._forward_wire, self._backward_wire = wires
@@ -195,8 +197,8 @@ class ColumnWise(Route):
         """Write the columns of all owners, which arrived one owner after the other, side by side."""
         widths = [wire.width(each) for each in self._widths]
         parts = arrived.split_with_sizes([out.shape[0] * width for width in widths])
-        for (begin, end), part, width in zip(self._columns, parts, widths, strict=True):
-            out[:, begin:end] = wire.decode(part.view(out.shape[0], width))
+        columns = [wire.decode(parts[rank].view(out.shape[0], widths[rank])) for rank in self._in_order]
+        torch.cat(columns, dim=1, out=out)
 
 
 def _in_rank_order(everyones: Sequence[LookupArguments], chunks: Sequence[_Chunk]) -> tuple[Tensor, Tensor]:
