@@ -28,6 +28,7 @@ from mfdist.table_server.client import RemoteTable
 from mfdist.table_server.codec import MAX_MESSAGE_BYTES, packed_message
 from mfdist.table_server.config import ServerConfig, ServerSection
 from mfdist.table_server.connection import TableServers
+from mfdist.table_server.idle_threads import asleep_in_children
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import (
     TableServiceServicer,
@@ -342,7 +343,8 @@ def _running(target: Callable[..., None], folder: Path | None = None, **settings
     said, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="mfdist-bench-", dir=folder) as data:
         process = context.Process(target=target, args=(theirs, data, settings), daemon=True)
-        process.start()
+        with asleep_in_children():
+            process.start()
         theirs.close()
         try:
             if not said.poll(_START_S):

@@ -267,6 +267,8 @@ async def sending(messages: Sequence[Any]) -> AsyncIterator[Any]:
 
 async def gathered(calls: Sequence[Awaitable[_T]]) -> list[_T]:
     """Return all results; where some fail, the first one's error, once all have ended."""
+    if len(calls) == 1:
+        return [await calls[0]]
     results = await asyncio.gather(*calls, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -26,6 +26,7 @@ from mfdist.table_server.shard import Shard
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
+_SMALL_BYTES = 8 << 20  # of rows, read in about 0.15 ms from a cache
 _ROLES = {"single": pb.ROLE_UNSPECIFIED, "primary": pb.PRIMARY, "replica": pb.REPLICA}
 
 
@@ -100,7 +101,9 @@ class TableService(TableServiceServicer):
             updates = self._node.life(first.table).updates
             async with updates.gate.reading():
                 version = updates.shard.version
-                reply: bytes = await self._node.run(_sums, updates.shard, first, request, version)
+                asked = (updates.shard, first, request, version)
+                is_small = _is_small(updates.shard, request)
+                reply: bytes = _sums(*asked) if is_small else await self._node.run(_sums, *asked)
             self._node.row_hits[first.table] += math.prod(request.part("lookups").part("row_ids").head.shape)
             self._count["lookup_blocks"] += 1
             self._count["reply_bytes"] += len(reply)
@@ -267,6 +270,13 @@ class TableService(TableServiceServicer):
 def _status(life: Life) -> pb.ShardStatus:
     shard = life.shard
     return pb.ShardStatus(shard=shard_message(shard.spec), version=shard.version, num_bytes=shard.num_bytes)
+
+
+def _is_small(shard: Shard, request: Frame) -> bool:
+    """Return whether the sums that a message asks for are sooner made than a thread is asked to."""
+    lookups = request.part("lookups")
+    num_rows = math.prod(max(1, size) for size in lookups.part("row_ids").head.shape) + lookups.head.num_tokens
+    return bool(num_rows * shard.rows.shape[1] * shard.rows.element_size() <= _SMALL_BYTES)
 
 
 def _sums(shard: Shard, first: pb.LookupRequest, request: Frame, version: int) -> bytes:

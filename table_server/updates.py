@@ -313,6 +313,8 @@ class Updates:
         return _heeded(asyncio.shield(future))
 
     async def _until(self, holds: Callable[[], bool], wait_s: float, num_clients: int) -> None:
+        if holds():
+            return
         async with self._progress:
             try:
                 await asyncio.wait_for(self._progress.wait_for(holds), wait_s)
