@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mfdist.errors import ConfigError
+from mfdist.kernels.row_gradient.triton_sort import sort_by_bits, take_places
 from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 
 _MAX_LOOKUPS: Final = 2**32 - 1
 _INT32_MAX: Final = torch.iinfo(torch.int32).max
+_WORD_BITS: Final = 63
 #: Above it, counters outgrow the lookups.
 _MAX_COUNTED: Final = 4096
 _MIN_CHUNK: Final = 1024
@@ -106,17 +108,28 @@ def sort_by_row(
     is_checked: bool,
 ) -> SortedLookups:
     """Return all lookups in order, without going over the rows that are not looked up; see `order_by_row`."""
-    num_ids, num_lookups = _checked_count(row_ids), row_ids.shape[1]
-    keys = row_ids.new_empty(num_ids, dtype=_key_dtype(num_rows, is_checked=is_checked))
-    grid = (triton.cdiv(num_ids, _KEYS_TOGETHER),)
-    _make_keys[grid](
-        row_ids, keys, grad_scores, error_word,
-        num_ids, num_lookups, code_stride, code_stride or num_rows, num_rows,
-        _KEYS_TOGETHER, is_checked, **LAUNCH_OPTIONS,
+    num_ids, (num_tokens, num_lookups) = _checked_count(row_ids), row_ids.shape
+    largest = num_rows if is_checked else num_rows - 1
+    lookup_bits, row_bits = num_ids.bit_length(), max(1, largest.bit_length())
+    if lookup_bits + row_bits > _WORD_BITS:
+        raise ConfigError(
+            f"the numbers of a lookup and a row must fit {_WORD_BITS} bits together; got {num_ids} lookups and "
+            f"{num_rows} rows; split the tokens"
+        )
+    # Of codes that cannot be bad the lookup is known, and only they are unordered, where lookups k lie together.
+    is_turned = code_stride > 0 and not is_checked
+    sizes = (num_tokens, num_lookups, code_stride)
+    keys = row_ids.new_empty((num_lookups, num_tokens) if is_turned else (1, num_ids), dtype=torch.int64)
+    _make_keys[(triton.cdiv(num_tokens, _TURNED_TOKENS), triton.cdiv(num_lookups, _TURNED_LOOKUPS))](
+        row_ids, keys, grad_scores, error_word, *sizes, code_stride or num_rows, num_rows, lookup_bits,
+        _TURNED_TOKENS, _TURNED_LOOKUPS, is_checked, is_turned, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    rows, lookups = torch.sort(keys, stable=True)
-    _join_scores[grid](lookups, scores, num_ids, _KEYS_TOGETHER, **LAUNCH_OPTIONS)
-    return SortedLookups(rows, lookups)
+    keys = sort_by_bits(keys, lookup_bits, code_stride.bit_length() - 1 if is_turned else row_bits).view(-1)
+    rows = keys.new_empty(num_ids, dtype=torch.int32 if largest <= _INT32_MAX else torch.int64)
+    _split_keys[(triton.cdiv(num_ids, _KEYS_TOGETHER),)](
+        keys, rows, scores, num_ids, lookup_bits, _KEYS_TOGETHER, **LAUNCH_OPTIONS
+    )
+    return SortedLookups(rows, keys)
 
 
 def _checked_count(row_ids: Tensor) -> int:
@@ -135,12 +148,6 @@ def _checked_count(row_ids: Tensor) -> int:
 
 def _place_dtype(num_ids: int) -> torch.dtype:
     return torch.int32 if num_ids <= _INT32_MAX else torch.int64
-
-
-def _key_dtype(num_rows: int, *, is_checked: bool) -> torch.dtype:
-    """Return the narrowest dtype, which sorts fastest, for all rows and, if ids are checked, the one past them."""
-    largest = num_rows if is_checked else num_rows - 1
-    return next(kind for kind in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(kind).max)
 
 
 def _by_counting(
@@ -185,28 +192,34 @@ def _by_counting(
 @triton.jit
 def _make_keys(
     row_ids, keys, grad_scores, error_word,
-    num_ids, K, S, limit, R,
-    IDS: tl.constexpr, IS_CHECKED: tl.constexpr,
+    N, K, S, limit, R, LOOKUP_BITS,
+    TOKENS: tl.constexpr, LOOKUPS: tl.constexpr, IS_CHECKED: tl.constexpr, IS_TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Write each lookup's row, or R for one outside the table."""
-    at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
-    is_id = at < num_ids
+    """Write each lookup's row, or R for one outside the table, and in the low bits its number; IS_TURNED: as [K, N]."""
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.program_id(1).to(tl.int64) * LOOKUPS + tl.arange(0, LOOKUPS)
+    is_id = (n < N)[:, None] & (k < K)[None, :]
+    at = n[:, None] * K + k[None, :]
     ids = tl.load(row_ids + at, mask=is_id, other=0).to(tl.int64)
-    row = at % K * S + ids
+    row = ids + k[None, :] * S
     if IS_CHECKED:
         is_good = checked(ids, is_id, limit, error_word)
         tl.store(grad_scores + at, float("nan"), mask=is_id & (is_good == 0))
         row = tl.where(is_good, row, R)
-    tl.store(keys + at, row.to(keys.dtype.element_ty), mask=is_id)
+    to = k[None, :] * N + n[:, None] if IS_TURNED else at
+    tl.store(keys + to, (row << LOOKUP_BITS) | at, mask=is_id)
 
 
 @triton.jit
-def _join_scores(words, scores, num_ids, IDS: tl.constexpr):
-    """Turn the lookups of an order into words, where they lie."""
+def _split_keys(keys, rows, scores, num_ids, LOOKUP_BITS, IDS: tl.constexpr):
+    """Write the rows of sorted keys, and turn the keys into words where they lie."""
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     is_id = at < num_ids
-    lookup = tl.load(words + at, mask=is_id, other=0)
-    tl.store(words + at, _word_of(lookup, tl.load(scores + lookup, mask=is_id, other=0.0)), mask=is_id)
+    key = tl.load(keys + at, mask=is_id, other=0)
+    row = key >> LOOKUP_BITS
+    lookup = key - (row << LOOKUP_BITS)
+    tl.store(rows + at, row.to(rows.dtype.element_ty), mask=is_id)
+    tl.store(keys + at, _word_of(lookup, tl.load(scores + lookup, mask=is_id, other=0.0)), mask=is_id)
 
 
 @triton.jit
@@ -308,12 +321,10 @@ def _place(
         n += TOKENS
         upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
         upcoming_score = tl.load(turned + k * N + n, mask=n < N, other=0.0)
-        is_same = code[:, None] == code[None, :]
         if IS_HELD:
-            before = tl.sum((is_same & (i[:, None] < i[None, :])).to(tl.int32), axis=0)
-            begin = tl.gather(held, tl.maximum(code, 0), 0)
-            held += tl.histogram(tl.maximum(code, 0), BINS, mask=is_code).to(held.dtype)
+            place, held = take_places(held, tl.maximum(code, 0), is_code, BINS, TOKENS)
         else:
+            is_same = code[:, None] == code[None, :]
             # How many of these tokens have the token's code, and, in the high half, how many of them come earlier.
             weight = tl.where(i[:, None] < i[None, :], 65537, 1)
             found = tl.sum(tl.where(is_same, weight, 0), axis=0)
@@ -323,4 +334,5 @@ def _place(
             tl.debug_barrier()
             tl.store(counters + code, begin + same, mask=is_code & (before == same - 1))
             tl.debug_barrier()
-        tl.store(words + begin + before, _word_of(lookup, score), mask=is_code)
+            place = begin + before
+        tl.store(words + place, _word_of(lookup, score), mask=is_code)

@@ -93,6 +93,7 @@ def windows() -> None:
         check(make_lookup(7, 3, 100, 24, dtype=torch.bfloat16, is_compact=False, id_dtype=torch.int32), rule)
     check(make_lookup(1, 1, 2, 1), adagrad)
     check(make_lookup(20, 2, 80, 8, id_dtype=torch.uint16), sgd)
+    check(make_lookup(20, 2, 256, 8), sgd)  # codes that cannot be bad
     # As many slices as there are steps in going over them.
     triton_windows._COLUMNS = triton_windows._WHOLE_COLUMNS = 16
     for rule in RULES:

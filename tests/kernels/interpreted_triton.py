@@ -17,6 +17,7 @@ from mfdist.kernels.quantize import QuantizedRows, quantize, reference
 from mfdist.kernels.ragged_gradient import triton_impl as ragged
 from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
+from mfdist.kernels.row_gradient import triton_sort as sorts
 from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
@@ -72,6 +73,20 @@ def lookups() -> None:
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check_lookup(few_rows)
     check_lookup(make_lookup(35, 2, 3, 20, id_dtype=torch.uint16))
+
+
+def sorting() -> None:
+    """Words are sorted by the bits asked for, whatever the others hold, and equal ones keep their order."""
+    sorts._CHUNK, sorts._PLACED_TOGETHER = 16, 8
+    for num_words, first_bit, num_bits in ((1, 0, 1), (16, 3, 2), (63, 21, 9), (100, 0, 20), (200, 40, 23)):
+        words = torch.randint(0, (1 << first_bit + num_bits) - 1, (num_words,))
+        words[: num_words // 2] = words[num_words - num_words // 2 :].clone()  # many are there twice
+        words = torch.stack([words, words.flip(0)])
+        order = (words >> first_bit).sort(stable=True).indices
+        assert torch.equal(sorts.sort_by_bits(words.clone(), first_bit, num_bits), words.gather(1, order))
+    check_lookup(make_lookup(70, 3, 40, 8, is_compact=False, id_dtype=torch.int32))
+    ordering._MAX_COUNTED = 1  # as for codes too many to count
+    check_lookup(make_lookup(70, 3, 256, 8))
 
 
 def quantised() -> None:
@@ -208,5 +223,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     sums.FEW_TOKENS = hashed.FEW_TOKENS = 32  # shapes here are small, and all kernels are to be met
     sums._MANY_SUMS = 0
-    parts = (lookups, ragged_lookups, quantised, hashing, bad_ids)
+    parts = (lookups, sorting, ragged_lookups, quantised, hashing, bad_ids)
     {part.__name__: part for part in parts}[sys.argv[1]]()

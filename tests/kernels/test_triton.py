@@ -20,7 +20,7 @@ from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, m
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("part", ["lookups", "ragged_lookups", "quantised", "hashing", "bad_ids"])
+@pytest.mark.parametrize("part", ["lookups", "sorting", "ragged_lookups", "quantised", "hashing", "bad_ids"])
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
@@ -49,6 +49,7 @@ ORDER = {
     "R": "i64",
 }
 COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32"}
+SORTING = {**ORDER, "sorted_words": "*i64", "counts": "*i32", "M": "i64", "BIT": "i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
 SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True, "HAS_PRODUCTS": True}
 STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
@@ -105,8 +106,8 @@ KERNELS = {
     "gather_sum.triton_impl._stream_rows of fp8": (FP8, STREAM),
     "gather_sum.triton_impl._sum_few of fp8": (FP8, FEW),
     "row_gradient.triton_order._make_keys": (
-        {**GRADIENT, "row_ids": "*i64", "keys": "*i32", "num_ids": "i64", "R": "i64"},
-        {"IDS": 1024, "IS_CHECKED": True},
+        {**GRADIENT, "row_ids": "*i64", "keys": "*i64", "R": "i64", "LOOKUP_BITS": "i32"},
+        {"TOKENS": 128, "LOOKUPS": 32, "IS_CHECKED": True, "IS_TURNED": False},
     ),
     "row_gradient.triton_order._turn": (
         {**COUNTING, "row_ids": "*u16"},
@@ -125,7 +126,12 @@ KERNELS = {
     "row_gradient.triton_impl.sum_piece": (SUMS, SLICE),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
     "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, "COLUMNS": 1024}),
-    "row_gradient.triton_order._join_scores": (SUMS, {"IDS": 1024}),
+    "row_gradient.triton_order._split_keys": (
+        {**SUMS, "keys": "*i64", "rows": "*i32", "LOOKUP_BITS": "i32"},
+        {"IDS": 1024},
+    ),
+    "row_gradient.triton_sort._count": (SORTING, {"CHUNK": 1024, "BINS": 128}),
+    "row_gradient.triton_sort._place": (SORTING, {"CHUNK": 1024, "BINS": 256, "TOGETHER": 32}),
     "row_update.triton_rule._prepare": (
         {"lr": "*fp32", "step": "*i64", "shared": "*fp32", "keys": "*i64", "seed": "i64", **STEP},
         {},
