@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
+from mfdist.kernels.triton_rows import as_fp32
 
 _COLUMNS = 512
 #: Lookups of a run whose grad_output is read together.
@@ -109,7 +110,7 @@ def _with_lookups(total, scores, grad_output, tokens, order, start, end, c, D, E
         token = tl.load(tokens + lookup, mask=entry < end, other=0).to(tl.int64)
         is_value = (entry < end)[:, None] & (c < D)[None, :]
         grads = tl.load(grad_output + token[:, None] * D + c[None, :], mask=is_value, other=0.0)
-        total += grads.to(tl.float32) * score[:, None]
+        total += as_fp32(grads) * score[:, None]
     return total
 
 
@@ -122,6 +123,6 @@ def _multiply(table, row_ids, tokens, grad_output, grad_scores, D, COLUMNS: tl.c
     total = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, D, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
-        values = tl.load(table + row + c, mask=c < D, other=0.0).to(tl.float32)
-        total += values * tl.load(grad_output + token + c, mask=c < D, other=0.0).to(tl.float32)
+        values = as_fp32(tl.load(table + row + c, mask=c < D, other=0.0))
+        total += values * as_fp32(tl.load(grad_output + token + c, mask=c < D, other=0.0))
     tl.store(grad_scores + lookup, tl.sum(total))

@@ -19,6 +19,7 @@ from torch import Tensor
 from mfdist.kernels.row_gradient.triton_order import Order, lookup_of, order_by_row, score_of
 from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, device_of, next_power_of_2
+from mfdist.kernels.triton_rows import as_fp32
 
 #: Columns to a warp: what its registers hold, and nothing waits for another warp.
 _COLUMNS_EACH = 1024
@@ -160,7 +161,7 @@ def store_piece(
     if (end - start >= 2 * PIECE) & (first + PIECE <= end):
         c = first_column + tl.arange(0, COLUMNS)
         is_column = c < D
-        values = tl.load(table + row * D + c, mask=is_column, other=0.0).to(tl.float32)
+        values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0))
         total = sum_lookups(
             grad_output, words, grad_scores, values, c, is_column,
             first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
@@ -182,7 +183,7 @@ def _sum_row(
     end = tl.load(ends + row)
     total = tl.zeros([COLUMNS], tl.float32)
     if end > start:
-        values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first"))
         cut = cut_pieces(start, end, PIECE)
         total = sum_lookups(
             grad_output, words, grad_scores, values, c, is_column,
@@ -259,7 +260,7 @@ def _parts_of(grad_output, grad_scores, word, c, is_column, D, K: tl.constexpr, 
 @triton.jit
 def _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS: tl.constexpr):
     """Return the total with one lookup added, and write its score gradient."""
-    wide = grads.to(tl.float32)
+    wide = as_fp32(grads)
     if HAS_PRODUCTS:
         tl.store(grad_scores + lookup_of(word), product + tl.sum(wide * values, axis=0))
     return total + wide * score_of(word)

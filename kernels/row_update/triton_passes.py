@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfdist.kernels.row_gradient.triton_impl import Slice, add_pieces, cut_pieces, sum_lookups
 from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, accumulate, load_constants, update_row
+from mfdist.kernels.triton_rows import as_fp32
 
 #: What a pass does with the gradient's squares: uses its own, begins a sum, adds to it, completes it, or has used it.
 OWN, BEGUN, ADDED, COMPLETED, KNOWN = range(5)
@@ -61,7 +62,7 @@ def update_run(
     """
     c = first_column + tl.arange(0, COLUMNS)
     is_column = c < D
-    values = tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first"))
     accumulated = 0.0
     if RULE == ROWWISE_ADAGRAD:  # before the sum, whose stores would keep it waiting
         accumulated = tl.load(first + row)

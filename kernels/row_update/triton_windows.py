@@ -18,6 +18,7 @@ from mfdist.kernels.row_gradient.triton_order import SortedLookups, lookup_of, s
 from mfdist.kernels.row_update.triton_passes import finish_row, passes, two_states, update_run
 from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, load_constants
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers
+from mfdist.kernels.triton_rows import as_fp32
 
 #: Lookups a row, on average, below which rows are taken by windows.
 SHORT_RUN = 4
@@ -146,9 +147,9 @@ def _update_window(
                     found = tl.load(first + next_row, mask=is_other & (next_row < R), other=0.0)
                     next_accumulated = tl.where(is_other, found, next_accumulated)
             if is_first:
-                values = new_values.to(tl.float32)
+                values = as_fp32(new_values)
                 gradient = tl.zeros([COLUMNS], tl.float32)
-            wide = grads.to(tl.float32)
+            wide = as_fp32(grads)
             gradient += wide * score_of(word)
             if HAS_PRODUCTS:
                 product += tl.sum(wide * values, axis=0)

@@ -224,6 +224,16 @@ def test_a_kernel_that_starts_early_waits_before_it_reads(name: str) -> None:
     assert "griddepcontrol" not in compile_for(name, "sm_90").asm["ptx"]
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_two_bf16_values_are_unpacked_by_two_instructions(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr("mfdist.kernels.triton_rows._IS_PTX", triton.language.constexpr(True))
+    # Constants that no other test has: what was compiled for those is kept.
+    text = compile_for("gather_sum.triton_impl._sum_slice", target, TOKENS=16).asm["ptx"]
+    assert len(re.findall(r"shl\.b32 %r\d+, %r\d+, 16; and\.b32 %r\d+, %r\d+, 0xffff0000;", text)) > 0
+    assert "cvt.f32.bf16" not in text
+
+
 def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     implementation.on_gpu.cache_clear()
