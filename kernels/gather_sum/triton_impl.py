@@ -40,6 +40,9 @@ _PACKED_LOOKUPS = 32
 _STREAMED_OF_FEW = ((1 << 18, (256, 1, 16)), (1 << 20, (512, 1, 16)), (_MANY_SUMS, (1024, 2, 8)))
 _STREAMED = {1: (512, 1, 4), 2: (2048, 4, 4), 4: (4096, 4, 4)}
 FEW_TOKENS = 64
+#: Outputs of few tokens → lookups and columns that a program reads at a time, and its warps.
+_FEW_TILES = ((1 << 13, (512, 32, 8)), (1 << 14, (256, 32, 4)), (1 << 15, (128, 64, 4)))
+_LARGE_FEW_TILE = (64, 64, 2)
 
 
 def gather_sum(
@@ -111,9 +114,9 @@ def few_tile(num_tokens: int, num_lookups: int, dim: int) -> tuple[int, int, int
     With so little to sum that every multiprocessor has but a few warps, all lookups are read at once.
     """
     num_sums = num_tokens * dim
-    most, columns = (512, 32) if num_sums <= 1 << 13 else (256, 32) if num_sums <= 1 << 14 else (64, 64)
+    most, columns, warps = next((sizes for limit, sizes in _FEW_TILES if num_sums <= limit), _LARGE_FEW_TILE)
     lookups = min(most, next_power_of_2(num_lookups))
-    return lookups, min(columns, next_power_of_2(dim)), max(2, lookups // 64)
+    return lookups, min(columns, next_power_of_2(dim)), max(2, warps * lookups // most)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from mfdist.kernels.triton_chain import start_next, wait_for_inputs
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, can_chain, chain_options, device_of, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32
 
-#: A token's outputs → lookups and columns that a program reads at a time, and its warps: measured on an H100.
+#: Outputs → lookups and columns that a program reads at a time, and its warps: measured on an H100.
 _TILES = (
     (1 << 10, (128, 16, 4)),
     (1 << 12, (512, 32, 8)),
@@ -22,6 +22,16 @@ _TILES = (
     (1 << 14, (256, 32, 4)),
     (3 << 13, (64, 64, 2)),
     (1 << 16, (128, 64, 4)),
+)
+#: The same where a token has at least so many lookups: measured on an H200.
+_MANY_LOOKUPS = 512
+_TILES_OF_MANY = (
+    (1 << 12, (512, 64, 16)),
+    (1 << 13, (512, 64, 8)),
+    (1 << 14, (256, 32, 4)),
+    (3 << 13, (64, 64, 2)),
+    (1 << 15, (128, 64, 4)),
+    (1 << 16, (64, 64, 2)),
 )
 _LARGE_TILE = (32, 64, 2)
 
@@ -48,7 +58,8 @@ def hashed_gather_sum(table: Tensor, x: Tensor, bits: int, score: str, temperatu
 def tile(num_tokens: int, num_lookups: int, dim: int) -> tuple[int, int, int]:
     """Return lookups and columns that a program reads at a time, and its warps."""
     num_sums = num_tokens * dim
-    most, columns, warps = next((sizes for limit, sizes in _TILES if num_sums <= limit), _LARGE_TILE)
+    tiles = _TILES if num_lookups < _MANY_LOOKUPS else _TILES_OF_MANY
+    most, columns, warps = next((sizes for limit, sizes in tiles if num_sums <= limit), _LARGE_TILE)
     lookups = min(most, next_power_of_2(num_lookups))
     return lookups, min(columns, next_power_of_2(dim)), min(warps, max(2, lookups // 32))
 
