@@ -4,6 +4,7 @@ Results are compared before anything is timed. What is compared takes turns, bec
 """
 
 import asyncio
+import gc
 import multiprocessing
 import statistics
 import tempfile
@@ -140,7 +141,10 @@ def measure_load(seconds: float) -> LoadResult:
         before = process.memory_info().rss
         rate = servers.wait(full(seconds)) / seconds
         growth = process.memory_info().rss / before - 1
+        gc.collect()
+        gc.freeze()  # or p99 would be how long this process's collector looks at all that torch has brought
         times = servers.wait(half(rate / 2, seconds))
+        gc.unfreeze()
         return LoadResult(rate, times[len(times) // 2], times[int(0.99 * len(times))], growth)
 
 
