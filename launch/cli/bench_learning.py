@@ -76,7 +76,10 @@ def bench_learning(
             json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
     missing = len(chosen) * len(_seeds(seeds)) - len(found)
     if missing:
-        typer.echo(f"{missing} runs were not begun for want of time; the same command goes on with them")
+        typer.echo(
+            f"{missing} runs are missing, for want of time or because the bench was told to stop; the same command goes "
+            "on with them"
+        )
     ahead = gap(found)
     if ahead is not None:
         typer.echo(_told(ahead))

@@ -1,6 +1,9 @@
 """`mfdist bench learning`: real runs of both models, gone on with where they were, and what is made of them."""
 
 import json
+import os
+import signal
+import threading
 
 import pytest
 
@@ -18,7 +21,7 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     found = tmp_path / "found.json"
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--minutes", "0")
     assert (code, err) == (0, "")
-    assert "2 runs were not begun" in out
+    assert "2 runs are missing" in out
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--json", found)
     assert (code, err.split("\n")[:-1]) == (0, ["training memory-seed-0", "training twin-2e-3-seed-0"])
     assert "ahead of twin-2e-3 by" in out
@@ -38,6 +41,27 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     assert "training memory" not in err and "training twin-2e-3-seed-0" in err  # the one that was cut short
     assert "must be ahead of its twin by 1000 nats" in err
     assert again.splitlines()[1] == out.splitlines()[1]
+
+
+def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, workplace, tmp_path):
+    def stop_once_it_trains():
+        metrics = tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl"
+        while not (metrics.exists() and "stepped" in metrics.read_text("utf-8")):
+            if is_over.wait(0.05):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    is_over = threading.Event()
+    stopper = threading.Thread(target=stop_once_it_trains)
+    stopper.start()
+    try:
+        code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--set", "training.steps=20000")
+    finally:
+        is_over.set()
+        stopper.join()
+    assert (code, err.splitlines()[0]) == (0, "training memory-seed-0")
+    assert "training twin" not in err
+    assert len(out.splitlines()) == 2 and out.splitlines()[1].startswith("2 runs are missing")
 
 
 def test_every_variant_is_a_configuration(mfdist):
