@@ -77,8 +77,8 @@ def bench_learning(
     missing = len(chosen) * len(_seeds(seeds)) - len(found)
     if missing:
         typer.echo(
-            f"{missing} runs are missing, for want of time or because the bench was told to stop; the same command goes "
-            "on with them"
+            f"{missing} runs are missing, for want of time or because the bench was told to stop; the same command "
+            "goes on with them"
         )
     ahead = gap(found)
     if ahead is not None:
