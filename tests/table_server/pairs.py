@@ -54,7 +54,8 @@ def primary_of(pair: list[ServerProcess]) -> int:
     def is_in_sync() -> bool:
         replies = [described(process) for process in pair]
         found[:] = [n for n, reply in enumerate(replies) if reply.role == pb.PRIMARY and reply.is_in_sync]
-        return len(found) == 1 and all(reply.is_in_sync for reply in replies)
+        # Until the replica knows that it is, at the primary's epoch, it does not take over.
+        return len(found) == 1 and all(reply.is_in_sync and reply.epoch == replies[0].epoch for reply in replies)
 
     until(is_in_sync)
     return found[0]
