@@ -5,14 +5,10 @@ Results are compared before anything is timed. What is compared takes turns, bec
 
 import asyncio
 import gc
-import multiprocessing
 import statistics
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +17,20 @@ import psutil
 import torch
 from torch import Tensor
 
-from mfdist.errors import ConsistencyError, UnavailableError
+from mfdist.errors import ConsistencyError
 from mfdist.optim import RowSGD
 from mfdist.sharding.kinds import column_wise
 from mfdist.spec import TableSpec
+from mfdist.table_server.benchmark_case import CASES, Case, drawn, full_load, made
+from mfdist.table_server.benchmark_servers import OPTIONS, process_at, running, serve_nothing, serve_table
 from mfdist.table_server.client import RemoteTable
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES, packed_message
-from mfdist.table_server.config import ServerConfig, ServerSection
+from mfdist.table_server.codec import packed_message
 from mfdist.table_server.connection import TableServers
-from mfdist.table_server.idle_threads import asleep_in_children
 from mfdist.table_server.proto import table_v1_pb2 as pb
-from mfdist.table_server.proto.table_v1_pb2_grpc import (
-    TableServiceServicer,
-    TableServiceStub,
-    add_TableServiceServicer_to_server,
-)
+from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
 from mfdist.table_server.routing import parts_of
-from mfdist.table_server.sections import LogsConfig
-from mfdist.table_server.server import serve
-from mfdist.tables.local import LocalTable
 
-_START_S = 60.0
 _IN_FLIGHT = 32
-_OPTIONS = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A lookup: tokens, slots a token, rows a slot, row width."""
-
-    name: str
-    num_tokens: int
-    num_slots: int
-    stride: int
-    row_dim: int
-
-
-CASES = (Case("decode", 64, 64, 256, 512), Case("tiny-train", 4096, 64, 256, 512))
 
 
 @dataclass(frozen=True)
@@ -100,29 +73,17 @@ def measure_lookups(seconds: float) -> Iterator[LookupResult]:
     Raises:
         ConsistencyError: a server's sums are not those of the local lookup.
     """
-    with _running(_serve_table) as address, _running(_serve_nothing) as idle, TableServers([address]) as servers:
+    with running(serve_table) as address, running(serve_nothing) as idle, TableServers([address]) as servers:
         for case in CASES:
             yield _lookup(case, servers, idle, seconds)
 
 
 def measure_load(seconds: float) -> LoadResult:
     """Return throughput, latency under half of it, and the server's growth."""
-    with _running(_serve_table) as address, TableServers([address]) as servers:
-        remote, _, codes, scores = _made(CASES[0], servers)
+    with running(serve_table) as address, TableServers([address]) as servers:
+        remote, _, codes, scores = made(CASES[0], servers)
         parts = parts_of(remote.plan, codes, scores, CASES[0].stride)
-        process = psutil.Process(_process_at(address))
-
-        async def full(for_s: float) -> int:
-            until, count = time.perf_counter() + for_s, 0
-
-            async def one() -> None:
-                nonlocal count
-                while time.perf_counter() < until:
-                    await remote._sums(parts)
-                    count += 1
-
-            await asyncio.gather(*(one() for _ in range(8)))
-            return count
+        process = psutil.Process(process_at(address))
 
         async def half(rate: float, for_s: float) -> list[float]:
             times: list[float] = []
@@ -137,9 +98,9 @@ def measure_load(seconds: float) -> LoadResult:
             await asyncio.gather(*(one(begin + number / rate) for number in range(int(for_s * rate))))
             return sorted(times)
 
-        servers.wait(full(seconds / 2))
+        servers.wait(full_load(lambda: remote._sums(parts), seconds / 2))
         before = process.memory_info().rss
-        rate = servers.wait(full(seconds)) / seconds
+        rate = servers.wait(full_load(lambda: remote._sums(parts), seconds))
         growth = process.memory_info().rss / before - 1
         gc.collect()
         gc.freeze()  # or p99 would be how long this process's collector looks at all that torch has brought
@@ -174,14 +135,14 @@ def measure_memory(folder: Path, seconds: float) -> MemoryResult:
         seconds: after a tenth of it, or a minute, to warm up.
     """
     case, pushed = CASES[0], Case("push", 256, 16, 64, 256)
-    with _running(_serve_table, folder=folder, log_gib=0.125) as address, TableServers([address]) as servers:
-        remote, _, codes, scores = _made(case, servers)
+    with running(serve_table, folder=folder, log_gib=0.125) as address, TableServers([address]) as servers:
+        remote, _, codes, scores = made(case, servers)
         parts = parts_of(remote.plan, codes, scores, case.stride)
         tables = [_trained(pushed, servers, f"t{number}") for number in range(4)]
-        _, push_codes, push_scores = _drawn(pushed)
+        _, push_codes, push_scores = drawn(pushed)
         push_parts = parts_of(tables[0].plan, push_codes, push_scores, pushed.stride)
         grad = torch.randn(pushed.num_tokens, pushed.row_dim)
-        process = psutil.Process(_process_at(address))
+        process = psutil.Process(process_at(address))
         part_s = min(60.0, seconds / 10)
 
         async def load(for_s: float) -> tuple[int, int, list[int]]:
@@ -225,8 +186,8 @@ def measure_log(folder: Path, rounds: int, pushes: int = 30) -> LogResult:
     case = Case("push", 256, 16, 64, 256)
     times: dict[str, list[float]] = {"log": [], "checkpoint": []}
     with (
-        _running(_serve_table, folder=folder) as logged,
-        _running(_serve_table, folder=folder, durability="checkpoint") as unlogged,
+        running(serve_table, folder=folder) as logged,
+        running(serve_table, folder=folder, durability="checkpoint") as unlogged,
         TableServers([logged]) as one,
         TableServers([unlogged]) as other,
     ):
@@ -235,7 +196,7 @@ def measure_log(folder: Path, rounds: int, pushes: int = 30) -> LogResult:
             name: [_trained(case, servers, f"t{number}") for number in range(_IN_FLIGHT)]
             for name, servers in both.items()
         }
-        _, codes, scores = _drawn(case)
+        _, codes, scores = drawn(case)
         grad = torch.randn(case.num_tokens, case.row_dim)
         for turn in range(rounds + 1):
             for name in both if turn % 2 else reversed(both):
@@ -267,7 +228,7 @@ async def _push_all(
 
 
 def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> LookupResult:
-    remote, local, codes, scores = _made(case, servers)
+    remote, local, codes, scores = made(case, servers)
     parts = parts_of(remote.plan, codes, scores, case.stride)
     with torch.no_grad():
         expected = local(codes, scores, code_stride=case.stride)
@@ -279,7 +240,7 @@ def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> Loo
     sums = packed_message(expected[: max(1, case.num_tokens // len(requests))])
     reply = pb.LookupReply(sums=sums)
     messages = [pb.LookupRequest.FromString(request.serialized()) for request in requests]
-    channel = grpc.insecure_channel(idle, options=_OPTIONS)
+    channel = grpc.insecure_channel(idle, options=OPTIONS)
     stub = TableServiceStub(channel)  # type: ignore[no-untyped-call]
     stub.Write(iter([pb.WriteRequest(values=reply.sums)]))  # what it answers every message with
     calls: dict[str, Callable[[], Any]] = {
@@ -313,81 +274,6 @@ def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> Loo
     )
 
 
-def _drawn(case: Case) -> tuple[TableSpec, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    spec = TableSpec(name=case.name, num_rows=case.num_slots * case.stride, row_dim=case.row_dim, dtype=torch.float32)
-    codes = torch.randint(0, case.stride, (case.num_tokens, case.num_slots), generator=generator).to(torch.uint8)
-    return spec, codes, torch.randn(case.num_tokens, case.num_slots, generator=generator)
-
-
-def _made(case: Case, servers: TableServers) -> tuple[RemoteTable, LocalTable, Tensor, Tensor]:
-    spec, codes, scores = _drawn(case)
-    remote, local = RemoteTable(column_wise(spec, [0]), servers, seed=1), LocalTable(spec)
-    with torch.no_grad():
-        local.weight.copy_(remote.rows())
-    return remote, local, codes, scores
-
-
 def _trained(case: Case, servers: TableServers, name: str) -> RemoteTable:
     spec = TableSpec(name=name, num_rows=case.num_slots * case.stride, row_dim=case.row_dim, dtype=torch.float32)
     return RemoteTable(column_wise(spec, [0]), servers, seed=1, fuse=RowSGD(lr=0.01))
-
-
-def _process_at(address: str) -> int:
-    port = int(address.rpartition(":")[2])
-    for child in psutil.Process().children(recursive=True):
-        if any(each.laddr.port == port and each.status == "LISTEN" for each in child.net_connections("tcp")):
-            return int(child.pid)
-    raise UnavailableError(f"a server must listen at {address}; no child of this process does")
-
-
-@contextmanager
-def _running(target: Callable[..., None], folder: Path | None = None, **settings: Any) -> Iterator[str]:
-    context = multiprocessing.get_context("spawn")
-    said, theirs = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="mfdist-bench-", dir=folder) as data:
-        process = context.Process(target=target, args=(theirs, data, settings), daemon=True)
-        with asleep_in_children():
-            process.start()
-        theirs.close()
-        try:
-            if not said.poll(_START_S):
-                raise UnavailableError(f"a server must start within {_START_S:g} s; it did not")
-            yield said.recv()
-        finally:
-            process.kill()
-            process.join()
-
-
-def _serve_table(said: Connection, data: str, settings: dict[str, Any]) -> None:
-    section = ServerSection(data=Path(data), **settings)
-    quiet = LogsConfig(level="warning")
-    serve(ServerConfig(server=section, logs=quiet), lambda address, _: said.send(address))
-
-
-class _Nothing(TableServiceServicer):
-    """Answers each message of a lookup with what it was last told to answer."""
-
-    def __init__(self) -> None:
-        self._reply = pb.LookupReply()
-
-    async def Write(self, requests: AsyncIterator[pb.WriteRequest], context: Any) -> pb.WriteReply:
-        async for request in requests:
-            self._reply = pb.LookupReply(sums=request.values)
-        return pb.WriteReply()
-
-    async def Lookup(self, requests: AsyncIterator[pb.LookupRequest], context: Any) -> AsyncIterator[pb.LookupReply]:
-        async for _ in requests:
-            yield self._reply
-
-
-def _serve_nothing(said: Connection, data: str, settings: dict[str, Any]) -> None:
-    async def run() -> None:
-        server = grpc.aio.server(options=_OPTIONS)
-        add_TableServiceServicer_to_server(_Nothing(), server)  # type: ignore[no-untyped-call]
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        said.send(f"127.0.0.1:{port}")
-        await server.wait_for_termination()
-
-    asyncio.run(run())
