@@ -56,12 +56,12 @@ class Reserved:
         return {name: amount for name, amount in wanted.items() if amount}
 
 
-def check_installed() -> None:
-    """Raise ConfigError where Ray is not there."""
+def check_installed(what: str = "mfdist launch") -> None:
+    """Raise ConfigError where Ray is not there, which `what` needs."""
     try:
         metadata.version("ray")
     except metadata.PackageNotFoundError:
-        raise ConfigError("mfdist launch needs Ray; pip install 'mfdist[ray]'") from None
+        raise ConfigError(f"{what} needs Ray; pip install 'mfdist[ray]'") from None
 
 
 @contextlib.contextmanager

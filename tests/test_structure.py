@@ -69,7 +69,7 @@ DOORS = {
         "mfdist.config_values",
         "mfdist.table_server.",
     ),
-    "ray": ("mfdist.launch.cluster", "mfdist.launch.local_head"),
+    "ray": ("mfdist.launch.cluster", "mfdist.launch.local_head", "mfdist.launch.ray_contender"),
     "tomli_w": ("mfdist.config",),
     "typer": ("mfdist.launch.cli.",),
     "rich": ("mfdist.launch.cli.",),
