@@ -174,7 +174,7 @@ class _Server:
 
     def __init__(self, batch: Batch, table: RemoteTable) -> None:
         self._batch, self._table = batch, table
-        self.num_threads = len(os.sched_getaffinity(0))
+        self.num_threads = os.cpu_count() or 1  # as a server does, unless its configuration says otherwise
 
     def sums(self) -> Tensor:
         batch = self._batch

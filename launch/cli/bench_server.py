@@ -42,8 +42,8 @@ def bench_server(
     Example: mfdist bench server --ray 5
 
     Sums and rows are compared first. Shares are of the speed of the same bytes through a gRPC server that does nothing,
-    and of the local lookup, in the same turns. --ray starts a Ray of its own: one actor as Ray makes it, which has one
-    thread (OMP_NUM_THREADS=1), and one that asks for all cores, which a server takes anyway.
+    and of the local lookup, in the same turns. --ray starts a Ray of its own: an actor as Ray makes it, which has one
+    thread (OMP_NUM_THREADS=1); one that asks for all cores, which a server takes anyway; one called with numpy arrays.
     """
     if not folder.is_dir():
         raise ConfigError(f"--dir must be a folder that is there; got {folder}")
