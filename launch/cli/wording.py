@@ -98,7 +98,8 @@ def outcome(event: Stopped) -> str:
         return f"finished {event.step:,} of {event.last_step:,} steps in {took}"
     if event.step == 0:
         return f"stopped by {event.reason} before the first step ({took}); there was nothing to save"
-    return f"stopped by {event.reason} after step {event.step:,} of {event.last_step:,} ({took}); all of it is saved"
+    kept = "all of it is saved" if event.is_saved else "nothing of it is saved, as checkpoint.every=0 has it"
+    return f"stopped by {event.reason} after step {event.step:,} of {event.last_step:,} ({took}); {kept}"
 
 
 def written(event: Stopped, progress: RunProgress) -> list[tuple[str, str]]:
@@ -112,6 +113,9 @@ def written(event: Stopped, progress: RunProgress) -> list[tuple[str, str]]:
 def commands(event: Stopped, verb: str = "train") -> list[tuple[str, str]]:
     """Return what to try next, as a purpose and a command that can be pasted into a shell; `verb` trains the run."""
     run = quoted(event.run_dir)
+    look = ("look at it", f"mfdist report {run} --open")
+    if not event.is_saved:
+        return [look]
     if event.reason != "finished":
         return [("go on", f"mfdist {verb} --resume {run}")]
     steps = event.last_step * 2
@@ -119,7 +123,7 @@ def commands(event: Stopped, verb: str = "train") -> list[tuple[str, str]]:
     return [
         ("write text", f'mfdist generate {run} --prompt "def " --tokens 50'),
         ("score it", f"mfdist evaluate {run} --json"),
-        ("look at it", f"mfdist report {run} --open"),
+        look,
         ("train on", f"mfdist {verb} --resume {run} {more}"),
     ]
 

@@ -135,13 +135,14 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped:
-    """The run is over for now; everything up to `step` is committed."""
+    """The run is over for now; everything up to `step` is committed, if anything is."""
 
     run_dir: Path
     step: int
     last_step: int
     reason: str  # "finished" or the name of the signal
     elapsed_s: float
+    is_saved: bool = True  # not with checkpoint.every = 0
 
 
 Event = (

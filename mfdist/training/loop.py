@@ -126,6 +126,7 @@ def train(
             last_step=session.config.training.steps,
             reason=reason,
             elapsed_s=time.monotonic() - start,
+            is_saved=session.config.checkpoint.every > 0,
         )
         tell(stopped)
     return stopped

@@ -329,7 +329,7 @@ def test_in_the_interpreter(part: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [make_lookup, lambda *sizes, **kinds: make_lookup(*sizes, is_compact=False, **kinds)])
 def test_on_a_gpu(make: Callable[..., Lookup], dtype: torch.dtype, rule: RowRule) -> None:
-    for sizes in ((100, 5, 64, 300), (20, 3, 64, 1024), (7, 1, 300, 12288)):
+    for sizes in ((100, 5, 64, 300), (20, 3, 64, 1024), (100, 2, 8, 1536), (7, 1, 300, 12288)):
         lookup = make(*sizes, dtype=dtype, id_dtype=torch.int32)
         before = make_updated(lookup.table, rule)
         got = Updated(before.table.cuda(), [each.cuda() for each in before.state])

@@ -35,6 +35,8 @@ def test_states_are_the_rules_own():
         (lambda: RowAdam(lr=0.1, state_dtype=torch.float16), "kept in fp32 or bf16; got torch.float16"),
         (lambda: RowAdam(lr=0.1, betas=(0.9, 1.0)), r"betas in \[0, 1\)"),
         (lambda: RowAdagrad(lr=0.1, seed=-1), "seed of stochastic rounding"),
+        (lambda: RowAdagrad(lr=0.1, decay=0.0), r"decay must lie in \(0, 1\]; got 0.0"),
+        (lambda: RowAdagrad(lr=0.1, decay=1.5), "got"),
     ],
 )
 def test_settings_out_of_range(make, message):
@@ -42,7 +44,7 @@ def test_settings_out_of_range(make, message):
         make()
 
 
-@pytest.mark.parametrize("optimizer", [RowAdagrad(lr=0.1), RowAdam(lr=0.1, state_dtype=torch.bfloat16)])
+@pytest.mark.parametrize("optimizer", [RowAdagrad(lr=0.1, decay=0.5), RowAdam(lr=0.1, state_dtype=torch.bfloat16)])
 def test_saved_and_loaded_it_goes_on_bit_for_bit(optimizer):
     rows, grads = torch.randn(6, 4).bfloat16(), torch.randn(5, 6, 4)
     state = RowState(optimizer, rows, region())

@@ -76,7 +76,8 @@ def test_a_run_learns_and_tells_its_story_in_order(tmp_path, tiny_config):
 def test_a_run_without_checkpoints_saves_nothing(tmp_path, tiny_config):
     run = RunDirectory.create(tmp_path / "run", set_keys(tiny_config, "checkpoint.every=0"))
     events = recorded(run)
-    assert of(Stopped, events)[0].reason == "finished" and not of(Saved, events)
+    stopped = of(Stopped, events)[0]
+    assert (stopped.reason, stopped.is_saved) == ("finished", False) and not of(Saved, events)
     assert not run.checkpoints.steps()
 
 

@@ -88,6 +88,13 @@ def test_tables_have_seeds_of_their_own_that_follow_from_the_runs():
     assert len({*seeds(0), *seeds(1)}) == 6 and seeds(0) == seeds(0)
 
 
+def test_settings_reach_the_rows():
+    tables = TableGroupConfig(rule="rowwise_adagrad", accumulator_decay=0.75, weight_decay=0.25)
+    optimizer = RunOptimizer(model(), OptimizerConfig(tables=tables))
+    for _, state in optimizer._rows.values():
+        assert (state.optimizer.decay, state.optimizer.weight_decay) == (0.75, 0.25)
+
+
 def test_a_step_that_is_not_finite_leaves_fused_rows_finite_and_says_what_was_updated(tiny_config):
     tables = TableGroupConfig(rule="rowwise_adagrad")
     made = model()
@@ -123,6 +130,7 @@ def test_a_runs_rule_cannot_change_but_its_rate_can(tmp_path, tiny_config):
         ((f"{TABLES}.rule=adam", f"{TABLES}.clip_norm=1.0"), r"clip_norm must be 0 where tables are fused"),
         ((f"{TABLES}.rule=sgd",), r"give optimizer\.tables\.lr"),
         ((f"{TABLES}.rule=rowwise_adagrad", f"{TABLES}.state_dtype=bf16"), r'state_dtype="bf16" is for rule="adam"'),
+        ((f"{TABLES}.rule=adam", f"{TABLES}.accumulator_decay=0.9"), 'accumulator_decay is for rule="rowwise_adagrad"'),
         (("model.table_dtype=bf16",), r'"bf16" needs a row optimiser'),
         ((f"{TABLES}.rule=adam", "training.micro_batches=2"), r"micro_batches must be 1 where tables are fused"),
     ],

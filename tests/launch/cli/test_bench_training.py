@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mfdist.benchmarks.training import CONTENDERS, TrainingSpeed
+from mfdist.launch.cli.bench_training import _line as line_of
 
 from .conftest import TINY
 
@@ -31,6 +32,12 @@ def test_too_slow_is_a_failure(mfdist):
     code, _, err = mfdist("bench", "training", TINY, "--steps", "1", "--device", "cpu", "--at-least", "1000")
     assert code == 1
     assert "must train at 1000 of its twin's speed; got" in err
+
+
+def test_what_does_not_fit_has_a_note_and_is_not_wrong():
+    speed = TrainingSpeed(contender="MemoryFormer", note="needs more memory than there is")
+    assert not speed.is_wrong
+    assert line_of(speed).split("  ")[-1].strip() == "needs more memory than there is"
 
 
 @pytest.mark.parametrize("last", [2.0, 1.0, float("nan")])
