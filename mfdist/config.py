@@ -89,6 +89,14 @@ class ParameterGroupConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how lr falls after warm-up")
 
 
+class DenseGroupConfig(ParameterGroupConfig):
+    """Everything that is not a row of a table: embedding, norms, biases, classifier head; the twin's matrices too."""
+
+    embedding_lr: Positive | None = Field(
+        None, description="peak learning rate of the token embedding, which bears a higher one; by default lr"
+    )
+
+
 class TableGroupConfig(ParameterGroupConfig):
     """How rows of tables are trained.
 
@@ -146,7 +154,7 @@ class TableGroupConfig(ParameterGroupConfig):
 class OptimizerConfig(Section):
     """Two groups: the dense parameters, which AdamW trains, and the tables."""
 
-    dense: ParameterGroupConfig = ParameterGroupConfig(lr=1e-3)
+    dense: DenseGroupConfig = DenseGroupConfig(lr=1e-3)
     tables: TableGroupConfig = TableGroupConfig()
 
     @model_validator(mode="after")

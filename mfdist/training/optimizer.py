@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfdist.config import OptimizerConfig, ParameterGroupConfig, TableGroupConfig
+from mfdist.config import DenseGroupConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig
 from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD, RowState
 from mfdist.table import Table
 from mfdist.tables.sharded import ShardedTable
@@ -30,8 +31,9 @@ def table_parameter_names(model: nn.Module) -> dict[str, str]:
 class RunOptimizer:
     """AdamW with a dense and a table group, clipped and scheduled apart; or a row optimiser in place of the second.
 
-    Norm weights and biases (one-dimensional parameters) are not decayed. Call order a step: `set_rates`, backward,
-    `gradient_norms`, `step`. Fused tables are updated in backward, at the rate set before; everything else in `step`.
+    Norm weights and biases (one-dimensional parameters) are not decayed; token embeddings may have a rate of their own,
+    which follows the dense schedule. Call order a step: `set_rates`, backward, `gradient_norms`, `step`. Fused tables
+    are updated in backward, at the rate set before; everything else in `step`.
 
     Args:
         model: its tables are fused here, where the configuration says so.
@@ -57,27 +59,33 @@ class RunOptimizer:
             "dense": [parameter for name, parameter in named if name not in tables],
             "tables": [parameter for name, parameter in named if name in tables],
         }
-        groups = []
+        self.adamw = torch.optim.AdamW(self._groups(_embeddings(model), config.dense), fused=True)
+
+    def _groups(self, embeddings: set[int], dense: DenseGroupConfig) -> list[dict[str, Any]]:
+        """Return AdamW's groups: parameters of one kind, decay and share of their kind's rate."""
+        assert dense.lr is not None
+        embedding_share = (dense.embedding_lr or dense.lr) / dense.lr
+        chosen: dict[tuple[str, float, bool], list[Tensor]] = {}
         for name, parameters in self._parameters.items():
+            for parameter in parameters:
+                if self.names[id(parameter)] not in self._rows:
+                    share = embedding_share if id(parameter) in embeddings else 1.0
+                    chosen.setdefault((name, share, parameter.ndim > 1), []).append(parameter)
+        groups = []
+        for (name, share, is_decayed), parameters in chosen.items():
             settings = self._configs[name]
-            for is_decayed in (True, False):
-                chosen = [
-                    parameter
-                    for parameter in parameters
-                    if (parameter.ndim > 1) == is_decayed and self.names[id(parameter)] not in self._rows
-                ]
-                if chosen:
-                    groups.append(
-                        {
-                            "params": chosen,
-                            "lr": self._peak_lr[name],
-                            "betas": settings.betas,
-                            "eps": settings.eps,
-                            "weight_decay": settings.weight_decay if is_decayed else 0.0,
-                            "group": name,
-                        }
-                    )
-        self.adamw = torch.optim.AdamW(groups, fused=True)
+            groups.append(
+                {
+                    "params": parameters,
+                    "lr": share * self._peak_lr[name],
+                    "betas": settings.betas,
+                    "eps": settings.eps,
+                    "weight_decay": settings.weight_decay if is_decayed else 0.0,
+                    "group": name,
+                    "share": share,
+                }
+            )
+        return groups
 
     def learning_rates(self, step: int, num_steps: int) -> dict[str, float]:
         """Return the rates of step `step` (counted from 0) of `num_steps`, by group."""
@@ -88,7 +96,7 @@ class RunOptimizer:
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Set the rates of the next update, by group; before backward, which is the update of fused tables."""
         for group in self.adamw.param_groups:
-            group["lr"] = rates[group["group"]]
+            group["lr"] = group["share"] * rates[group["group"]]
         for _, state in self._rows.values():
             state.lr = rates["tables"]
 
@@ -153,6 +161,10 @@ class RunOptimizer:
 
     def _all(self) -> Iterable[Tensor]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _counted_elsewhere(model: nn.Module, world: World | None) -> set[int]:

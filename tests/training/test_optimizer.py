@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfdist.config import ModelConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig
+from mfdist.config import DenseGroupConfig, ModelConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig
 from mfdist.models import build_model
 from mfdist.training.optimizer import RunOptimizer, lr_factor, table_parameter_names
 
@@ -42,10 +42,24 @@ def test_every_parameter_is_in_one_group_and_tables_are_their_own():
 
 
 def test_tables_learn_at_three_times_the_dense_rate_unless_told():
-    rates = RunOptimizer(model(), OptimizerConfig(dense=ParameterGroupConfig(lr=0.002))).learning_rates(0, 1)
+    rates = RunOptimizer(model(), OptimizerConfig(dense=DenseGroupConfig(lr=0.002))).learning_rates(0, 1)
     assert rates["tables"] == pytest.approx(3 * rates["dense"])
-    told = OptimizerConfig(dense=ParameterGroupConfig(lr=0.002), tables=TableGroupConfig(lr=0.5, schedule="constant"))
+    told = OptimizerConfig(dense=DenseGroupConfig(lr=0.002), tables=TableGroupConfig(lr=0.5, schedule="constant"))
     assert RunOptimizer(model(), told).learning_rates(50, 100)["tables"] == 0.5
+
+
+def test_the_embedding_learns_at_its_own_rate_and_on_the_dense_schedule():
+    made = model()
+    optimizer = RunOptimizer(made, OptimizerConfig(dense=DenseGroupConfig(lr=0.002, embedding_lr=0.01)))
+    for step in (0, 7):
+        rates = optimizer.learning_rates(step, 10)
+        optimizer.set_rates(rates)
+        of_embedding = [group for group in optimizer.adamw.param_groups if group["share"] != 1]
+        assert [id(value) for group in of_embedding for value in group["params"]] == [id(made.embedding.weight)]
+        assert of_embedding[0]["lr"] == pytest.approx(5 * rates["dense"])
+        assert of_embedding[0]["weight_decay"] == 0.1
+        others = [group for group in optimizer.adamw.param_groups if group["share"] == 1]
+        assert all(group["lr"] == rates[group["group"]] for group in others)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -64,7 +78,7 @@ def test_one_step_runs_need_no_warm_up():
 def test_groups_are_clipped_apart_and_norms_are_those_before():
     made = with_gradients(model())
     config = OptimizerConfig(
-        dense=ParameterGroupConfig(lr=0.1, clip_norm=0.5), tables=TableGroupConfig(lr=0.1, clip_norm=0.25)
+        dense=DenseGroupConfig(lr=0.1, clip_norm=0.5), tables=TableGroupConfig(lr=0.1, clip_norm=0.25)
     )
     tables = table_parameter_names(made)
     groups = {
@@ -90,7 +104,7 @@ def test_gradients_within_the_limit_are_left_alone(clip_norm):
     made = with_gradients(model())
     kept = [value.grad.clone() for value in made.parameters()]
     settings = {"lr": 0.1, "clip_norm": clip_norm}
-    config = OptimizerConfig(dense=ParameterGroupConfig(**settings), tables=TableGroupConfig(**settings))
+    config = OptimizerConfig(dense=DenseGroupConfig(**settings), tables=TableGroupConfig(**settings))
     optimizer = RunOptimizer(made, config)
     optimizer.drop_gradients = lambda: None
     update(optimizer, 0)

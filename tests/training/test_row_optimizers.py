@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfdist.config import ModelConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig, parse_config
+from mfdist.config import DenseGroupConfig, ModelConfig, OptimizerConfig, TableGroupConfig, parse_config
 from mfdist.errors import ConfigError, ConsistencyError, NonFiniteError
 from mfdist.models import build_model
 from mfdist.training.events import Evaluated, Started, Stepped
@@ -62,7 +62,7 @@ def test_fused_or_not_rows_take_the_same_steps(rule):
         tables = TableGroupConfig(rule=rule, fused=fused, lr=0.01, clip_norm=0.0)
         made = model()
         before = {name: value.detach().clone() for name, value in made.named_parameters()}
-        optimizer = RunOptimizer(made, OptimizerConfig(dense=ParameterGroupConfig(lr=0.01), tables=tables), seed=5)
+        optimizer = RunOptimizer(made, OptimizerConfig(dense=DenseGroupConfig(lr=0.01), tables=tables), seed=5)
         for step in range(3):
             step_once(made, optimizer, step)
         ends.append(dict(made.named_parameters()))

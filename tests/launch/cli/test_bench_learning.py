@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, _without_compiling, flops_per_token, gap
+from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, _without_compiling, flops_per_token, gaps
 from mfdist.config import ModelConfig, load_config
 
 from .conftest import TINY
@@ -21,12 +21,13 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     found = tmp_path / "found.json"
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--minutes", "0")
     assert (code, err) == (0, "")
-    assert "2 runs are missing" in out
+    assert "3 runs are missing" in out
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--json", found)
-    assert (code, err.split("\n")[:-1]) == (0, ["training memory-seed-0", "training twin-2e-3-seed-0"])
-    assert "ahead of twin-2e-3 by" in out
+    names = ["memory", "twin-2e-3", "twin-2e-3-20e-3"]
+    assert (code, err.split("\n")[:-1]) == (0, [f"training {name}-seed-0" for name in names])
+    assert all(f"ahead of {name} by" in out for name in names[1:])
     results = json.loads(found.read_text("utf-8"))["results"]
-    assert [result["variant"] for result in results] == ["memory", "twin-2e-3"]
+    assert [result["variant"] for result in results] == names
     for result in results:
         assert [point["step"] for point in result["points"]] == [5, 10, 12]
         assert [point["tokens"] for point in result["points"]] == [640, 1280, 1536]
@@ -61,7 +62,7 @@ def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, work
         stopper.join()
     assert (code, err.splitlines()[0]) == (0, "training memory-seed-0")
     assert "training twin" not in err
-    assert len(out.splitlines()) == 2 and out.splitlines()[1].startswith("2 runs are missing")
+    assert len(out.splitlines()) == 2 and out.splitlines()[1].startswith("3 runs are missing")
 
 
 def test_every_variant_is_a_configuration(mfdist):
@@ -102,7 +103,7 @@ def learned(variant, question, seed, *curve):
     return Learned(variant=variant, question=question, seed=seed, tokens_per_s=1.0, peak_memory_bytes=1, points=points)
 
 
-def test_the_gap_is_to_the_best_twin_at_equal_tokens_and_at_equal_seconds():
+def test_gaps_are_to_all_twins_the_best_first_at_equal_tokens_and_at_equal_seconds():
     found = [
         learned("memory", "memory", 0, (10, 4.0), (20, 3.0)),
         learned("memory", "memory", 1, (10, 4.0), (20, 3.2)),
@@ -111,8 +112,9 @@ def test_the_gap_is_to_the_best_twin_at_equal_tokens_and_at_equal_seconds():
         learned("twin-b", "twin", 0, (5, 4.4), (10, 3.9)),
         learned("lr-1e-3", "learning rate", 0, (5, 1.0), (10, 1.0)),
     ]
-    assert gap(found) == Gap(
+    best, other = gaps(found)
+    assert best == Gap(
         twin="twin-a", at_tokens=pytest.approx(0.6), at_seconds=pytest.approx(-0.3), spread=pytest.approx(0.2)
     )
-    assert gap(found[:2]) is None
-    assert gap(found[2:]) is None
+    assert (other.twin, other.at_tokens) == ("twin-b", pytest.approx(0.8))
+    assert gaps(found[:2]) == gaps(found[2:]) == []
