@@ -14,6 +14,10 @@ from mfdist.errors import ConfigError
 
 ROTARY_BASE = 10_000.0
 
+torch.library.define(
+    "mfdist::rotation", "(Tensor positions, int rotary_dim, ScalarType dtype) -> (Tensor cosine, Tensor sine)"
+)
+
 
 class KeyValueStore(Protocol):
     """What attention asks of a cache: one layer's keys and values, to which those of new tokens are added."""
@@ -77,10 +81,28 @@ def place(
     num_new = positions.shape[-1]
     if mask is None and seen and num_new > 1:
         mask = torch.ones(num_new, seen + num_new, dtype=torch.bool, device=positions.device).tril(seen)[None, None]
-    dtype = torch.promote_types(dtype, torch.float32)
+    # As an operator, which the compiler leaves as it is: it would take powers and cosines anew for every head's element
+    # in every layer. For one token that is the faster way.
+    rotation = _rotation if num_new == 1 else torch.ops.mfdist.rotation.default
+    cosine, sine = rotation(positions, rotary_dim, torch.promote_types(dtype, torch.float32))
+    return Placement(cosine, sine, mask, is_causal=mask is None and seen == 0)
+
+
+def _rotation(positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of all angles, [B or 1, 1, T, rotary_dim / 2], in `dtype`."""
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype) / max(1, rotary_dim)
-    angle = positions.to(dtype).view(-1, 1, num_new, 1) * ROTARY_BASE**-exponent
-    return Placement(angle.cos(), angle.sin(), mask, is_causal=mask is None and seen == 0)
+    angle = positions.to(dtype).view(-1, 1, positions.shape[-1], 1) * ROTARY_BASE**-exponent
+    return angle.cos(), angle.sin()
+
+
+def _shapes_of(positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    num_new = positions.shape[-1]
+    made = positions.new_empty((positions.numel() // num_new, 1, num_new, rotary_dim // 2), dtype=dtype)
+    return made, torch.empty_like(made)
+
+
+torch.library.impl("mfdist::rotation", "CompositeExplicitAutograd", _rotation)
+torch.library.register_fake("mfdist::rotation", _shapes_of)
 
 
 def attend(qkv: Tensor, num_heads: int, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
