@@ -5,21 +5,21 @@ depend. One trains after the other, each alone on the device, so that its peak o
 """
 
 import gc
-import itertools
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from mfdist.config import RunConfig, load_config
 from mfdist.models import Transformer, build_model
-from mfdist.training.device import peak_memory_bytes, synchronize
+from mfdist.training.device import peak_memory_bytes
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import time_shares
-from mfdist.training.step import StepResult, TrainStep
+from mfdist.training.step import TrainStep
+from mfdist.training.stepping import Stepping
 
 #: Contender → what is changed in the preset; the one that all are compared with comes first.
 CONTENDERS = {
@@ -113,23 +113,19 @@ def _measured(
     train_step = TrainStep(model, optimizer, training, device)
     shape = (_BATCHES, training.batch_size, training.seq_len + 1)
     batches = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    numbers = itertools.count()
-
-    def step() -> StepResult:
-        number = next(numbers)
-        tokens = batches[number % _BATCHES]
-        # The rates near the schedule's end: at their peak, without the warm-up before it, a wide model may diverge.
-        return train_step(max(number, training.steps * 9 // 10), tokens[:, :-1], tokens[:, 1:])
-
-    losses, seconds = [step().loss for _ in range(_WARMUP_STEPS)], []
-    for _ in range(steps):
-        synchronize(device)
-        began = time.perf_counter()
-        losses.append(step().loss)
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
+    # The rates near the schedule's end: at their peak, without the warm-up before it, a wide model may diverge.
+    first_step = training.steps * 9 // 10
+    stepping = Stepping(train_step, lambda step: _in_two(batches[step % _BATCHES]), config, device)
+    losses: list[float] = []
+    last_step = first_step + _WARMUP_STEPS + steps - 1
+    for step in range(first_step, last_step + 1):
+        # What is compiled in a step is not to be waited for in the next one's time.
+        is_read = step - first_step < _WARMUP_STEPS or step == last_step
+        losses += [told.loss for told in stepping.step(step, is_read=is_read)]
+    seconds = stepping.seconds[_WARMUP_STEPS:]
     peak = peak_memory_bytes(device) if device.type == "cuda" else None
-    _, shares = time_shares(step, device)
+    last_batch = _in_two(batches[last_step % _BATCHES])
+    _, shares = time_shares(lambda: train_step(last_step, *last_batch), device)
     tokens_per_s = training.batch_size * training.seq_len / statistics.median(seconds)
     return TrainingSpeed(
         contender=contender,
@@ -142,6 +138,11 @@ def _measured(
         first_loss=losses[0],
         last_loss=losses[_BATCHES * ((len(losses) - 1) // _BATCHES)],
     )
+
+
+def _in_two(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs and targets that tokens [B, T + 1] are."""
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _table_bytes(model: Transformer, optimizer: RunOptimizer) -> float | None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from statistics import median
-from typing import NamedTuple
 
 import torch
 
@@ -21,14 +20,13 @@ from mfdist.models.loads import table_specs
 from mfdist.training.data.batches import BatchOrder, TokenBatches
 from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
-from mfdist.training.device import describe_device, deterministic, peak_memory_bytes, synchronize
+from mfdist.training.device import describe_device, deterministic
 from mfdist.training.events import (
     Event,
     Failed,
     Observer,
     Sampled,
     Started,
-    Stepped,
     Stopped,
     TwinTimed,
     Warned,
@@ -38,22 +36,18 @@ from mfdist.training.generation import GenerationConfig, Generator
 from mfdist.training.interrupts import StopRequest, stop_on_signals
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
-from mfdist.training.profile import LOOKUPS, time_shares
 from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
 from mfdist.training.spread import plan_of
 from mfdist.training.state import capture, check_config, check_data, held_regions, load_training
 from mfdist.training.step import TrainStep
+from mfdist.training.stepping import Stepping
 from mfdist.training.table_home import TableHome
 from mfdist.training.twin import time_dense_twin
 from mfdist.training.validation import Validation
 from mfdist.training.world import World, joined
 from mfdist.training.writing import writing
 
-#: Between measurements of what a step's time goes to, which take a few times as long as a quick step, at least so many
-#: steps and so many seconds pass.
-PROFILE_EVERY = 50
-PROFILE_EVERY_S = 20.0
 NUM_SAMPLE_TOKENS = 100
 
 
@@ -132,11 +126,6 @@ def train(
     return stopped
 
 
-class _Timing(NamedTuple):
-    step_s: float
-    is_profiled: bool
-
-
 class _Session:
     """One stretch of training: everything that lives from `train`'s start to its end."""
 
@@ -164,16 +153,19 @@ class _Session:
         self._optimizer = optimizer
         self._device = next(model.parameters()).device
         self._checkpoints = checkpoints
-        self._batches = _batches(config, store, world)
         self._validate = Validation(
             model, store, config, world, can_redraw=_can_redraw(run, self._device), keep=run.write_table_use
         )
-        self._train_step = train_step
+        self._stepping = Stepping(
+            train_step,
+            _batches(config, store, world).at,
+            config,
+            self._device,
+            first_profiled=first_step + 2,  # not the first two, which compile
+        )
         self._twin_tokens_per_s = twin_tokens_per_s
         self._table_home = table_home
         self._is_new = is_new
-        #: The first step and the first time at which a step may be profiled; not the first two, which compile.
-        self._next_profile = (first_step + 2, 0.0)
 
     @classmethod
     def prepare(
@@ -270,22 +262,24 @@ class _Session:
         """Step until the end or a request to stop; return the last finished step and the reason."""
         training, checkpoint = self.config.training, self.config.checkpoint
         step = saved = self.first_step
-        timings: list[_Timing] = []
         with RunSaver(self._checkpoints, checkpoint, tell) as saver:
             if self._is_new and self._table_home is not None and checkpoint.every:
                 # Rows elsewhere outlive this process: should it die before the first commit, they go back to this one.
                 saver.save(self._captured(step))
             while step < training.steps and not self._world.any(request.reason is not None):
-                event, timing = self._step(step)
+                is_validated = (step + 1) % training.eval_every == 0 and step + 1 < training.steps
+                is_saved = checkpoint.every > 0 and (step + 1) % checkpoint.every == 0
+                for event in self._stepping.step(step, is_read=is_validated or is_saved):
+                    tell(event)
                 step += 1
-                timings.append(timing)
-                tell(event)
                 saver.report()
-                if step % training.eval_every == 0 and step < training.steps:
+                if is_validated:
                     self._validate(step, training.eval_sequences, tell)
-                if checkpoint.every and step % checkpoint.every == 0:
+                if is_saved:
                     saver.save(self._captured(step))
                     saved = step
+            for event in self._stepping.rest():
+                tell(event)
             if checkpoint.every and step > saved:
                 saver.save(self._captured(step))
             saver.finish()
@@ -293,36 +287,8 @@ class _Session:
         if is_finished:
             self._validate(step, None, tell)
             self._sample(tell)
-        self._compare_speed(timings, tell)
+        self._compare_speed(tell)
         return step, "finished" if is_finished else str(self._world.first_found(request.reason))
-
-    def _step(self, step: int) -> tuple[Stepped, _Timing]:
-        training = self.config.training
-        inputs, targets = self._batches.at(step)
-        start = time.perf_counter()
-        is_profiled = step >= self._next_profile[0] and start >= self._next_profile[1]
-        if is_profiled:
-            result, shares = time_shares(lambda: self._train_step(step, inputs, targets), self._device)
-        else:
-            result, shares = self._train_step(step, inputs, targets), None
-        synchronize(self._device)
-        step_s = time.perf_counter() - start
-        if is_profiled:
-            self._next_profile = (step + PROFILE_EVERY, start + PROFILE_EVERY_S)
-        event = Stepped(
-            step=step + 1,
-            loss=result.loss,
-            dense_lr=result.rates["dense"],
-            table_lr=result.rates["tables"],
-            dense_grad_norm=result.dense_grad_norm,
-            table_grad_norm=result.table_grad_norm,
-            tokens_per_s=training.batch_size * training.seq_len / step_s,
-            step_s=step_s,
-            peak_memory_bytes=peak_memory_bytes(self._device),
-            lookup_share=shares.get(LOOKUPS, 0.0) if shares and self.config.model.kind == "memory" else None,
-            time_shares=shares,
-        )
-        return event, _Timing(step_s, is_profiled)
 
     def _captured(self, step: int) -> CheckpointState:
         if self._table_home is not None:  # first: what commits the step must find its tables there
@@ -337,14 +303,13 @@ class _Session:
             text = "".join(generator.stream(prompt, GenerationConfig(num_tokens=NUM_SAMPLE_TOKENS)))
             tell(Sampled(prompt=prompt, text=text))
 
-    def _compare_speed(self, timings: list[_Timing], tell: Observer) -> None:
-        plain = [timing.step_s for timing in timings if not timing.is_profiled]
-        if self._twin_tokens_per_s is not None and plain:
+    def _compare_speed(self, tell: Observer) -> None:
+        if self._twin_tokens_per_s is not None and self._stepping.seconds:
             tokens_per_step = self.config.training.batch_size * self.config.training.seq_len
             tell(
                 TwinTimed(
                     tokens_per_s=self._twin_tokens_per_s,
-                    model_tokens_per_s=tokens_per_step / median(plain),
+                    model_tokens_per_s=tokens_per_step / median(self._stepping.seconds),
                     num_steps=self.config.training.twin_steps,
                 )
             )

@@ -16,6 +16,8 @@ from mfdist.training.world import World
 
 #: Tables learn at this multiple of the dense rate where none is given. Source of 3: MemoryFormer, section 3.1.
 TABLE_LR_MULTIPLE = {"adamw": 3.0, "adam": 3.0, "rowwise_adagrad": 10.0}
+#: Added to a norm before it is divided by, as torch does when it clips.
+_CLIP_EPS = 1e-6
 
 
 def table_parameter_names(model: nn.Module) -> dict[str, str]:
@@ -33,7 +35,8 @@ class RunOptimizer:
 
     Norm weights and biases (one-dimensional parameters) are not decayed; token embeddings may have a rate of their own,
     which follows the dense schedule. Call order a step: `set_rates`, backward, `gradient_norms`, `step`. Fused tables
-    are updated in backward, at the rate set before; everything else in `step`.
+    are updated in backward, at the rate set before; everything else in `step`. On a GPU none of them waits for the
+    device, but for rows that a row optimiser trains without being fused.
 
     Args:
         model: its tables are fused here, where the configuration says so.
@@ -48,6 +51,7 @@ class RunOptimizer:
         self._counted_elsewhere = _counted_elsewhere(model, world)
         table_lr = config.tables.lr or TABLE_LR_MULTIPLE[config.tables.rule] * config.dense.lr
         self.is_fused = config.tables.is_fused
+        self._nothing = torch.zeros((), device=next(model.parameters()).device)
         self._peak_lr = {"dense": config.dense.lr, "tables": table_lr}
         self._configs: dict[str, ParameterGroupConfig] = {"dense": config.dense, "tables": config.tables}
         tables = table_parameter_names(model)
@@ -59,7 +63,13 @@ class RunOptimizer:
             "dense": [parameter for name, parameter in named if name not in tables],
             "tables": [parameter for name, parameter in named if name in tables],
         }
-        self.adamw = torch.optim.AdamW(self._groups(_embeddings(model), config.dense), fused=True)
+        groups = self._groups(_embeddings(model), config.dense)
+        #: group → its AdamW, where it has parameters for one
+        self._adamw = {
+            name: torch.optim.AdamW(chosen, fused=True)
+            for name in self._parameters
+            if (chosen := [group for group in groups if group["group"] == name])
+        }
 
     def _groups(self, embeddings: set[int], dense: DenseGroupConfig) -> list[dict[str, Any]]:
         """Return AdamW's groups: parameters of one kind, decay and share of their kind's rate."""
@@ -87,6 +97,11 @@ class RunOptimizer:
             )
         return groups
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return AdamW's groups of parameters, each with its settings and the name of our group."""
+        return [group for adamw in self._adamw.values() for group in adamw.param_groups]
+
     def learning_rates(self, step: int, num_steps: int) -> dict[str, float]:
         """Return the rates of step `step` (counted from 0) of `num_steps`, by group."""
         return {
@@ -95,7 +110,7 @@ class RunOptimizer:
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Set the rates of the next update, by group; before backward, which is the update of fused tables."""
-        for group in self.adamw.param_groups:
+        for group in self.param_groups:
             group["lr"] = group["share"] * rates[group["group"]]
         for _, state in self._rows.values():
             state.lr = rates["tables"]
@@ -109,27 +124,37 @@ class RunOptimizer:
                 for parameter in parameters
                 if parameter.grad is not None and id(parameter) not in self._counted_elsewhere
             ]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            norm = torch.nn.utils.get_total_norm(gradients) if gradients else self._nothing
             if name == "tables" and self._world is not None and not self._world.is_alone:
                 norm = self._world.total(norm.square()).sqrt()
             norms[name] = norm
         return norms
 
-    def step(self, norms: Mapping[str, float]) -> None:
+    def step(self, norms: Mapping[str, Tensor], is_sound: Tensor | None = None) -> None:
         """Apply one update to what is not fused, and drop the gradients.
 
-        A group whose norm exceeds its `clip_norm` is scaled down to it first; the others cost no pass over their
-        gradients.
+        Args:
+            norms: what `gradient_norms` returned; a group whose norm exceeds its `clip_norm` is scaled down to it.
+            is_sound: a boolean on the parameters' device; False leaves parameters and states as they are.
         """
-        for name, parameters in self._parameters.items():
-            limit = self._configs[name].clip_norm
-            if limit and norms[name] > limit:
-                torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norms[name]))
-        self.adamw.step()
+        scales = {  # by which gradients are divided
+            name: ((norms[name] + _CLIP_EPS) / limit).clamp(min=1.0)
+            for name in self._parameters
+            if (limit := self._configs[name].clip_norm)
+        }
+        for name, adamw in self._adamw.items():
+            # What torch's gradient scaler sets: AdamW reads both on the device.
+            adamw.grad_scale = scales.get(name)  # type: ignore[attr-defined]
+            adamw.found_inf = None if is_sound is None else (~is_sound).float()  # type: ignore[attr-defined]
+            adamw.step()
         for name, (rows, state) in self._rows.items():
             if rows.grad is not None:
                 # A row that no lookup read has a gradient of zeros, and is to stay as it is.
                 touched = rows.grad.any(dim=1).nonzero().flatten()
+                if (scale := scales.get("tables")) is not None:
+                    rows.grad.div_(scale)
+                if is_sound is not None:
+                    rows.grad.div_(is_sound)  # by 0, which leaves no gradient finite, and so no row changed
                 state.update(rows, rows.grad, touched=touched, name=name)
         self.drop_gradients()
 
@@ -140,8 +165,12 @@ class RunOptimizer:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return parameter name → its states by name, aliasing the live ones; AdamW has none before its first step."""
-        adamw = {self.names[id(parameter)]: dict(state) for parameter, state in self.adamw.state.items()}
-        return adamw | {name: dict(state.tensors) for name, (_, state) in self._rows.items()}
+        moments = {
+            self.names[id(parameter)]: dict(state)
+            for adamw in self._adamw.values()
+            for parameter, state in adamw.state.items()
+        }
+        return moments | {name: dict(state.tensors) for name, (_, state) in self._rows.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Take over the states of parameters by name after `step` updates; AdamW's not named start afresh.
@@ -151,13 +180,13 @@ class RunOptimizer:
         """
         for name, (_, row_state) in self._rows.items():
             row_state.load(dict(state.get(name, {})), step)
-        for parameter in self._all():
-            name = self.names[id(parameter)]
-            if name not in self._rows and (kept := state.get(name)):
-                moments = {key: value.to(device=parameter.device, copy=True) for key, value in kept.items()}
-                # Where AdamW keeps its count once it is fused: beside the parameter.
-                count = torch.tensor(float(step), device=parameter.device)
-                self.adamw.state[parameter] = {"step": count, **moments}
+        for group, adamw in self._adamw.items():
+            for parameter in self._parameters[group]:
+                if kept := state.get(self.names[id(parameter)]):
+                    moments = {key: value.to(device=parameter.device, copy=True) for key, value in kept.items()}
+                    # Where AdamW keeps its count once it is fused: beside the parameter.
+                    count = torch.tensor(float(step), device=parameter.device)
+                    adamw.state[parameter] = {"step": count, **moments}
 
     def _all(self) -> Iterable[Tensor]:
         return (parameter for parameters in self._parameters.values() for parameter in parameters)

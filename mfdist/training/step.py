@@ -1,4 +1,8 @@
-"""One optimiser step: micro-batches forward and backward, clipping, update."""
+"""One optimiser step: micro-batches forward and backward, clipping, update.
+
+A GPU is given the whole step before its loss is known, so that it never waits for the host: whether loss and gradients
+are finite is decided there, and read by the host when the figures are.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -41,8 +45,9 @@ def token_loss(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tenso
 class TrainStep:
     """Runs optimiser steps of one model.
 
-    A step whose loss or gradients are not finite raises before the update, so the parameters stay those of the step
-    before; but for fused tables, whose rows are left alone one by one where their own gradients are not finite.
+    A step whose loss or gradients are not finite updates nothing, nor do those that were queued behind it, so the
+    parameters stay those of the step before; but for fused tables, whose rows are left alone one by one where their own
+    gradients are not finite.
     """
 
     def __init__(
@@ -58,21 +63,25 @@ class TrainStep:
         self._model = model
         self._world = world or World(device=device)
         self._spread = spread or self._world.alone(model)
-        called: Any = self._spread.forward
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(called) if config.compile else called
+        loss_of: Any = partial(token_loss, self._spread.forward)
+        # With the loss, or the logits would be written in fp32, and read again for each of its steps.
+        self._loss_of: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss_of) if config.compile else loss_of
         self._optimizer = optimizer
         self._config = config
         self._device = device
+        #: 1, or NaN from a step that is not finite until its figures are read: what each loss is multiplied by.
+        self._soundness = torch.ones((), device=device)
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor) -> StepResult:
-        """Train on one batch, of which each rank has an equal part.
+        """Train on one batch and wait for its figures; see `queue` and `QueuedStep.result`."""
+        return self.queue(step, inputs, targets).result()
+
+    def queue(self, step: int, inputs: Tensor, targets: Tensor) -> "QueuedStep":
+        """Train on one batch, of which each rank has an equal part, without waiting for the device.
 
         Args:
-            step: finished steps so far, which decides the learning rates.
+            step: finished and queued steps so far, which decides the learning rates.
             inputs, targets: [B, T], int64, this rank's; B a multiple of `micro_batches`.
-
-        Raises:
-            NonFiniteError: loss or gradients are NaN or infinite; the message names step and layer.
         """
         rates = self._optimizer.learning_rates(step, self._config.steps)
         self._optimizer.set_rates(rates)
@@ -81,24 +90,37 @@ class TrainStep:
         for index, (part_inputs, part_targets) in enumerate(self._micro_batches(inputs, targets)):
             with nullcontext() if index + 1 == num_parts else self._spread.without_averaging():
                 with autocast(self._device, self._config.precision):
-                    part = token_loss(self._forward, part_inputs, part_targets) / num_parts
-                part.backward()  # type: ignore[no-untyped-call]
+                    part = self._loss_of(part_inputs, part_targets) / num_parts
+                (part * self._soundness).backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         loss = self._world.total(loss) / self._world.world_size
         norms = self._optimizer.gradient_norms()
-        measured = torch.stack([loss, norms["dense"].to(loss.device), norms["tables"].to(loss.device)]).tolist()
-        if not all(map(_is_finite, measured)):
-            self._optimizer.drop_gradients()
-            raise NonFiniteError(self._explain(step, measured, inputs, targets))
-        self._optimizer.step({"dense": measured[1], "tables": measured[2]})
-        table_norm = None if self._optimizer.is_fused else measured[2]
-        return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=table_norm, rates=rates)
+        measured = torch.stack([loss, norms["dense"], norms["tables"]])
+        is_sound = measured.isfinite().all()
+        self._soundness = self._soundness.where(is_sound, torch.nan)
+        self._optimizer.step(norms, is_sound)
+        return QueuedStep(self._finished(step, rates, inputs, targets), _on_its_way(measured))
+
+    def _finished(
+        self, step: int, rates: dict[str, float], inputs: Tensor, targets: Tensor
+    ) -> Callable[[list[float]], StepResult]:
+        """Return what makes a queued step's result of its loss and norms."""
+
+        def finish(measured: list[float]) -> StepResult:
+            if not all(map(_is_finite, measured)):
+                message = self._explain(step, measured, inputs, targets)
+                self._soundness = torch.ones_like(self._soundness)
+                raise NonFiniteError(message)
+            table_norm = None if self._optimizer.is_fused else measured[2]
+            return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=table_norm, rates=rates)
+
+        return finish
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for part in zip(
             inputs.chunk(self._config.micro_batches), targets.chunk(self._config.micro_batches), strict=True
         ):
-            moved = [tensor.to(self._device, non_blocking=True) for tensor in part]
+            moved = [_pinned(tensor, self._device).to(self._device, non_blocking=True) for tensor in part]
             yield moved[0], moved[1]
 
     def _explain(self, step: int, measured: list[float], inputs: Tensor, targets: Tensor) -> str:
@@ -118,6 +140,45 @@ class TrainStep:
             f"the {what} must stay finite; got {value} at step {step + 1}, {where}; {kept or 'nothing was updated'}: "
             "go on from the last checkpoint with a lower optimizer.tables.lr or optimizer.dense.lr"
         )
+
+
+class QueuedStep:
+    """A step that the device has been given."""
+
+    def __init__(self, finish: Callable[[list[float]], StepResult], read: Callable[[], list[float]]) -> None:
+        self._finish = finish
+        self._read = read
+
+    def result(self) -> StepResult:
+        """Wait until the device has made the step, and return what it measured; to be called once, in order.
+
+        Raises:
+            NonFiniteError: loss or gradients are NaN or infinite; the message names step and layer. Steps queued after
+                this one changed nothing and are to be forgotten.
+        """
+        return self._finish(self._read())
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a batch from which a GPU copies while the host goes on."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def _on_its_way(measured: Tensor) -> Callable[[], list[float]]:
+    """Start to copy figures to the host, and return what waits for them, but for nothing that is queued later."""
+    if measured.device.type != "cuda":
+        return measured.tolist
+    there = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
+    there.copy_(measured, non_blocking=True)
+    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        found: list[float] = there.tolist()
+        return found
+
+    return read
 
 
 def _is_finite(value: float) -> bool:

@@ -1,6 +1,5 @@
 """Timing the dense twin on a run's own batches, so that speed is always told beside the alternative's."""
 
-import time
 from statistics import median
 
 import torch
@@ -8,10 +7,10 @@ import torch
 from mfdist.config import RunConfig
 from mfdist.models import build_model
 from mfdist.training.data.batches import TokenBatches
-from mfdist.training.device import synchronize
 from mfdist.training.events import Observer, Preparing
 from mfdist.training.optimizer import RunOptimizer
 from mfdist.training.step import TrainStep
+from mfdist.training.stepping import Stepping
 
 NUM_WARMUP_STEPS = 3
 
@@ -22,20 +21,16 @@ def time_dense_twin(config: RunConfig, batches: TokenBatches, device: torch.devi
     The twin has the run's shape, precision, batch and optimiser; it is dropped afterwards, and torch's random
     generator is as before.
     """
-    tokens_per_step = config.training.batch_size * config.training.seq_len
     before = torch.get_rng_state()
     with device:
         twin = build_model(config.model.model_copy(update={"kind": "dense"}))
     step = TrainStep(twin, RunOptimizer(twin, config.optimizer), config.training, device)
-    seconds = []
+    stepping = Stepping(step, batches.at, config, device)
     num_steps = NUM_WARMUP_STEPS + config.training.twin_steps
     for index in range(num_steps):
         observer(Preparing(activity="timing the dense twin", done=index, total=num_steps, unit="steps"))
-        synchronize(device)
-        start = time.perf_counter()
-        step(index, *batches.at(index))
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        for _ in stepping.step(index, is_read=index + 1 == num_steps):
+            pass
     observer(Preparing(activity="timing the dense twin", done=num_steps, total=num_steps, unit="steps"))
     torch.set_rng_state(before)
-    return tokens_per_step / median(seconds[NUM_WARMUP_STEPS:])
+    return config.training.batch_size * config.training.seq_len / median(stepping.seconds[NUM_WARMUP_STEPS:])

@@ -20,7 +20,7 @@ def with_gradients(made):
 
 
 def update(optimizer, step):
-    norms = {name: norm.item() for name, norm in optimizer.gradient_norms().items()}
+    norms = optimizer.gradient_norms()
     optimizer.set_rates(optimizer.learning_rates(step, 10))
     optimizer.step(norms)
 
@@ -28,16 +28,14 @@ def update(optimizer, step):
 def test_every_parameter_is_in_one_group_and_tables_are_their_own():
     made = model()
     optimizer = RunOptimizer(made, OptimizerConfig())
-    grouped = [id(value) for group in optimizer.adamw.param_groups for value in group["params"]]
+    grouped = [id(value) for group in optimizer.param_groups for value in group["params"]]
     assert sorted(grouped) == sorted(id(value) for value in made.parameters())
-    tables = {
-        id(value) for group in optimizer.adamw.param_groups if group["group"] == "tables" for value in group["params"]
-    }
+    tables = {id(value) for group in optimizer.param_groups if group["group"] == "tables" for value in group["params"]}
     assert tables == {
         id(block) for block in (getattr(made.blocks[0], part).table.weight for part in ("qkv", "ffn1", "ffn2"))
     }
     assert set(table_parameter_names(made).values()) == {"blocks.0.qkv", "blocks.0.ffn1", "blocks.0.ffn2"}
-    for group in optimizer.adamw.param_groups:
+    for group in optimizer.param_groups:
         assert group["weight_decay"] == (0.1 if all(value.ndim > 1 for value in group["params"]) else 0.0)
 
 
@@ -54,11 +52,11 @@ def test_the_embedding_learns_at_its_own_rate_and_on_the_dense_schedule():
     for step in (0, 7):
         rates = optimizer.learning_rates(step, 10)
         optimizer.set_rates(rates)
-        of_embedding = [group for group in optimizer.adamw.param_groups if group["share"] != 1]
+        of_embedding = [group for group in optimizer.param_groups if group["share"] != 1]
         assert [id(value) for group in of_embedding for value in group["params"]] == [id(made.embedding.weight)]
         assert of_embedding[0]["lr"] == pytest.approx(5 * rates["dense"])
         assert of_embedding[0]["weight_decay"] == 0.1
-        others = [group for group in optimizer.adamw.param_groups if group["share"] == 1]
+        others = [group for group in optimizer.param_groups if group["share"] == 1]
         assert all(group["lr"] == rates[group["group"]] for group in others)
 
 
@@ -130,5 +128,22 @@ def test_the_dense_twin_has_no_table_group():
         ModelConfig(kind="dense", num_layers=1, hidden_dim=16, num_heads=2, vocab_size=11, max_seq_len=8)
     )
     optimizer = RunOptimizer(twin, OptimizerConfig())
-    assert {group["group"] for group in optimizer.adamw.param_groups} == {"dense"}
+    assert {group["group"] for group in optimizer.param_groups} == {"dense"}
     assert optimizer.gradient_norms()["tables"].item() == 0.0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tables", [{}, {"rule": "sgd", "lr": 0.1, "fused": False}, {"rule": "adam", "fused": False}])
+def test_a_step_that_is_not_sound_changes_no_parameter_and_no_state(tables, device):
+    made = model().to(device)
+    optimizer = RunOptimizer(made, OptimizerConfig(tables=TableGroupConfig(clip_norm=1.0, **tables)))
+    for is_sound in (True, False, True):
+        with_gradients(made)
+        before = [value.detach().clone() for value in made.parameters()]
+        states = {(name, key): value.clone() for name, each in optimizer.state().items() for key, value in each.items()}
+        optimizer.set_rates(optimizer.learning_rates(0, 10))
+        optimizer.step(optimizer.gradient_norms(), torch.tensor(is_sound, device=device))
+        after = {(name, key): value for name, each in optimizer.state().items() for key, value in each.items()}
+        changed = [not torch.equal(old, new) for old, new in zip(before, made.parameters(), strict=True)]
+        assert all(changed) if is_sound else not any(changed)
+        assert is_sound or all(torch.equal(value, after[key]) for key, value in states.items())

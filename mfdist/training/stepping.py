@@ -1,0 +1,121 @@
+"""Steps one after the other, each timed: on a GPU, the next is queued before the figures of the last are read."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfdist.config import RunConfig
+from mfdist.training.device import peak_memory_bytes, synchronize
+from mfdist.training.events import Stepped
+from mfdist.training.profile import LOOKUPS, time_shares
+from mfdist.training.step import QueuedStep, StepResult, TrainStep
+
+#: Between measurements of what a step's time goes to, which take a few times as long as a quick step, at least so many
+#: steps and so many seconds pass.
+PROFILE_EVERY = 50
+PROFILE_EVERY_S = 20.0
+
+
+class _Waiting(NamedTuple):
+    step: int
+    queued: QueuedStep
+    start: float
+
+
+class Stepping:
+    """Makes steps and tells of them, a GPU's one step late unless they are asked for.
+
+    Call order: `step` for rising steps; `rest` before anything looks at the model, if the last step was not read.
+
+    Args:
+        train_step: makes one step.
+        batch_at: step → its inputs and targets.
+        config: of the run.
+        device: of the model.
+        first_profiled: the first step whose time may be taken apart; None for none.
+        is_ahead: whether a step is queued before the last one's figures are read; by default on a GPU, which then has
+            no time to wait for the host.
+    """
+
+    def __init__(
+        self,
+        train_step: TrainStep,
+        batch_at: Callable[[int], tuple[Tensor, Tensor]],
+        config: RunConfig,
+        device: torch.device,
+        *,
+        first_profiled: int | None = None,
+        is_ahead: bool | None = None,
+    ) -> None:
+        self._train_step = train_step
+        self._batch_at = batch_at
+        self._config = config
+        self._device = device
+        self._is_ahead = device.type == "cuda" if is_ahead is None else is_ahead
+        self._waiting: _Waiting | None = None
+        self._last_end = 0.0
+        #: The first step and the first time at which a step may be profiled.
+        self._next_profile = (float("inf") if first_profiled is None else first_profiled, 0.0)
+        #: Seconds of each finished step that was not profiled.
+        self.seconds: list[float] = []
+
+    def step(self, step: int, *, is_read: bool = False) -> Iterator[Stepped]:
+        """Make a step, or queue it; yield what is told of the last one, if it was not read, and of this one, if it is.
+
+        Args:
+            step: finished and queued steps so far.
+            is_read: wait for this step too.
+
+        Raises:
+            NonFiniteError: one of them was not finite; see `TrainStep`.
+        """
+        start = time.perf_counter()
+        if step >= self._next_profile[0] and start >= self._next_profile[1]:
+            yield from self.rest()
+            yield self._profiled(step)
+            return
+        queued = _Waiting(step, self._train_step.queue(step, *self._batch_at(step)), start)
+        yield from self.rest()
+        self._waiting = queued
+        if is_read or not self._is_ahead:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Stepped]:
+        """Wait for the step that was not read, and yield what is told of it."""
+        if self._waiting is not None:
+            (step, queued, start), self._waiting = self._waiting, None
+            result = queued.result()
+            end = time.perf_counter()
+            # Of a step that was queued while another ran, the time from that one's end.
+            step_s = end - max(start, self._last_end)
+            self._last_end = end
+            self.seconds.append(step_s)
+            yield self._told(step, result, step_s, None)
+
+    def _profiled(self, step: int) -> Stepped:
+        start = time.perf_counter()
+        inputs, targets = self._batch_at(step)
+        result, shares = time_shares(lambda: self._train_step(step, inputs, targets), self._device)
+        synchronize(self._device)
+        self._last_end = time.perf_counter()
+        self._next_profile = (step + PROFILE_EVERY, start + PROFILE_EVERY_S)
+        return self._told(step, result, self._last_end - start, shares)
+
+    def _told(self, step: int, result: StepResult, step_s: float, shares: dict[str, float] | None) -> Stepped:
+        training = self._config.training
+        return Stepped(
+            step=step + 1,
+            loss=result.loss,
+            dense_lr=result.rates["dense"],
+            table_lr=result.rates["tables"],
+            dense_grad_norm=result.dense_grad_norm,
+            table_grad_norm=result.table_grad_norm,
+            tokens_per_s=training.batch_size * training.seq_len / step_s,
+            step_s=step_s,
+            peak_memory_bytes=peak_memory_bytes(self._device),
+            lookup_share=shares.get(LOOKUPS, 0.0) if shares and self._config.model.kind == "memory" else None,
+            time_shares=shares,
+        )

@@ -1,0 +1,81 @@
+"""Steps that are queued before the figures of the last are read: the same figures, and nothing done after a failure."""
+
+import pytest
+import torch
+
+from mfdist.config import parse_config
+from mfdist.errors import NonFiniteError
+from mfdist.models import build_model
+from mfdist.training.optimizer import RunOptimizer
+from mfdist.training.step import TrainStep
+from mfdist.training.stepping import Stepping
+
+ADAGRAD = ("optimizer.tables.rule=rowwise_adagrad", "optimizer.tables.clip_norm=0")
+#: Figures that are told of a step, but for its time.
+FIGURES = ("step", "loss", "dense_lr", "table_lr", "dense_grad_norm", "table_grad_norm")
+
+
+def begin(config, overrides, device, **options):
+    config = parse_config(config.to_toml(), origin="test", overrides=["model.vocab_size=11", *overrides])
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_model(config.model)
+    optimizer = RunOptimizer(model, config.optimizer)
+    tokens = torch.randint(11, (12, 4, 33), generator=torch.Generator().manual_seed(1))
+    device = torch.device(device)
+    step = TrainStep(model, optimizer, config.training, device)
+    stepping = Stepping(step, lambda at: (tokens[at, :, :-1], tokens[at, :, 1:]), config, device, **options)
+    return model, optimizer, stepping
+
+
+def states(model, optimizer):
+    found = {f"{name}.{key}": value for name, each in optimizer.state().items() for key, value in each.items()}
+    return {key: value.detach().clone() for key, value in (found | dict(model.named_parameters())).items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("overrides", [(), ADAGRAD], ids=["adamw", "fused"])
+def test_running_ahead_changes_no_figure_and_tells_of_each_step_once(overrides, device, tiny_config):
+    told, ends = [], []
+    for is_ahead in (False, True):
+        model, optimizer, stepping = begin(tiny_config, overrides, device, is_ahead=is_ahead, first_profiled=7)
+        events = []
+        for step in range(12):
+            found = list(stepping.step(step, is_read=step == 4))
+            events += found
+            late = is_ahead and step not in (4, 7)
+            assert [event.step for event in found][-1:] == ([step + 1] if not late else [step][: step not in (0, 5, 8)])
+        events += stepping.rest()
+        assert [event.time_shares is not None for event in events].index(True) == 7
+        assert len(stepping.seconds) == 11 and min(stepping.seconds) > 0
+        told.append([[getattr(event, name) for name in FIGURES] for event in events])
+        ends.append(states(model, optimizer))
+    assert told[0] == told[1] and [figures[0] for figures in told[0]] == list(range(1, 13))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("overrides", [(), ADAGRAD], ids=["adamw", "fused"])
+def test_after_a_step_that_is_not_finite_those_behind_it_change_nothing(overrides, device, tiny_config):
+    model, optimizer, stepping = begin(tiny_config, overrides, device, is_ahead=True)
+    calls = []
+
+    def spoil(module, inputs, output):
+        calls.append(None)
+        # The fourth step's logits, and those of the step repeated to find the layer: after the one behind it.
+        return output * torch.inf if len(calls) in (4, 6) else output
+
+    model.head.register_forward_hook(spoil)
+    for step in range(3):
+        list(stepping.step(step))
+    list(stepping.rest())
+    before = states(model, optimizer)
+    assert list(stepping.step(3)) == []
+    with pytest.raises(NonFiniteError, match=r"at step 4, first in head \(output\)"):
+        list(stepping.step(4))
+    # Tables trained in backward have their own gradients' say, row by row; here none were finite.
+    assert all(torch.equal(value, before[name]) for name, value in states(model, optimizer).items())
+    assert list(stepping.rest()) == []
+    told = [*stepping.step(3), *stepping.rest()]
+    assert [event.step for event in told] == [4] and len(calls) == 7
+    assert not torch.equal(model.head.weight, before["head.weight"])
