@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from mfdist import __version__
 from mfdist.errors import UnavailableError
-from mfdist.table_server import logs
+from mfdist.table_server import allocator, logs
 from mfdist.table_server.addresses import check_exposure, is_loopback, join_address, split_address
 from mfdist.table_server.channel import check_reachable
 from mfdist.table_server.config import ServerConfig
@@ -51,6 +51,7 @@ def serve(
 
     Called on: the main thread of a process.
     """
+    allocator.keep_memory()
     check_exposure(config.server.listen, config.security, "server.listen")
     if config.metrics.listen:
         check_exposure(config.metrics.listen, config.security, "metrics.listen")

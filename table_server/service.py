@@ -96,23 +96,17 @@ class TableService(TableServiceServicer):
             nonlocal first
             if first is None:
                 first = request.head
-                least, wait_s = first.min_version, self._wait_s(context)
-                await self._node.life(first.table).updates.reached(least, wait_s, self._node.standing.num_clients)
-            updates = self._node.life(first.table).updates
-            async with updates.gate.reading():
-                version = updates.shard.version
-                asked = (updates.shard, first, request, version)
-                is_small = _is_small(updates.shard, request)
-                reply: bytes = _sums(*asked) if is_small else await self._node.run(_sums, *asked)
-            self._node.row_hits[first.table] += math.prod(request.part("lookups").part("row_ids").head.shape)
-            self._count["lookup_blocks"] += 1
-            self._count["reply_bytes"] += len(reply)
-            await updates.on_disk(version)
-            return reply
+                await self._reached(first, context)
+            return await self._looked_up(first, request)
 
         async with contextlib.aclosing(in_turn(request_iterator, answer)) as replies:
             async for reply in replies:
                 yield reply
+
+    async def LookupOnce(self, request: Frame, context: Context) -> bytes:
+        """Return the sums of a lookup that is one message."""
+        await self._reached(request.head, context)
+        return await self._looked_up(request.head, request)
 
     async def Gather(self, request: pb.GatherRequest, context: Context) -> AsyncIterator[pb.Rows]:
         """Return rows, block by block, all of one version."""
@@ -232,6 +226,25 @@ class TableService(TableServiceServicer):
         async with contextlib.aclosing(self._node.follower.follow(request_iterator)) as replies:
             async for reply in replies:
                 yield reply
+
+    async def _reached(self, first: pb.LookupRequest, context: Context) -> None:
+        """Wait for the updates that a lookup must see."""
+        updates = self._node.life(first.table).updates
+        await updates.reached(first.min_version, self._wait_s(context), self._node.standing.num_clients)
+
+    async def _looked_up(self, first: pb.LookupRequest, request: Frame) -> bytes:
+        """Return the answer to one message of a lookup, once what it shows is on disk."""
+        updates = self._node.life(first.table).updates
+        async with updates.gate.reading():
+            version = updates.shard.version
+            asked = (updates.shard, first, request, version)
+            is_small = _is_small(updates.shard, request)
+            reply: bytes = _sums(*asked) if is_small else await self._node.run(_sums, *asked)
+        self._node.row_hits[first.table] += math.prod(request.part("lookups").part("row_ids").head.shape)
+        self._count["lookup_blocks"] += 1
+        self._count["reply_bytes"] += len(reply)
+        await updates.on_disk(version)
+        return reply
 
     async def _received(self, requests: AsyncIterator[Frame]) -> list[Frame]:
         """Return all messages of a push, once the last has come."""
