@@ -22,6 +22,7 @@ from mfdist.optim import RowSGD
 from mfdist.sharding.kinds import column_wise
 from mfdist.spec import TableSpec
 from mfdist.table_server.benchmark_case import CASES, Case, drawn, full_load, made
+from mfdist.table_server.benchmark_others import Others
 from mfdist.table_server.benchmark_servers import OPTIONS, process_at, running, serve_nothing, serve_table
 from mfdist.table_server.client import RemoteTable
 from mfdist.table_server.codec import packed_message
@@ -45,6 +46,7 @@ class LookupResult:
     share_of_local: float
     request_bytes: int
     reply_bytes: int
+    other_cores: float  # of other programs meanwhile
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class LoadResult:
     p50_s: float
     p99_s: float
     memory_growth: float  # of the server while it was fully loaded; a share
+    other_cores: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class LogResult:
     unlogged_per_s: float
     cost: float  # share of time that the log adds, median over turns
     push_bytes: int
+    other_cores: float
 
 
 def measure_lookups(seconds: float) -> Iterator[LookupResult]:
@@ -99,6 +103,7 @@ def measure_load(seconds: float) -> LoadResult:
             return sorted(times)
 
         servers.wait(full_load(lambda: remote._sums(parts), seconds / 2))
+        others = Others()
         before = process.memory_info().rss
         rate = servers.wait(full_load(lambda: remote._sums(parts), seconds))
         growth = process.memory_info().rss / before - 1
@@ -106,7 +111,7 @@ def measure_load(seconds: float) -> LoadResult:
         gc.freeze()  # or p99 would be how long this process's collector looks at all that torch has brought
         times = servers.wait(half(rate / 2, seconds))
         gc.unfreeze()
-        return LoadResult(rate, times[len(times) // 2], times[int(0.99 * len(times))], growth)
+        return LoadResult(rate, times[len(times) // 2], times[int(0.99 * len(times))], growth, others.cores())
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ def measure_log(folder: Path, rounds: int, pushes: int = 30) -> LogResult:
         }
         _, codes, scores = drawn(case)
         grad = torch.randn(case.num_tokens, case.row_dim)
+        others = Others()
         for turn in range(rounds + 1):
             for name in both if turn % 2 else reversed(both):
                 began = time.perf_counter()
@@ -205,15 +211,15 @@ def measure_log(folder: Path, rounds: int, pushes: int = 30) -> LogResult:
                 both[name].flush()
                 if turn:
                     times[name].append(time.perf_counter() - began)
+        other_cores = others.cores()
         for mine, theirs in zip(*tables.values(), strict=True):
             if not torch.equal(mine.rows(), theirs.rows()):
                 raise ConsistencyError("rows must be the same with a log and without; they are not: report this")
         number = pushes * _IN_FLIGHT
         cost = statistics.median(with_log / without - 1 for with_log, without in zip(*times.values(), strict=True))
         size = grad.numel() * 4 + codes.numel() + scores.numel() * 4
-        return LogResult(
-            number / statistics.median(times["log"]), number / statistics.median(times["checkpoint"]), cost, size
-        )
+        medians = [number / statistics.median(times[name]) for name in ("log", "checkpoint")]
+        return LogResult(medians[0], medians[1], cost, size, other_cores)
 
 
 async def _push_all(
@@ -249,13 +255,14 @@ def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> Loo
         "local": lambda: local(codes, scores, code_stride=case.stride),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    until = time.perf_counter() + seconds
+    others, until = Others(), time.perf_counter() + seconds
     with torch.no_grad():
         while len(times["local"]) < 8 or time.perf_counter() < until:
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - began)
+    other_cores = others.cores()
     channel.close()
     taken = {name: times[name][2:] for name in times}  # the first warm up
     share = {
@@ -271,6 +278,7 @@ def _lookup(case: Case, servers: TableServers, idle: str, seconds: float) -> Loo
         share_of_local=share["local"],
         request_bytes=sum(len(request.serialized()) for request in requests),
         reply_bytes=len(requests) * reply.ByteSize(),
+        other_cores=other_cores,
     )
 
 

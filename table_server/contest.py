@@ -1,6 +1,6 @@
 """A table server beside what else answers lookups from a process of its own: each started several times, in turns.
 
-One start is up to twice as fast as the next of the same program, so that one of each would compare nothing.
+Others on the machine take from one start more than from the next, so that one of each would compare nothing.
 """
 
 import gc
@@ -18,6 +18,7 @@ from mfdist.errors import ConsistencyError
 from mfdist.sharding.kinds import column_wise
 from mfdist.spec import TableSpec
 from mfdist.table_server.benchmark_case import CASES, drawn, full_load
+from mfdist.table_server.benchmark_others import Others
 from mfdist.table_server.benchmark_servers import running, serve_table
 from mfdist.table_server.client import RemoteTable
 from mfdist.table_server.codec import packed_message
@@ -96,6 +97,7 @@ class ContestResult:
         requests_per_s: of each start.
         times_as_fast: the table server's requests a second over this one's, of each turn.
         bytes_ratio: this one's bytes over the table server's.
+        other_cores: how many cores other programs used, in each start.
     """
 
     contender: str
@@ -105,6 +107,7 @@ class ContestResult:
     request_bytes: int
     reply_bytes: int
     bytes_ratio: float
+    other_cores: list[float]
 
     @property
     def median_per_s(self) -> float:
@@ -126,6 +129,7 @@ def measure_contest(others: Mapping[str, Start], starts: int, seconds: float) ->
     batch = Batch.of_64_tokens()
     contenders: dict[str, Start] = {_OURS: _started_server, **others}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    disturbed: dict[str, list[float]] = {name: [] for name in contenders}
     facts: dict[str, tuple[int, int, int]] = {}
     for turn in range(starts):
         for name in contenders if turn % 2 == 0 else reversed(contenders):
@@ -135,7 +139,9 @@ def measure_contest(others: Mapping[str, Start], starts: int, seconds: float) ->
                 started.load(seconds * _WARM_SHARE)
                 gc.collect()
                 gc.freeze()  # this process's collector would look at all that torch and others have brought
+                meanwhile = Others()
                 rates[name].append(started.load(seconds))
+                disturbed[name].append(meanwhile.cores())
                 gc.unfreeze()
     our_bytes = sum(facts[_OURS][1:])
     return [
@@ -147,6 +153,7 @@ def measure_contest(others: Mapping[str, Start], starts: int, seconds: float) ->
             request_bytes=request,
             reply_bytes=reply,
             bytes_ratio=(request + reply) / our_bytes,
+            other_cores=disturbed[name],
         )
         for name, (threads, request, reply) in facts.items()
     ]

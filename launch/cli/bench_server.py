@@ -49,7 +49,11 @@ def bench_server(
         raise ConfigError(f"--dir must be a folder that is there; got {folder}")
     if ray:
         check_installed("mfdist bench server --ray")
+    from mfdist.table_server import idle_threads
+
+    idle_threads.sleep()  # or threads of the local lookup would spin while the next call wants their cores
     from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups, measure_memory
+    from mfdist.table_server.benchmark_others import said_of
 
     typer.echo(f"{'lookup':<12}{'server':>12}{'gRPC alone':>12}{'local':>12}{'of gRPC':>9}{'of local':>9}")
     lookups = []
@@ -67,6 +71,8 @@ def bench_server(
         f"pushes of {log.push_bytes / 1e3:.0f} kB, 32 in flight: {log.logged_per_s:.0f}/s on disk, "
         f"{log.unlogged_per_s:.0f}/s without a log; it costs {log.cost:.0%}"
     )
+    if disturbed := said_of([*(result.other_cores for result in lookups), load.other_cores, log.other_cores]):
+        typer.echo(disturbed)
     held = measure_memory(folder, memory) if memory else None
     if held is not None:
         typer.echo(
@@ -91,6 +97,7 @@ def bench_server(
 
 def _beside_ray(starts: int, seconds: float) -> list["ContestResult"]:
     from mfdist.launch.ray_contender import ray_contenders
+    from mfdist.table_server.benchmark_others import said_of
     from mfdist.table_server.contest import measure_contest
 
     with ray_contenders() as others:
@@ -106,4 +113,6 @@ def _beside_ray(starts: int, seconds: float) -> list["ContestResult"]:
         ratio = f"{statistics.median(fast):.1f} ({min(fast):.1f} to {max(fast):.1f})" if number else ""
         line += f"{ratio:>20}{(result.request_bytes + result.reply_bytes) / 1e3:>14.0f}"
         typer.echo((line + (f"{f'{result.bytes_ratio:.1f} ×':>13}" if number else "")).rstrip())
+    if disturbed := said_of(each for result in results for each in result.other_cores):
+        typer.echo(disturbed)
     return results
