@@ -99,8 +99,10 @@ class MemoryLayer(nn.Module):
             raise ConfigError(
                 f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}"
             )
-        out = self._look_up(x.reshape(-1, self.in_features))
-        if autocast_dtype(x.device) is None:
+        dtype = autocast_dtype(x.device)
+        # As in a linear layer under autocast; rounding changes no sign, and so no code.
+        out = self._look_up(x.reshape(-1, self.in_features).to(dtype or x.dtype))
+        if dtype is None:
             out = out.to(x.dtype)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)

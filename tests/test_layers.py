@@ -115,6 +115,16 @@ def test_autocast_computes_in_its_dtype_and_keeps_fp32_gradients():
         assert (got - want).norm() <= 3e-2 * want.norm()
 
 
+def test_autocast_rounds_the_input_as_in_a_linear_layer_and_reads_the_same_rows():
+    made, x = layer(dtype=torch.float32), inputs(63, 12, dtype=torch.float32)
+    x[0, :3] = torch.tensor([1e-30, -1e-30, -0.0])
+    rounded = x.bfloat16()
+    assert torch.equal(made.hash(x)[0], made.hash(rounded)[0])
+    for is_trained in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_trained):
+            assert torch.equal(made(x), made(rounded))
+
+
 def test_it_stands_where_a_linear_layer_stood():
     net = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 7))
     net[1] = MemoryLayer(12, 7, bits=4)
