@@ -4,8 +4,9 @@
   before the next one starts, and most reads are cache hits. Ids and scores are first packed into one word a lookup,
   the words of one lookup k side by side: a tile then reads each of them with its neighbours, and one round ahead of
   its rows. Read as they come, [N, K], they take twice as many of the first-level cache's cycles as the rows do.
-- Larger tables, and tokens that are not enough for tiles to fill a GPU: long contiguous reads of rows, or of parts of
-  them that a warp has several of on their way.
+- Larger tables whose rows have scales: the same words, and whole rows or long parts of them.
+- Other larger tables, and tokens that are not enough for tiles to fill a GPU: long contiguous reads of rows, or of
+  parts of them that a warp has several of on their way.
 - Few tokens: the lookups of one token are read side by side, because there is no other work to hide the latency.
 
 Each output element is summed by one program in a fixed order, so results repeat bit for bit. Quantised rows have a
@@ -31,6 +32,9 @@ _SLICE_ROW_BYTES = 128
 _SLICE_BYTES = 24 << 20
 #: Elements of a tile, which a warp sums, and lookups taken at a time, by the bytes of each element.
 _TILE = {1: (1024, 1), 2: (2048, 2), 4: (1024, 1)}
+#: Elements of a warp's part of one row, and lookups taken at a time, where rows have scales and the table is too large
+#: for a cache: words that hold the weight leave one read for another to wait for, where ids and scales leave two.
+_SCALED = (512, 4)
 #: Outputs whose tiles are enough warps to fill a GPU.
 _MANY_SUMS = 1 << 22
 _PACKED_TOKENS = 64
@@ -40,6 +44,7 @@ _PACKED_LOOKUPS = 32
 _STREAMED_OF_FEW = ((1 << 18, (256, 1, 16)), (1 << 20, (512, 1, 16)), (_MANY_SUMS, (1024, 2, 8)))
 _STREAMED = {1: (512, 1, 4), 2: (2048, 4, 4), 4: (4096, 4, 4)}
 FEW_TOKENS = 64
+_INT32_MAX = torch.iinfo(torch.int32).max
 #: Outputs of few tokens → lookups and columns that a program reads at a time, and its warps.
 _FEW_TILES = ((1 << 13, (512, 32, 8)), (1 << 14, (256, 32, 4)), (1 << 15, (128, 64, 4)))
 _LARGE_FEW_TILE = (64, 64, 2)
@@ -72,6 +77,8 @@ def gather_sum(
     sizes: tuple[Any, ...] = (num_tokens, num_lookups, dim, code_stride, limit)
     is_checked = can_be_bad(row_ids, limit)
     offset = tl.int32 if limit * dim < 1 << 31 else tl.int64
+    is_cached = num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES
+    is_packed = num_tokens * dim >= _MANY_SUMS and (is_cached or (scales is not None and limit <= _INT32_MAX))
     with device_of(table):
         if num_tokens <= FEW_TOKENS:
             lookups, columns, warps = few_tile(num_tokens, num_lookups, dim)
@@ -81,15 +88,15 @@ def gather_sum(
                 table, scales, row_ids, scores, out, word, *sizes,
                 lookups, columns, is_checked, is_chained, **options,
             )  # fmt: skip
-        elif num_rows * _SLICE_ROW_BYTES <= _SLICE_BYTES and num_tokens * dim >= _MANY_SUMS:
+        elif is_packed:
             # One round more than there is, for a tile to read ahead of its last.
             packed = torch.empty(num_lookups + 1, num_tokens, dtype=torch.int64, device=table.device)
             _pack[(triton.cdiv(num_tokens, _PACKED_TOKENS), triton.cdiv(num_lookups, _PACKED_LOOKUPS))](
                 table, scales, row_ids, scores, packed, word, *sizes,
                 _PACKED_TOKENS, _PACKED_LOOKUPS, is_checked, **LAUNCH_OPTIONS,
             )  # fmt: skip
-            elements, unrolled = _TILE[table.itemsize]
-            columns = min(_SLICE_ROW_BYTES // table.itemsize, next_power_of_2(dim))
+            elements, unrolled = _TILE[table.itemsize] if is_cached else _SCALED
+            columns = min(_SLICE_ROW_BYTES // table.itemsize if is_cached else elements, next_power_of_2(dim))
             tokens = elements // columns
             _sum_slice[(triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))](
                 table, packed, out, num_tokens, num_lookups, dim, code_stride,

@@ -35,6 +35,8 @@ _REGISTERS = 96
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
 PIECE = 128
 _NARROW_BYTES = 2
+#: Elements of grad_output that a warp's program holds at a time: of narrower slices, several lookups together.
+_ELEMENTS: tl.constexpr = tl.constexpr(512)
 #: A slice of so many bits of grad_output goes through shared memory, so many lookups at a time.
 _COPIED_BITS: tl.constexpr = tl.constexpr(1024 * 16)
 _STAGES: tl.constexpr = tl.constexpr(4)
@@ -77,7 +79,7 @@ def _sum(
     pieces = grad_scores.new_empty(num_pieces * parts[0].columns)
     for first, columns in parts:
         options = warp_options(columns, grad_output)
-        constants = (row_ids.shape[1], PIECE, columns, first > 0, True)
+        constants = (row_ids.shape[1], PIECE, columns, first > 0, True, *reach(grad_output, first + columns))
         if num_pieces:
             sum_piece[(num_pieces,)](
                 table, row_ids, grad_output, *order, pieces, grad_scores,
@@ -119,6 +121,14 @@ def slices(dim: int, most: int) -> list[Slice]:
     return found
 
 
+def reach(grad_output: Tensor, end: int) -> tuple[bool, Any]:
+    """Return whether a slice up to column `end` has no columns past the row's, and what holds any place in grad_output.
+
+    With the first no load needs a mask, and with 32 bits its address takes a third of the instructions.
+    """
+    return end <= grad_output.shape[1], tl.int32 if grad_output.numel() < 1 << 31 else tl.int64
+
+
 def warp_options(columns: int, grad_output: Tensor) -> dict[str, Any]:
     """Return the launch options of programs of one warp that sum so many columns."""
     is_full = columns == _COLUMNS_EACH and grad_output.itemsize == _NARROW_BYTES
@@ -130,6 +140,7 @@ def sum_piece(
     table, row_ids, grad_output, words, starts, ends, pieces, grad_scores,
     D, S, first_column, R,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`."""
     window = tl.program_id(0).to(tl.int64)
@@ -142,7 +153,7 @@ def sum_piece(
             store_piece(
                 table, grad_output, words, pieces, grad_scores,
                 row, tl.load(starts + row).to(tl.int64), tl.load(ends + row).to(tl.int64), window, D, first_column,
-                K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+                K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
             )  # fmt: skip
 
 
@@ -151,6 +162,7 @@ def store_piece(
     table, grad_output, words, pieces, grad_scores,
     row, start, end, window, D, first_column,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Store the sum of the piece that starts in a window, if there is one.
 
@@ -164,7 +176,7 @@ def store_piece(
         values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0))
         total = sum_lookups(
             grad_output, words, grad_scores, values, c, is_column,
-            first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+            first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
         )  # fmt: skip
         tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
 
@@ -174,6 +186,7 @@ def _sum_row(
     table, grad_output, words, starts, ends, pieces, grad_table, grad_scores,
     D, first_column,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Sum score · grad_output over one row's run of lookups; a row without any gets zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -187,7 +200,7 @@ def _sum_row(
         cut = cut_pieces(start, end, PIECE)
         total = sum_lookups(
             grad_output, words, grad_scores, values, c, is_column,
-            cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+            cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
         )  # fmt: skip
         total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
     tl.store(
@@ -214,6 +227,7 @@ def sum_lookups(
     grad_output, words, grad_scores, values, c, is_column,
     start, end, D,
     K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order.
 
@@ -223,44 +237,53 @@ def sum_lookups(
     """
     IS_BEGUN: tl.constexpr = HAS_PRODUCTS and IS_ADDED
     IS_COPIED: tl.constexpr = COLUMNS * grad_output.dtype.element_ty.primitive_bitwidth == _COPIED_BITS
-    total = tl.zeros([COLUMNS], tl.float32)
+    LOOKUPS: tl.constexpr = 1 if IS_COPIED or COLUMNS >= _ELEMENTS else _ELEMENTS // COLUMNS
+    i = tl.arange(0, LOOKUPS)
+    total = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
     if IS_COPIED:
         for place in tl.range(start, end, num_stages=_STAGES):
-            word = tl.load(words + place)
-            grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN)
-            total = _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS)
+            word = tl.load(words + place) + tl.zeros([1], tl.int64)
+            grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN, IS_WHOLE, OFFSET)
+            total = _add_lookups(total, word, i == 0, grads, values, product, grad_scores, HAS_PRODUCTS)
     else:
-        word = _word_at(words, start, end)
-        next_word = _word_at(words, start + 1, end)
-        grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN)
-        for place in range(start, end):
-            next_grads, next_product = _parts_of(grad_output, grad_scores, next_word, c, is_column, D, K, IS_BEGUN)
-            later_word = _word_at(words, place + 2, end)
-            total = _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS)
+        word = _words_at(words, start + i, end)
+        next_word = _words_at(words, start + LOOKUPS + i, end)
+        grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN, IS_WHOLE, OFFSET)
+        for place in range(start, end, LOOKUPS):
+            next_grads, next_product = _parts_of(
+                grad_output, grad_scores, next_word, c, is_column, D, K, IS_BEGUN, IS_WHOLE, OFFSET
+            )
+            later_word = _words_at(words, place + 2 * LOOKUPS + i, end)
+            total = _add_lookups(total, word, place + i < end, grads, values, product, grad_scores, HAS_PRODUCTS)
             word, grads, product, next_word = next_word, next_grads, next_product, later_word
-    return total
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _word_at(words, place, end):
-    """Return the word at a place before `end`, or the last one; of an empty run, any that may be read."""
-    word = tl.load(words + tl.maximum(tl.minimum(place, end - 1), 0))
-    return tl.where(word == -1, 0, word)
+def _words_at(words, places, end):
+    """Return the words at places before `end`, or the last one; of an empty run, any that may be read."""
+    return tl.load(words + tl.maximum(tl.minimum(places, end - 1), 0))
 
 
 @triton.jit
-def _parts_of(grad_output, grad_scores, word, c, is_column, D, K: tl.constexpr, IS_BEGUN: tl.constexpr):
-    """Return a lookup's grad_output, and its score gradient so far."""
+def _parts_of(
+    grad_output, grad_scores, word, c, is_column, D,
+    K: tl.constexpr, IS_BEGUN: tl.constexpr, IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Return the grad_output [LOOKUPS, COLUMNS] of lookups, and their score gradients so far."""
     lookup = lookup_of(word)
-    grads = tl.load(grad_output + (lookup // K).to(tl.int64) * D + c, mask=is_column, other=0.0)
+    at = (lookup // K).to(OFFSET)[:, None] * D + c[None, :]
+    places = grad_output + at
+    grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column[None, :], other=0.0)
     product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
     return grads, product
 
 
 @triton.jit
-def _add_lookup(total, word, grads, values, product, grad_scores, HAS_PRODUCTS: tl.constexpr):
-    """Return the total with one lookup added, and write its score gradient."""
+def _add_lookups(total, word, is_lookup, grads, values, product, grad_scores, HAS_PRODUCTS: tl.constexpr):
+    """Return the total with lookups added, and write their score gradients; past the last there is nothing to add."""
     wide = as_fp32(grads)
     if HAS_PRODUCTS:
-        tl.store(grad_scores + lookup_of(word), product + tl.sum(wide * values, axis=0))
-    return total + wide * score_of(word)
+        found = product + tl.sum(wide * values[None, :], axis=1)
+        tl.store(grad_scores + lookup_of(word), found, mask=is_lookup)
+    return total + wide * tl.where(is_lookup, score_of(word), 0.0)[:, None]

@@ -23,11 +23,11 @@ _INT32_MAX: Final = torch.iinfo(torch.int32).max
 _WORD_BITS: Final = 63
 #: Above it, counters outgrow the lookups.
 _MAX_COUNTED: Final = 4096
-_MIN_CHUNK: Final = 1024
+_MIN_CHUNK: Final = 512
 #: More tokens would not fit the registers of the program that counts them.
 _MAX_CHUNK: Final = 8192
 #: All chunks' counts of a block of codes are summed by one program; there are more chunks where tokens are very many.
-_WANTED_CHUNKS: Final = 32
+_WANTED_CHUNKS: Final = 64
 _CODES_TOGETHER: Final = 1024
 _MIN_BINS: Final = 128
 #: So many counters a warp keeps in its registers.

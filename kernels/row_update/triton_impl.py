@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import PIECE, has_short_runs, slices, sum_piece, warp_options, widest
+from mfdist.kernels.row_gradient.triton_impl import (
+    PIECE,
+    has_short_runs,
+    reach,
+    slices,
+    sum_piece,
+    warp_options,
+    widest,
+)
 from mfdist.kernels.row_gradient.triton_order import order_by_row, sort_by_row
 from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.row_update.rule import RowRule
@@ -77,7 +85,8 @@ def fused_row_update(
         pieces = scores.new_empty(num_pieces * parts[0].columns)
         states = two_states(state, table)
         for part in plan[: len(parts)] if is_kept else plan:
-            tile = (row_ids.shape[1], PIECE, part.columns, part.first_column > 0, part.has_products)
+            ways = reach(grad_output, part.first_column + part.columns)
+            tile = (row_ids.shape[1], PIECE, part.columns, part.first_column > 0, part.has_products, *ways)
             options = warp_options(part.columns, grad_output)
             if num_pieces:
                 sum_piece[(num_pieces,)](
@@ -140,6 +149,7 @@ def _update_row(
     table, first, second, grad_output, words, starts, ends, pieces, grad_scores, squares, sums, shared, keys,
     D, first_column, num_kept, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
     RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr, IS_KEPT: tl.constexpr,
 ):  # fmt: skip
     """Update one slice of a row, if the row is looked up; a slice that is to be updated later has its sum kept."""
@@ -150,7 +160,7 @@ def _update_row(
         update_run(
             table, first, second, grad_output, words, pieces, grad_scores, squares, sums, shared, keys,
             row, start, end, row, D, first_column, num_kept, row_offset, column_offset,
-            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, RULE, IS_UPDATED, SQUARES, IS_KEPT,
+            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET, RULE, IS_UPDATED, SQUARES, IS_KEPT,
         )  # fmt: skip
 
 

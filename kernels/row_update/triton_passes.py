@@ -54,6 +54,7 @@ def update_run(
     table, first, second, grad_output, words, pieces, grad_scores, squares, sums, shared, keys,
     row, start, end, place, D, first_column, num_kept, row_offset, column_offset,
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
     RULE: tl.constexpr, IS_UPDATED: tl.constexpr, SQUARES: tl.constexpr, IS_KEPT: tl.constexpr,
 ):  # fmt: skip
     """Sum one row's run of lookups over a slice of columns, and update the slice by it; squares[place] is the row's.
@@ -69,7 +70,7 @@ def update_run(
     cut = cut_pieces(start, end, PIECE)
     gradient = sum_lookups(
         grad_output, words, grad_scores, values, c, is_column,
-        cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+        cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
     )  # fmt: skip
     gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
     if IS_KEPT and not IS_UPDATED:

@@ -185,7 +185,7 @@ def _update_long_run(
         update_run(
             table, first, second, grad_output, words, pieces, grad_scores, squares, squares, shared, keys,
             found, start, end, end - 1, D, first_column, 0, row_offset, column_offset,
-            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, RULE, IS_UPDATED, SQUARES, False,
+            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, False, tl.int64, RULE, IS_UPDATED, SQUARES, False,
         )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def _sum_long_piece(
         store_piece(
             table, grad_output, words, pieces, grad_scores,
             wide_row, start, _first_place(rows, wide_row + 1, last, M), window, D, first_column,
-            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS,
+            K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, False, tl.int64,
         )  # fmt: skip
 
 

@@ -90,6 +90,14 @@ def sorting() -> None:
 
 
 def quantised() -> None:
+    check_quantised()
+    sums._SLICE_BYTES, sums._SCALED = 0, (32, 2)  # as of a table whose slices fit no cache
+    check_quantised()
+    sums._INT32_MAX = 0  # as of one with more rows than a word's half can name
+    check_quantised()
+
+
+def check_quantised() -> None:
     for kind in (torch.int8, torch.float8_e4m3fn):
         for lookup in (
             make_lookup(40, 3, 8, 40),  # many tokens, few, and rows that lie anywhere

@@ -51,6 +51,7 @@ ORDER = {
 COUNTING = {**GRADIENT, **ORDER, "codes": "*i16", "counts": "*i32"}
 SORTING = {**ORDER, "sorted_words": "*i64", "counts": "*i32", "M": "i64", "BIT": "i32"}
 SUMS = {"first_column": "i32", **GRADIENT, **ORDER}
+WAYS = {"IS_WHOLE": True, "OFFSET": "int32"}
 SLICE = {"K": 48, "PIECE": 1024, "COLUMNS": 512, "IS_ADDED": True, "HAS_PRODUCTS": True}
 STATES = {"first": "*bf16", "second": "*bf16", "shared": "*fp32", "keys": "*i64", "row_offset": "i64", "rows": "*i32"}
 UPDATE = {
@@ -123,9 +124,13 @@ KERNELS = {
     "ragged_gradient.triton_impl._sum_piece": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
-    "row_gradient.triton_impl.sum_piece": (SUMS, SLICE),
-    "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, "IS_ADDED": False}),
-    "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, "COLUMNS": 1024}),
+    "row_gradient.triton_impl.sum_piece": (SUMS, {**SLICE, **WAYS}),
+    "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, **WAYS, "IS_ADDED": False}),
+    "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, **WAYS, "COLUMNS": 1024}),
+    "row_gradient.triton_impl._sum_row of narrow slices": (
+        SUMS,
+        {**SLICE, "COLUMNS": 128, "IS_WHOLE": False, "OFFSET": "int64"},
+    ),
     "row_gradient.triton_order._split_keys": (
         {**SUMS, "keys": "*i64", "rows": "*i32", "LOOKUP_BITS": "i32"},
         {"IDS": 1024},
@@ -136,12 +141,12 @@ KERNELS = {
         {"lr": "*fp32", "step": "*i64", "shared": "*fp32", "keys": "*i64", "seed": "i64", **STEP},
         {},
     ),
-    "row_update.triton_impl._update_row by adagrad": (ADAGRAD, {**WHOLE, "RULE": 1, "IS_KEPT": False}),
+    "row_update.triton_impl._update_row by adagrad": (ADAGRAD, {**WHOLE, **WAYS, "RULE": 1, "IS_KEPT": False}),
     "row_update.triton_impl._update_row by adagrad in slices": (
         ADAGRAD,
-        {**IN_SLICES, "RULE": 1, "SQUARES": 3, "IS_KEPT": True},
+        {**IN_SLICES, **WAYS, "RULE": 1, "SQUARES": 3, "IS_KEPT": True},
     ),
-    "row_update.triton_impl._update_row by adam": (UPDATE, {**WHOLE, "RULE": 2, "IS_KEPT": False}),
+    "row_update.triton_impl._update_row by adam": (UPDATE, {**WHOLE, **WAYS, "RULE": 2, "IS_KEPT": False}),
     "row_update.triton_impl._update_kept": (ADAGRAD, {"COLUMNS": 512, "RULE": 1}),
     "row_update.triton_windows._update_window by adagrad": (
         ADAGRAD,
