@@ -9,7 +9,8 @@ if __name__ != "mfdist.kernels":
     raise ImportError("this folder is imported as mfdist.kernels; `kernels` alone may be another project's package")
 
 from mfdist.kernels.gather_sum import gather_sum
-from mfdist.kernels.hashed_gather_sum import hashed_gather_sum
+from mfdist.kernels.hashed_gather_sum import Norm, hashed_gather_sum
+from mfdist.kernels.one_token_attention import MAX_HEAD_WIDTH, one_token_attention
 from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_sum
 from mfdist.kernels.ragged_gradient import ragged_gradient
 from mfdist.kernels.row_gradient import row_gradient, sparse_row_gradient
@@ -19,12 +20,15 @@ from mfdist.kernels.row_update import RowRule, fused_row_update, row_update, squ
 from mfdist.kernels.sign_hash import sign_hash
 
 __all__ = [
+    "MAX_HEAD_WIDTH",
+    "Norm",
     "QuantizedRows",
     "RowRule",
     "check_errors",
     "fused_row_update",
     "gather_sum",
     "hashed_gather_sum",
+    "one_token_attention",
     "quantize",
     "quantized_gather_sum",
     "ragged_gradient",

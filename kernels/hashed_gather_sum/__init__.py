@@ -1,5 +1,6 @@
-"""The lookup of activations, for inference: sign_hash and gather_sum in one."""
+"""The lookup of activations, for inference: a norm, sign_hash, gather_sum and sums with its result in one."""
 
+from mfdist.kernels.hashed_gather_sum.norm import Norm
 from mfdist.kernels.hashed_gather_sum.op import hashed_gather_sum
 
-__all__ = ["hashed_gather_sum"]
+__all__ = ["Norm", "hashed_gather_sum"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mfdist.errors import ConfigError
+from mfdist.kernels import MAX_HEAD_WIDTH, one_token_attention
 
 ROTARY_BASE = 10_000.0
 
@@ -45,13 +46,23 @@ class KeyValueCache:
         Raises:
             ConfigError: the cache is full; nothing was stored.
         """
-        end = self.length + key.shape[2]
+        first = self.reserve(key.shape[2])
+        end = self.length
+        self.keys[:, :, first:end] = key
+        self.values[:, :, first:end] = value
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def reserve(self, num_new: int) -> int:
+        """Count more tokens, for the caller to store, and return the position of the first.
+
+        Raises:
+            ConfigError: the cache is full; nothing was counted.
+        """
+        first, end = self.length, self.length + num_new
         if end > self.keys.shape[2]:
             raise ConfigError(f"the sequence must fit the cache; got {end} tokens, capacity {self.keys.shape[2]}")
-        self.keys[:, :, self.length : end] = key
-        self.values[:, :, self.length : end] = value
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return first
 
 
 class Placement(NamedTuple):
@@ -105,18 +116,29 @@ torch.library.impl("mfdist::rotation", "CompositeExplicitAutograd", _rotation)
 torch.library.register_fake("mfdist::rotation", _shapes_of)
 
 
-def attend(qkv: Tensor, num_heads: int, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
-    """Return causal attention of the packed projections, heads concatenated.
+def attend(
+    qkv: Tensor,
+    num_heads: int,
+    placement: Placement,
+    cache: KeyValueStore | None = None,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return causal attention of the packed projections, heads concatenated, plus a residual where one is given.
 
     Args:
         qkv: [B, T, 3·H·E], queries, keys and values one after another.
         num_heads: H.
         placement: of the T tokens.
         cache: earlier keys and values; the T tokens follow them and are added to it.
+        residual: [B, T, H·E] in qkv's dtype.
 
     Returns:
         [B, T, H·E] in qkv's dtype.
     """
+    if qkv.shape[1] == 1 and isinstance(cache, KeyValueCache) and _is_one_kernel(qkv, placement, cache):
+        cosine, sine = placement.cosine.flatten(0, 2), placement.sine.flatten(0, 2)
+        return one_token_attention(qkv, cosine, sine, cache.keys, cache.values, cache.reserve(1), residual)
     num_sequences, num_new, width = qkv.shape
     heads = qkv.view(num_sequences, num_new, 3, num_heads, width // (3 * num_heads))
     query, key, value = heads = heads.permute(2, 0, 3, 1, 4)
@@ -126,7 +148,15 @@ def attend(qkv: Tensor, num_heads: int, placement: Placement, cache: KeyValueSto
     if cache is not None:
         key, value = cache.append(key, value)
     out = scaled_dot_product_attention(query, key, value, attn_mask=placement.mask, is_causal=placement.is_causal)
-    return out.transpose(1, 2).reshape(num_sequences, num_new, width // 3)
+    out = out.transpose(1, 2).reshape(num_sequences, num_new, width // 3)
+    return out if residual is None else residual + out
+
+
+def _is_one_kernel(qkv: Tensor, placement: Placement, cache: KeyValueCache) -> bool:
+    """Return whether there is one for a token that may look at everything before it: on a GPU, for inference."""
+    is_inference = qkv.is_cuda and not torch.is_grad_enabled() and placement.mask is None
+    is_read = cache.keys.dtype == qkv.dtype != torch.float64 and cache.keys.shape[3] <= MAX_HEAD_WIDTH
+    return is_inference and is_read
 
 
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mfdist.config import ModelConfig
 from mfdist.layers import MemoryLayer
 from mfdist.models.attention import KeyValueStore, Placement, attend
+from mfdist.models.normed_lookup import normed_lookup
 
 FEED_FORWARD_STD = 0.02
 
@@ -75,10 +76,10 @@ class MemoryBlock(Block):
 
     def forward(self, x: Tensor, placement: Placement, cache: KeyValueStore | None = None) -> Tensor:
         """Return the residual stream after this block; see `Block.forward`."""
-        x = x + attend(self.qkv(self.attention_norm(x)), self.num_heads, placement, cache)
-        wide = self.ffn1(self.ffn1_norm(x))
-        out: Tensor = x + self.ffn2(self.ffn2_norm(nn.functional.gelu(wide) if self.has_gelu else wide))
-        return out
+        qkv = normed_lookup(self.attention_norm, self.qkv, x)
+        x = attend(qkv, self.num_heads, placement, cache, residual=x)
+        wide = normed_lookup(self.ffn1_norm, self.ffn1, x)
+        return normed_lookup(self.ffn2_norm, self.ffn2, nn.functional.gelu(wide) if self.has_gelu else wide, residual=x)
 
 
 class DenseBlock(Block):

@@ -12,6 +12,14 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
+def norm(x: Floats, is_centred: bool, eps: float, weight: Floats | None, shift: Floats | None) -> Floats:
+    """Return LayerNorm of activations [N, d], or RMSNorm where they are not centred."""
+    centred = x - x.mean(axis=1, keepdims=True) if is_centred else x
+    z: Floats = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps)
+    z = z if weight is None else z * weight
+    return z if shift is None else z + shift
+
+
 def sign_hash(x: Floats, bits: int, score: str, temperature: float = 1.0) -> tuple[Ints, Floats]:
     """Return codes and scores, [N, K] each, of activations [N, d]."""
     num_tokens, dim = x.shape

@@ -12,7 +12,9 @@ import torch
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.gather_sum import triton_impl as sums
+from mfdist.kernels.hashed_gather_sum import Norm
 from mfdist.kernels.hashed_gather_sum import triton_impl as hashed
+from mfdist.kernels.one_token_attention import triton_impl as attention
 from mfdist.kernels.quantize import QuantizedRows, quantize, reference
 from mfdist.kernels.ragged_gradient import triton_impl as ragged
 from mfdist.kernels.row_gradient import triton_impl as gradients
@@ -21,6 +23,7 @@ from mfdist.kernels.row_gradient import triton_sort as sorts
 from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.kernels.attentions import expected_attention, make_attention
 from tests.kernels.lookups import Lookup, expected_gradients, expected_sum, make_lookup
 from tests.kernels.ragged_lookups import expected_of_list, make_list
 
@@ -165,6 +168,12 @@ def hashing() -> None:
     hashed._TILES = ()
     check_hashed(torch.randn(3, 70 * 4), 4, 100)
     check_hashed(torch.randn(40, 2 * 4), 4, 8)  # hashed first, then looked up
+    for is_centred in (False, True):
+        check_normed(torch.randn(3, 70 * 5) + 0.2, 5, 33, is_centred=is_centred)
+        check_normed(torch.randn(40, 2 * 4), 4, 8, is_centred=is_centred)
+        check_normed(torch.randn(2, 40 * 8).half(), 8, 40, is_centred=is_centred)
+        hashed._NORM_BLOCK = 64  # as for more activations than are read at a time
+        check_normed(torch.randn(2, 20 * 5), 5, 20, is_centred=is_centred)
     special = torch.tensor([[0.0, -0.0, float("nan"), -1.0, float("inf"), 1.0]])
     codes, scores = hashes.sign_hash(special, 2, "paper", 1.0)
     assert codes.tolist() == [[3, 0, 3]]
@@ -180,6 +189,55 @@ def check_hashed(x: torch.Tensor, bits: int, dim: int) -> None:
     codes, scores = oracles.sign_hash(x.double().numpy(), bits, "released", 0.7)
     expected = oracles.gather_sum(table.double().numpy(), codes, scores, 1 << bits)
     check(hashed.hashed_gather_sum(table, x, bits, "released", 0.7, "t"), expected)
+
+
+def check_normed(x: torch.Tensor, bits: int, dim: int, *, is_centred: bool) -> None:
+    num_lookups, dtype = x.shape[1] // bits, x.dtype
+    table, weight = torch.randn(num_lookups << bits, dim).to(dtype), torch.randn(x.shape[1]).to(dtype)
+    shift = torch.randn(x.shape[1]).to(dtype) if is_centred else None
+    bias, residual = torch.randn(dim).to(dtype), torch.randn(len(x), dim).to(dtype)
+    parts = (None if each is None else each.double().numpy() for each in (weight, shift))
+    z = oracles.norm(x.double().numpy(), is_centred, 1e-5, *parts)
+    z = torch.from_numpy(z).to(dtype).double().numpy()  # what is hashed is rounded
+    expected = oracles.gather_sum(table.double().numpy(), *oracles.sign_hash(z, bits, "paper", 1.0), 1 << bits)
+    norm = Norm(is_centred, 1e-5, weight, shift)
+    got = hashed.hashed_gather_sum(table, x, bits, "paper", 1.0, "t", norm=norm, bias=bias, residual=residual)
+    check(got, expected + bias.double().numpy() + residual.double().numpy())
+
+
+def attending() -> None:
+    for length, head_dim, half, dtype in (
+        (0, 8, 2, torch.float32),
+        (5, 8, 0, torch.float32),
+        (17, 40, 20, torch.bfloat16),
+        (40, 1, 0, torch.float16),
+    ):
+        check_attention(3, 2, length, head_dim, half, dtype, has_residual=length == 5)
+    attention._TILE, attention._LEAST_TOKENS = 64, 16  # as for long sequences
+    for length in (15, 16, 17, 40):
+        for has_residual in (False, True):
+            check_attention(2, 1, length, 20, 5, torch.float32, has_residual=has_residual)
+    attention._MOST_PROGRAMS = 2
+    assert attention.part_tokens(1, 100) == 64
+    check_attention(1, 1, 99, 4, 2, torch.float32, has_residual=True)
+
+
+def check_attention(
+    num_sequences: int,
+    num_heads: int,
+    length: int,
+    head_dim: int,
+    half: int,
+    dtype: torch.dtype,
+    *,
+    has_residual: bool,
+) -> None:
+    made = make_attention(num_sequences, num_heads, length, head_dim, half, dtype, has_residual=has_residual)
+    expected = expected_attention(made)
+    check(attention.one_token_attention(*made), expected.out)
+    check(made.keys[:, :, : length + 1], expected.keys)
+    check(made.values[:, :, : length + 1], expected.values)
+    assert made.keys[:, :, length + 1 :].isnan().all() and made.values[:, :, length + 1 :].isnan().all()
 
 
 def bad_ids() -> None:
@@ -231,5 +289,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     sums.FEW_TOKENS = hashed.FEW_TOKENS = 32  # shapes here are small, and all kernels are to be met
     sums._MANY_SUMS = 0
-    parts = (lookups, sorting, ragged_lookups, quantised, hashing, bad_ids)
+    parts = (lookups, sorting, ragged_lookups, quantised, hashing, attending, bad_ids)
     {part.__name__: part for part in parts}[sys.argv[1]]()

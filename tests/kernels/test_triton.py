@@ -20,7 +20,9 @@ from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, m
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("part", ["lookups", "sorting", "ragged_lookups", "quantised", "hashing", "bad_ids"])
+@pytest.mark.parametrize(
+    "part", ["lookups", "sorting", "ragged_lookups", "quantised", "hashing", "attending", "bad_ids"]
+)
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
@@ -95,6 +97,31 @@ RAGGED = {
     "pieces": "*fp32",
     "grad_rows": "*bf16",
 }
+HASHED = {
+    **LOOKUP,
+    **dict.fromkeys(("x", "weight", "shift", "bias", "residual"), "*bf16"),
+    "slope": "fp32",
+    "eps": "fp32",
+}
+HASH = {
+    "BITS": 10,
+    "WIDTH": 16,
+    "IS_RELEASED": True,
+    "LOOKUPS": 64,
+    "COLUMNS": 32,
+    "HAS_NORM": True,
+    "IS_CENTRED": True,
+    "NORM_BLOCK": 4096,
+    "SECTORS": 128,
+    "IS_CHAINED": False,
+}
+ATTENTION = {
+    **dict.fromkeys(("qkv", "keys", "values", "residual", "out"), "*bf16"),
+    **dict.fromkeys(("cosine", "sine", "sums"), "*fp32"),
+    **dict.fromkeys(("length", "part", "capacity", "E", "F", "step", "num_parts"), "i32"),
+    "slope": "fp32",
+}
+ATTEND = {"WIDTH": 128, "TOKENS": 64, "SECTORS": 512, "IS_WHOLE": True, "IS_CHAINED": False}
 KERNELS = {
     "gather_sum.triton_impl._pack": (PACKED, {**PACK, "scales": None}),
     "gather_sum.triton_impl._pack of fp8": ({**PACKED, **FP8}, PACK),
@@ -167,9 +194,16 @@ KERNELS = {
         {"BITS": 10, "WIDTH": 16, "CHUNKS": 128, "IS_RELEASED": True},
     ),
     "hashed_gather_sum.triton_impl._sum_hashed": (
-        {**LOOKUP, "x": "*bf16", "slope": "fp32"},
-        {"BITS": 10, "WIDTH": 16, "IS_RELEASED": True, "LOOKUPS": 64, "COLUMNS": 32, "IS_CHAINED": False},
+        HASHED,
+        {**HASH, "HAS_NORM": False, **dict.fromkeys(("weight", "shift", "bias", "residual"))},
     ),
+    "hashed_gather_sum.triton_impl._sum_hashed after a norm": (HASHED, HASH),
+    "one_token_attention.triton_impl._attend": (ATTENTION, ATTEND),
+    "one_token_attention.triton_impl._attend to a part": (
+        {**ATTENTION, "out": "*fp32"},
+        {**ATTEND, "residual": None, "IS_WHOLE": False},
+    ),
+    "one_token_attention.triton_impl._merge": (ATTENTION, {"WIDTH": 128, "PARTS": 16, "IS_CHAINED": False}),
     "sign_hash.triton_impl._gradient": (
         {"x": "*bf16", "grad_scores": "*fp32", "grad_x": "*bf16", "num_chunks": "i32", "slope": "fp32"},
         {"BITS": 10, "WIDTH": 16, "CHUNKS": 64, "IS_RELEASED": False},
@@ -219,7 +253,14 @@ def test_compiling_for_a_gpu(name: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gather_sum.triton_impl._sum_few of fp8", "hashed_gather_sum.triton_impl._sum_hashed"]
+    "name",
+    [
+        "gather_sum.triton_impl._sum_few of fp8",
+        "hashed_gather_sum.triton_impl._sum_hashed",
+        "hashed_gather_sum.triton_impl._sum_hashed after a norm",
+        "one_token_attention.triton_impl._attend",
+        "one_token_attention.triton_impl._merge",
+    ],
 )
 def test_a_kernel_that_starts_early_waits_before_it_reads(name: str) -> None:
     text = compile_for(name, "sm_90", IS_CHAINED=True).asm["ptx"]
