@@ -15,6 +15,7 @@ torch.library.define(
     "mfdist::one_token_attention",
     "(Tensor qkv, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values, SymInt length, "
     "Tensor? residual=None) -> Tensor",
+    tags=torch.Tag.flexible_layout,  # or the compiler copies the angles, made once, for every layer
 )
 _one_token_attention = torch.ops.mfdist.one_token_attention.default
 
@@ -35,7 +36,7 @@ def one_token_attention(
 
     Args:
         qkv: [B, 1, 3·H·E], queries, keys and values of all heads one after another.
-        cosine, sine: [B or 1, F], fp32 or qkv's dtype, of the rotation; 2·F is at most E, and F may be 0.
+        cosine, sine: [B or 1, 1, 1, F], fp32 or qkv's dtype, of the rotation; 2·F is at most E, and F may be 0.
         keys, values: [B, H, capacity, E] in qkv's dtype, contiguous; written to.
         length: tokens in the cache, less than its capacity.
         residual: [B, 1, H·E] in qkv's dtype, added to the result.
@@ -68,10 +69,10 @@ def _check(
         raise ConfigError(
             f"qkv must be [B, 1, 3 · H · E] = {[num_sequences, 1, 3 * shape[2]]} as the cache is; {given}"
         )
-    half = cosine.shape[-1]
-    if cosine.shape != sine.shape or cosine.shape[:-1] not in ((1,), (num_sequences,)) or 2 * half > head_dim:
+    half, leading = head_dim // 2, cosine.shape[:-1]
+    if cosine.shape != sine.shape or leading not in ((1, 1, 1), (num_sequences, 1, 1)) or cosine.shape[-1] > half:
         raise ConfigError(
-            f"cosine and sine must be [{num_sequences} or 1, at most {head_dim // 2}]; got {list(cosine.shape)} and "
+            f"cosine and sine must be [{num_sequences} or 1, 1, 1, at most {half}]; got {list(cosine.shape)} and "
             f"{list(sine.shape)}"
         )
     if residual is not None and residual.shape != shape:

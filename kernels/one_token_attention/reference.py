@@ -18,8 +18,8 @@ def one_token_attention(
 
 
 def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate pairs (i, i + half) of each head's leading columns; heads [B, H, E], angles [B or 1, half]."""
+    """Rotate pairs (i, i + half) of each head's leading columns; heads [B, H, E], angles [B or 1, 1, 1, half]."""
     half = cosine.shape[-1]
-    cosine, sine = (each[:, None].to(heads.dtype) for each in (cosine, sine))
+    cosine, sine = (each[:, 0].to(heads.dtype) for each in (cosine, sine))
     first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), dim=-1)

@@ -131,14 +131,14 @@ def attend(
         num_heads: H.
         placement: of the T tokens.
         cache: earlier keys and values; the T tokens follow them and are added to it.
-        residual: [B, T, H·E] in qkv's dtype.
+        residual: [B, T, H·E].
 
     Returns:
-        [B, T, H·E] in qkv's dtype.
+        [B, T, H·E] in qkv's dtype, or in the residual's where that is wider.
     """
-    if qkv.shape[1] == 1 and isinstance(cache, KeyValueCache) and _is_one_kernel(qkv, placement, cache):
-        cosine, sine = placement.cosine.flatten(0, 2), placement.sine.flatten(0, 2)
-        return one_token_attention(qkv, cosine, sine, cache.keys, cache.values, cache.reserve(1), residual)
+    if qkv.shape[1] == 1 and isinstance(cache, KeyValueCache) and _is_one_kernel(qkv, placement, cache, residual):
+        first = cache.reserve(1)
+        return one_token_attention(qkv, placement.cosine, placement.sine, cache.keys, cache.values, first, residual)
     num_sequences, num_new, width = qkv.shape
     heads = qkv.view(num_sequences, num_new, 3, num_heads, width // (3 * num_heads))
     query, key, value = heads = heads.permute(2, 0, 3, 1, 4)
@@ -152,11 +152,12 @@ def attend(
     return out if residual is None else residual + out
 
 
-def _is_one_kernel(qkv: Tensor, placement: Placement, cache: KeyValueCache) -> bool:
+def _is_one_kernel(qkv: Tensor, placement: Placement, cache: KeyValueCache, residual: Tensor | None) -> bool:
     """Return whether there is one for a token that may look at everything before it: on a GPU, for inference."""
-    is_inference = qkv.is_cuda and not torch.is_grad_enabled() and placement.mask is None
-    is_read = cache.keys.dtype == qkv.dtype != torch.float64 and cache.keys.shape[3] <= MAX_HEAD_WIDTH
-    return is_inference and is_read
+    if not qkv.is_cuda or torch.is_grad_enabled() or placement.mask is not None:
+        return False
+    is_alike = all(each is None or each.dtype == qkv.dtype for each in (cache.keys, residual))
+    return is_alike and qkv.dtype != torch.float64 and cache.keys.shape[3] <= MAX_HEAD_WIDTH
 
 
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def make_attention(
     """Return random arguments; what the cache has not been told is NaN."""
     cache = torch.full((2, num_sequences, num_heads, length + 3, head_dim), torch.nan)
     cache[..., :length, :] = torch.randn(2, num_sequences, num_heads, length, head_dim)
-    angles = torch.randn(num_sequences if has_own_angles else 1, half)
+    angles = torch.randn(num_sequences if has_own_angles else 1, 1, 1, half)
     width = num_heads * head_dim
     qkv, residual = torch.randn(num_sequences, 1, 3 * width), torch.randn(num_sequences, 1, width)
     qkv, cache, residual = (each.to(device, dtype) for each in (qkv, cache, residual))
@@ -74,7 +74,7 @@ def expected_attention(made: Attention) -> Expected:
 def _rotated(heads: Array, cosine: Array, sine: Array) -> Array:
     half = cosine.shape[-1]
     turned = heads.copy()
-    pairs = (heads[..., :half] + 1j * heads[..., half : 2 * half]) * (cosine + 1j * sine)[:, None]
+    pairs = (heads[..., :half] + 1j * heads[..., half : 2 * half]) * (cosine + 1j * sine)[:, 0]
     turned[..., :half], turned[..., half : 2 * half] = pairs.real, pairs.imag
     return turned
 

@@ -146,3 +146,42 @@ def test_attention_of_one_token_is_its_value():
     qkv = torch.randn(2, 1, 3 * 8)
     placement = place(torch.tensor([3]), 2, qkv.dtype)
     torch.testing.assert_close(attend(qkv, 2, placement), qkv[..., 16:])
+
+
+def test_attention_adds_a_residual():
+    qkv, residual = torch.randn(2, 5, 3 * 8), torch.randn(2, 5, 8)
+    placement = place(torch.arange(5), 2, qkv.dtype)
+    expected = attend(qkv, 2, placement) + residual
+    assert torch.equal(attend(qkv, 2, placement, residual=residual), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("kind", ["memory", "dense"])
+def test_decoding_on_a_gpu_gives_the_logits_of_the_whole_sequence(kind, activation):
+    """With kernels of its own: one for attention, one each for a lookup with its norm and sums."""
+    model, batch = made(kind, activation=activation).cuda().requires_grad_(False), tokens((3, 12)).cuda()
+    called = []
+    with torch.inference_mode():
+        whole = model(batch)
+        handles = [module.register_forward_hook(lambda *_: called.append(1)) for module in model.blocks[0].modules()]
+        hooked = model(batch)  # what looks at modules sees them called
+        for handle in handles:
+            handle.remove()
+        assert len(called) >= 6
+        torch.testing.assert_close(hooked, whole, rtol=1e-3, atol=1e-3)
+        caches = model.new_caches(3, 12)
+        parts = [model(batch[:, :4], caches), *(model(batch[:, index : index + 1], caches) for index in range(4, 12))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-3, atol=1e-3)
+        stepwise = [cache.keys.clone() for cache in caches]
+        for cache in caches:
+            cache.length = 11
+        compiled = torch.compile(model.next_logits, dynamic=False, fullgraph=True)
+        torch.testing.assert_close(compiled(batch[:, 11:], caches), whole[:, -1], rtol=1e-3, atol=1e-3)
+        assert all(cache.length == 12 for cache in caches)
+        for cache, keys in zip(caches, stepwise, strict=True):
+            torch.testing.assert_close(cache.keys, keys, rtol=1e-3, atol=1e-3)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        caches = model.new_caches(3, 12)
+        narrow = [model(batch[:, index : index + 1], caches) for index in range(12)]
+    assert torch.cat(narrow, dim=1).isfinite().all()
