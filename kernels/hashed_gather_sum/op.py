@@ -76,7 +76,7 @@ def hashed_gather_sum(
         _check_like("norm's shift", norm.shift, x.shape[1:], x, name)
         norm_arguments = norm.is_centred, norm.eps, norm.weight, norm.shift
     _check_like("bias", bias, table.shape[1:], table, name)
-    _check_like("residual", residual, (len(x), table.shape[1]), table, name)
+    _check_like("residual", residual, (x.shape[0], table.shape[1]), table, name)
     out: Tensor = _hashed_gather_sum(table, x, bits, score, temperature, name, *norm_arguments, bias, residual)
     return out
 

@@ -81,8 +81,15 @@ def _attend(
             prefetch(keys + begin * E, (end - begin) * E, ahead, SECTORS)
             prefetch(values + begin * E, (end - begin) * E, ahead, SECTORS)
         wait_for_inputs()
+    # All that is read is asked for before a sum makes the warps wait for each other.
     qkv += (b * 3 * H + h) * E
-    query = _rotated(qkv, cosine + b * step, sine + b * step, e, E, F) * slope
+    is_rotated = e < 2 * F
+    angle = b * step + tl.where(e < F, e, e - F)
+    cosines = tl.load(cosine + angle, mask=is_rotated, other=1.0).to(tl.float32)
+    sines = tl.load(sine + angle, mask=is_rotated, other=0.0).to(tl.float32)
+    query = _rotated(qkv, cosines, sines, e, E, F) * slope
+    new_key = _rotated(qkv + H * E, cosines, sines, e, E, F)
+    new_value = tl.load(qkv + 2 * H * E + e, mask=is_column, other=0.0)
     added = tl.zeros([WIDTH], tl.float32)
     if residual is not None:
         added += tl.load(residual + (b * H + h) * E + e, mask=is_column, other=0.0).to(tl.float32)
@@ -104,8 +111,6 @@ def _attend(
         weight = weight * kept + tl.sum(share, axis=0)
         total = total * kept + tl.sum(share[:, None] * value, axis=0)
     if begin + part > length:
-        new_key = _rotated(qkv + H * E, cosine + b * step, sine + b * step, e, E, F)
-        new_value = tl.load(qkv + 2 * H * E + e, mask=is_column, other=0.0)
         tl.store(keys + length * E + e, new_key.to(keys.dtype.element_ty), mask=is_column)
         tl.store(values + length * E + e, new_value, mask=is_column)
         new_score = tl.sum(new_key * query, axis=0)
@@ -153,13 +158,10 @@ def _merge(
 
 
 @triton.jit
-def _rotated(head, cosine, sine, e, E, F):
+def _rotated(head, cosines, sines, e, E, F):
     """Return one head's query or key after its rotation, rounded to its dtype, as fp32."""
-    is_first, is_rotated = e < F, e < 2 * F
-    angle = tl.where(is_first, e, e - F)
-    partner = tl.where(is_first, e + F, e - F)
     one = tl.load(head + e, mask=e < E, other=0.0).to(tl.float32)
-    other = tl.load(head + partner, mask=is_rotated, other=0.0).to(tl.float32)
-    other = tl.where(is_first, -other, other) * tl.load(sine + angle, mask=is_rotated, other=0.0).to(tl.float32)
-    turned = one * tl.load(cosine + angle, mask=is_rotated, other=1.0).to(tl.float32) + other
+    partner = tl.where(e < F, e + F, e - F)
+    other = tl.load(head + partner, mask=e < 2 * F, other=0.0).to(tl.float32)
+    turned = one * cosines + tl.where(e < F, -other, other) * sines
     return turned.to(head.dtype.element_ty).to(tl.float32)

@@ -63,22 +63,26 @@ def _hash(
     i = tl.arange(0, WIDTH)
     is_wanted = is_chunk[:, None] & (i < BITS)[None, :]
     z = tl.load(x + chunk[:, None] * BITS + i[None, :], mask=is_wanted, other=0.0).to(tl.float32)
-    code, score = hash_chunks(z, slope, BITS, WIDTH, IS_RELEASED)
-    tl.store(codes + chunk, code.to(codes.dtype.element_ty), mask=is_chunk)
-    tl.store(scores + chunk, score, mask=is_chunk)
+    tl.store(codes + chunk, codes_of(z, BITS, WIDTH).to(codes.dtype.element_ty), mask=is_chunk)
+    tl.store(scores + chunk, scores_of(z, slope, BITS, WIDTH, IS_RELEASED), mask=is_chunk)
 
 
 @triton.jit
-def hash_chunks(z, slope, BITS: tl.constexpr, WIDTH: tl.constexpr, IS_RELEASED: tl.constexpr):
-    """Return the codes, in int32, and the scores of chunks [CHUNKS, WIDTH] in fp32, 0 from BITS on."""
+def codes_of(z, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the codes, in int32, of chunks [CHUNKS, WIDTH]; what stands from BITS on does not count."""
     i = tl.arange(0, WIDTH)
     place = tl.where(i < BITS, 1 << tl.maximum(BITS - 1 - i, 0), 0)
-    code = tl.sum(tl.where(z >= 0, place[None, :], 0), axis=1)
+    return tl.sum(tl.where(z >= 0, place[None, :], 0), axis=1)
+
+
+@triton.jit
+def scores_of(z, slope, BITS: tl.constexpr, WIDTH: tl.constexpr, IS_RELEASED: tl.constexpr):
+    """Return the scores of chunks [CHUNKS, WIDTH] in fp32, 0 from BITS on."""
     tail = tl.exp(slope * tl.abs(z))
-    score = 1.0 / tl.reduce(tl.where((i < BITS)[None, :], 1.0 + tail, 1.0), 1, _times)
+    score = 1.0 / tl.reduce(tl.where((tl.arange(0, WIDTH) < BITS)[None, :], 1.0 + tail, 1.0), 1, _times)
     if IS_RELEASED:
         score = score * tl.sum(tl.abs(z), axis=1)
-    return code, score
+    return score
 
 
 @triton.jit

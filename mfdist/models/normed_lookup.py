@@ -1,6 +1,7 @@
-"""A memory layer with the norm before it and the residual sum after it: on a GPU, for few tokens, one kernel.
+"""A memory layer with its norm before and the residual sum after it: at decode on a GPU, one step.
 
-At decode each of those would be a kernel that takes about as long as the lookup. A CPU is as fast one after the other.
+At decode each of those would be a kernel that takes about as long as the lookup. Around lookups of many tokens the
+compiler makes better ones, and a CPU is as fast one after the other.
 """
 
 import torch
@@ -9,9 +10,6 @@ from torch import Tensor, nn
 from mfdist.kernels import Norm, hashed_gather_sum
 from mfdist.layers import MemoryLayer
 from mfdist.table import autocast_dtype
-
-#: Tokens up to which the kernel for few tokens is meant; the compiler makes better kernels around lookups of many.
-_FEW_TOKENS = 64
 
 
 def normed_lookup(
@@ -22,10 +20,10 @@ def normed_lookup(
     Args:
         norm: over the last dimension of x.
         layer: of as many features.
-        x: [..., in_features].
-        residual: [..., out_features] in x's dtype.
+        x: [B, T, in_features].
+        residual: [B, T, out_features] in x's dtype.
     """
-    rows = layer.table.resident_rows if _is_one_kernel(norm, layer, x) else None
+    rows = layer.table.resident_rows if _is_one_step(norm, layer, x) else None
     if rows is None or any(each is not None and each.dtype != x.dtype for each in (rows, norm.weight, layer.bias)):
         out: Tensor = layer(norm(x))
         return out if residual is None else residual + out
@@ -45,11 +43,8 @@ def normed_lookup(
     return out.view(*x.shape[:-1], layer.out_features)
 
 
-def _is_one_kernel(norm: nn.Module, layer: nn.Module, x: Tensor) -> bool:
+def _is_one_step(norm: nn.Module, layer: nn.Module, x: Tensor) -> bool:
     """Return whether nothing but the result is wanted of the modules: no gradients, no hooks, no other dtype."""
-    if not x.is_cuda or torch.is_grad_enabled() or autocast_dtype(x.device) is not None:
+    if not x.is_cuda or x.shape[1] != 1 or torch.is_grad_enabled() or autocast_dtype(x.device) is not None:
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, layer)):
-        return False
-    # An exported program is for any number of tokens.
-    return not torch.compiler.is_exporting() and x.shape[:-1].numel() <= _FEW_TOKENS
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in (norm, layer))

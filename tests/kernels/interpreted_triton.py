@@ -14,6 +14,7 @@ from mfdist.kernels import check_errors
 from mfdist.kernels.gather_sum import triton_impl as sums
 from mfdist.kernels.hashed_gather_sum import Norm
 from mfdist.kernels.hashed_gather_sum import triton_impl as hashed
+from mfdist.kernels.hashed_gather_sum import triton_norm as norms
 from mfdist.kernels.one_token_attention import triton_impl as attention
 from mfdist.kernels.quantize import QuantizedRows, quantize, reference
 from mfdist.kernels.ragged_gradient import triton_impl as ragged
@@ -169,11 +170,12 @@ def hashing() -> None:
     check_hashed(torch.randn(3, 70 * 4), 4, 100)
     check_hashed(torch.randn(40, 2 * 4), 4, 8)  # hashed first, then looked up
     for is_centred in (False, True):
-        check_normed(torch.randn(3, 70 * 5) + 0.2, 5, 33, is_centred=is_centred)
+        for dtype in (torch.float32, torch.float16):
+            check_normed((torch.randn(3, 20 * 5) + 0.2).to(dtype), 5, 33, is_centred=is_centred)  # in one kernel
+            check_normed((torch.randn(3, 70 * 8) + 0.2).to(dtype), 8, 40, is_centred=is_centred)  # in one before
         check_normed(torch.randn(40, 2 * 4), 4, 8, is_centred=is_centred)
-        check_normed(torch.randn(2, 40 * 8).half(), 8, 40, is_centred=is_centred)
-        hashed._NORM_BLOCK = 64  # as for more activations than are read at a time
-        check_normed(torch.randn(2, 20 * 5), 5, 20, is_centred=is_centred)
+        norms._BLOCK = 64  # as for more activations than are read at a time
+        check_normed(torch.randn(2, 70 * 5), 5, 20, is_centred=is_centred)
     special = torch.tensor([[0.0, -0.0, float("nan"), -1.0, float("inf"), 1.0]])
     codes, scores = hashes.sign_hash(special, 2, "paper", 1.0)
     assert codes.tolist() == [[3, 0, 3]]

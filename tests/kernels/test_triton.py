@@ -109,9 +109,9 @@ HASH = {
     "IS_RELEASED": True,
     "LOOKUPS": 64,
     "COLUMNS": 32,
+    "IS_ONE_ROUND": True,
     "HAS_NORM": True,
-    "IS_CENTRED": True,
-    "NORM_BLOCK": 4096,
+    "IS_CENTRED": False,
     "SECTORS": 128,
     "IS_CHAINED": False,
 }
@@ -195,9 +195,14 @@ KERNELS = {
     ),
     "hashed_gather_sum.triton_impl._sum_hashed": (
         HASHED,
-        {**HASH, "HAS_NORM": False, **dict.fromkeys(("weight", "shift", "bias", "residual"))},
+        {**HASH, "IS_ONE_ROUND": False, "HAS_NORM": False, **dict.fromkeys(("weight", "shift", "bias", "residual"))},
     ),
-    "hashed_gather_sum.triton_impl._sum_hashed after a norm": (HASHED, HASH),
+    "hashed_gather_sum.triton_impl._sum_hashed after RMSNorm": (HASHED, {**HASH, "shift": None}),
+    "hashed_gather_sum.triton_impl._sum_hashed after LayerNorm": (HASHED, {**HASH, "IS_CENTRED": True}),
+    "hashed_gather_sum.triton_norm._normalise": (
+        {**HASHED, "size": "i32"},
+        {"IS_CENTRED": True, "BLOCK": 4096, "SECTORS": 256, "IS_CHAINED": False},
+    ),
     "one_token_attention.triton_impl._attend": (ATTENTION, ATTEND),
     "one_token_attention.triton_impl._attend to a part": (
         {**ATTENTION, "out": "*fp32"},
@@ -257,7 +262,8 @@ def test_compiling_for_a_gpu(name: str, target: str) -> None:
     [
         "gather_sum.triton_impl._sum_few of fp8",
         "hashed_gather_sum.triton_impl._sum_hashed",
-        "hashed_gather_sum.triton_impl._sum_hashed after a norm",
+        "hashed_gather_sum.triton_impl._sum_hashed after LayerNorm",
+        "hashed_gather_sum.triton_norm._normalise",
         "one_token_attention.triton_impl._attend",
         "one_token_attention.triton_impl._merge",
     ],
