@@ -35,5 +35,8 @@ def wait_for_inputs():
 
 @triton.jit
 def start_next():
-    """Let the next kernel start once all programs have called this or ended; it waits for what they write."""
+    """Let the next kernel start once all programs have called this or ended; it waits for what they write.
+
+    Every program calls it after `wait_for_inputs`: then the kernel before this one has ended when the next one starts.
+    """
     tl.extra.cuda.gdc_launch_dependents()

@@ -70,6 +70,9 @@ def hashed_gather_sum(
             "a table's rows must be in fp32, fp16 or bf16, or in fp64, as they must be where the activations are; got "
             f'{table.dtype} and {x.dtype} for table "{name}"'
         )
+    if norm is None and bias is None and residual is None:
+        out: Tensor = _hashed_gather_sum(table, x, bits, score, temperature, name)
+        return out
     norm_arguments: tuple[Any, ...] = (False, None, None, None)
     if norm is not None:
         _check_like("norm's weight", norm.weight, x.shape[1:], x, name)
@@ -77,8 +80,8 @@ def hashed_gather_sum(
         norm_arguments = norm.is_centred, norm.eps, norm.weight, norm.shift
     _check_like("bias", bias, table.shape[1:], table, name)
     _check_like("residual", residual, (x.shape[0], table.shape[1]), table, name)
-    out: Tensor = _hashed_gather_sum(table, x, bits, score, temperature, name, *norm_arguments, bias, residual)
-    return out
+    made: Tensor = _hashed_gather_sum(table, x, bits, score, temperature, name, *norm_arguments, bias, residual)
+    return made
 
 
 def _check_like(what: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str) -> None:

@@ -31,7 +31,7 @@ _MANY_LOOKUPS = 512
 _TILES_OF_MANY = (
     (1 << 12, (512, 64, 16)),
     (1 << 13, (512, 64, 8)),
-    (1 << 14, (512, 32, 8)),
+    (1 << 14, (512, 64, 8)),
     (3 << 13, (64, 64, 2)),
     (1 << 15, (128, 64, 4)),
     (1 << 16, (64, 64, 2)),
@@ -106,13 +106,11 @@ def _sum_hashed(
         if HAS_NORM:
             prefetch_parts(weight, shift, K * BITS, tl.program_id(0), SECTORS)
         wait_for_inputs()
-    added = tl.zeros([COLUMNS], tl.float32)
-    if bias is not None:
-        added += tl.load(bias + c, mask=is_column, other=0.0).to(tl.float32)
-    if residual is not None:
-        added += tl.load(residual + n * D + c, mask=is_column, other=0.0).to(tl.float32)
     x += n * K * BITS
     if IS_ONE_ROUND:
+        if IS_CHAINED:
+            start_next()
+        added = _addend(bias, residual, n, D, c, is_column, COLUMNS)
         rows, score = _read(
             table, x, weight, shift, 0, K, D, slope, eps, c, is_column,
             BITS, WIDTH, IS_RELEASED, LOOKUPS, HAS_NORM, IS_CENTRED,
@@ -126,10 +124,23 @@ def _sum_hashed(
                 BITS, WIDTH, IS_RELEASED, LOOKUPS, HAS_NORM, IS_CENTRED,
             )  # fmt: skip
             totals += as_fp32(rows) * score[:, None]
-    if IS_CHAINED:
-        start_next()
+        if IS_CHAINED:
+            start_next()
+        # Read last: registers decide how many programs run at a time, and those hide that it takes a while.
+        added = _addend(bias, residual, n, D, c, is_column, COLUMNS)
     total = tl.sum(totals, axis=0) + added
     tl.store(out + n * D + c, total.to(out.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def _addend(bias, residual, n, D, c, is_column, COLUMNS: tl.constexpr):
+    """Return what is added to one token's sums, [COLUMNS]."""
+    added = tl.zeros([COLUMNS], tl.float32)
+    if bias is not None:
+        added += tl.load(bias + c, mask=is_column, other=0.0).to(tl.float32)
+    if residual is not None:
+        added += tl.load(residual + n * D + c, mask=is_column, other=0.0).to(tl.float32)
+    return added
 
 
 @triton.jit

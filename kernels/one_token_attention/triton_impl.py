@@ -20,9 +20,13 @@ from mfdist.kernels.triton_rows import as_fp32
 #: Elements of keys, and as many of values, that a program reads at a time, and its warps.
 _TILE = 8192
 _WARPS = 4
-#: Tokens that a program reads at least, if there are as many, and programs that a GPU is given at most.
+#: Tokens that a program reads at least, if there are as many and heads are not wide; those of wide heads are as many
+#: as make so many elements. Programs that a GPU is given at most.
 _LEAST_TOKENS = 128
+_LEAST_ELEMENTS = 16384
 _MOST_PROGRAMS = 1024
+#: Less than any score, and a number, so that differences of such are numbers.
+_LEAST_SCORE = tl.constexpr(-1e30)
 
 
 def one_token_attention(
@@ -34,7 +38,7 @@ def one_token_attention(
     residual = None if residual is None else residual.contiguous()
     out = qkv.new_empty(num_sequences, 1, num_heads * head_dim)
     width = next_power_of_2(head_dim)
-    part = part_tokens(num_sequences * num_heads, length + 1)
+    part = part_tokens(num_sequences * num_heads, length + 1, width)
     num_parts = triton.cdiv(length + 1, part)
     tokens = max(1, _TILE // width)
     half, step = cosine.shape[-1], cosine.shape[-1] if len(cosine) > 1 else 0
@@ -55,10 +59,11 @@ def one_token_attention(
     return out
 
 
-def part_tokens(num_heads: int, num_tokens: int) -> int:
+def part_tokens(num_heads: int, num_tokens: int, width: int) -> int:
     """Return how many of a sequence's tokens one program reads; `num_heads` are those of all sequences."""
     most_parts = max(1, _MOST_PROGRAMS // num_heads)
-    return max(_LEAST_TOKENS, next_power_of_2(triton.cdiv(num_tokens, most_parts)))
+    least = min(_LEAST_TOKENS, _LEAST_ELEMENTS // width)
+    return max(least, next_power_of_2(triton.cdiv(num_tokens, most_parts)))
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -81,6 +86,8 @@ def _attend(
             prefetch(keys + begin * E, (end - begin) * E, ahead, SECTORS)
             prefetch(values + begin * E, (end - begin) * E, ahead, SECTORS)
         wait_for_inputs()
+        if IS_WHOLE:
+            start_next()
     # All that is read is asked for before a sum makes the warps wait for each other.
     qkv += (b * 3 * H + h) * E
     is_rotated = e < 2 * F
@@ -93,9 +100,10 @@ def _attend(
     added = tl.zeros([WIDTH], tl.float32)
     if residual is not None:
         added += tl.load(residual + (b * H + h) * E + e, mask=is_column, other=0.0).to(tl.float32)
-    best = float("-inf")
-    weight = 0.0
-    total = tl.zeros([WIDTH], tl.float32)
+    # Each of TOKENS slots has a sum of its own until the end, so that no round makes the warps wait for each other.
+    best = tl.full([TOKENS], _LEAST_SCORE, tl.float32)
+    weight = tl.zeros([TOKENS], tl.float32)
+    total = tl.zeros([TOKENS, WIDTH], tl.float32)
     for first in range(begin, end, TOKENS):
         t = first + tl.arange(0, TOKENS)
         is_token = t < end
@@ -103,32 +111,32 @@ def _attend(
         is_read = is_token[:, None] & is_column[None, :]
         key = as_fp32(tl.load(keys + at, mask=is_read, other=0.0))
         value = as_fp32(tl.load(values + at, mask=is_read, other=0.0))
-        score = tl.where(is_token, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        score = tl.where(is_token, tl.sum(key * query[None, :], axis=1), _LEAST_SCORE)
         before = best
-        best = tl.maximum(best, tl.max(score, axis=0))
-        share = tl.exp2(score - best)
+        best = tl.maximum(best, score)
+        share = tl.where(is_token, tl.exp2(score - best), 0.0)
         kept = tl.exp2(before - best)
-        weight = weight * kept + tl.sum(share, axis=0)
-        total = total * kept + tl.sum(share[:, None] * value, axis=0)
-    if begin + part > length:
+        weight = weight * kept + share
+        total = total * kept[:, None] + share[:, None] * value
+    is_last = begin + part > length
+    new_score = tl.where(is_last, tl.sum(new_key * query, axis=0), _LEAST_SCORE)
+    most = tl.maximum(tl.max(best, axis=0), new_score)
+    kept = tl.exp2(best - most)
+    new_share = tl.where(is_last, tl.exp2(new_score - most), 0.0)
+    whole_weight = tl.sum(weight * kept, axis=0) + new_share
+    whole = tl.sum(total * kept[:, None], axis=0) + new_share * new_value.to(tl.float32)
+    if is_last:
         tl.store(keys + length * E + e, new_key.to(keys.dtype.element_ty), mask=is_column)
         tl.store(values + length * E + e, new_value, mask=is_column)
-        new_score = tl.sum(new_key * query, axis=0)
-        before = best
-        best = tl.maximum(best, new_score)
-        new_share = tl.exp2(new_score - best)
-        kept = tl.exp2(before - best)
-        weight = weight * kept + new_share
-        total = total * kept + new_share * new_value.to(tl.float32)
-    if IS_CHAINED:
+    if IS_CHAINED and not IS_WHOLE:
         start_next()
     if IS_WHOLE:
-        tl.store(out + (b * H + h) * E + e, (total / weight + added).to(out.dtype.element_ty), mask=is_column)
+        tl.store(out + (b * H + h) * E + e, (whole / whole_weight + added).to(out.dtype.element_ty), mask=is_column)
     else:
         out += ((b * H + h) * tl.num_programs(0) + p) * (E + 2)
-        tl.store(out + e, total, mask=is_column)
-        tl.store(out + E, best)
-        tl.store(out + E + 1, weight)
+        tl.store(out + e, whole, mask=is_column)
+        tl.store(out + E, most)
+        tl.store(out + E + 1, whole_weight)
 
 
 @triton.jit

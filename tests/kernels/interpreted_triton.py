@@ -220,7 +220,7 @@ def attending() -> None:
         for has_residual in (False, True):
             check_attention(2, 1, length, 20, 5, torch.float32, has_residual=has_residual)
     attention._MOST_PROGRAMS = 2
-    assert attention.part_tokens(1, 100) == 64
+    assert attention.part_tokens(1, 100, 4) == 64
     check_attention(1, 1, 99, 4, 2, torch.float32, has_residual=True)
 
 
