@@ -55,10 +55,11 @@ def random_model(
 
 
 def dense_twin(model: Transformer) -> Transformer:
-    """Return the dense twin of a model's shape on its device, freshly initialised, for inference."""
+    """Return the dense twin of a model's shape in its dtype and on its device, freshly initialised, for inference."""
     before = torch.get_rng_state()
     config = model.config.model_copy(update={"kind": "dense"})
-    twin = build_model(config, device=model.embedding.weight.device)
+    weight = model.embedding.weight
+    twin = build_model(config, device=weight.device).to(weight.dtype)
     torch.set_rng_state(before)
     return twin.eval().requires_grad_(False)
 

@@ -98,7 +98,11 @@ class Generator:
 def load_generator(run: RunDirectory, step: int | None = None, *, map_tables: bool = False) -> Generator:
     """Return a generator for a committed step of a run, by default the last; see `load_run_model`."""
     model, found_step = load_run_model(run, step, map_tables=map_tables)
-    return Generator(model, load_tokenizer(run.tokenizer_path), run.config.training.precision, step=found_step)
+    precision = run.config.training.precision
+    if precision == "bf16" and model.embedding.weight.is_cuda:
+        # Once: autocast would cast whole tables at every token, and keep lookups from their one kernel.
+        model, precision = model.to(torch.bfloat16), "fp32"
+    return Generator(model, load_tokenizer(run.tokenizer_path), precision, step=found_step)
 
 
 def _sample(logits: Tensor, config: GenerationConfig, randomness: torch.Generator) -> int:

@@ -328,6 +328,17 @@ def test_generation_streams_the_asked_number_of_tokens_and_repeats_by_seed(tiny_
     assert "".join(generator.stream("", GenerationConfig(num_tokens=0))) == ""
 
 
+@pytest.mark.gpu
+def test_a_run_in_bf16_writes_with_weights_in_bf16_on_a_gpu(tmp_path, tiny_config):
+    run = RunDirectory.create(
+        tmp_path / "run", set_keys(tiny_config, "training.precision=bf16", "training.device=auto")
+    )
+    recorded(run)
+    generator = load_generator(run)
+    assert {parameter.dtype for parameter in generator.model.parameters()} == {torch.bfloat16}
+    assert len(list(generator.tokens([], GenerationConfig(num_tokens=9, seed=4)))) == 9
+
+
 def test_sampling_options_narrow_the_choice(tiny_run):
     recorded(tiny_run)
     generator = load_generator(tiny_run)
