@@ -23,6 +23,9 @@ class _Waiting(NamedTuple):
     step: int
     queued: QueuedStep
     start: float
+    #: When it ended, where it was waited for without being read, and what its time went to, where that was measured.
+    end: float | None = None
+    shares: dict[str, float] | None = None
 
 
 class Stepping:
@@ -73,11 +76,10 @@ class Stepping:
             NonFiniteError: one of them was not finite; see `TrainStep`.
         """
         start = time.perf_counter()
-        if step >= self._next_profile[0] and start >= self._next_profile[1]:
-            yield from self.rest()
-            yield self._profiled(step)
-            return
-        queued = _Waiting(step, self._train_step.queue(step, *self._batch_at(step)), start)
+        is_profiled = step >= self._next_profile[0] and start >= self._next_profile[1]
+        # Either way a step is queued before the last one is read: ranks choose by clocks of their own, and after a step
+        # that was not finite all of them must find that out at the same place.
+        queued = self._profiled(step) if is_profiled else self._queued(step, start)
         yield from self.rest()
         self._waiting = queued
         if is_read or not self._is_ahead:
@@ -86,23 +88,30 @@ class Stepping:
     def rest(self) -> Iterator[Stepped]:
         """Wait for the step that was not read, and yield what is told of it."""
         if self._waiting is not None:
-            (step, queued, start), self._waiting = self._waiting, None
-            result = queued.result()
-            end = time.perf_counter()
+            waiting, self._waiting = self._waiting, None
+            result = waiting.queued.result()
+            end = time.perf_counter() if waiting.end is None else waiting.end
             # Of a step that was queued while another ran, the time from that one's end.
-            step_s = end - max(start, self._last_end)
+            step_s = end - max(waiting.start, self._last_end)
             self._last_end = end
-            self.seconds.append(step_s)
-            yield self._told(step, result, step_s, None)
+            if waiting.shares is None:
+                self.seconds.append(step_s)
+            yield self._told(waiting.step, result, step_s, waiting.shares)
 
-    def _profiled(self, step: int) -> Stepped:
-        start = time.perf_counter()
-        inputs, targets = self._batch_at(step)
-        result, shares = time_shares(lambda: self._train_step(step, inputs, targets), self._device)
+    def _queued(self, step: int, start: float) -> _Waiting:
+        return _Waiting(step, self._train_step.queue(step, *self._batch_at(step)), start)
+
+    def _profiled(self, step: int) -> _Waiting:
+        """Make a step by itself, with the device idle before and after, and measure what its time goes to."""
         synchronize(self._device)
-        self._last_end = time.perf_counter()
+        start = time.perf_counter()
+        if self._waiting is not None:
+            self._waiting = self._waiting._replace(end=start)
+        inputs, targets = self._batch_at(step)
+        queued, shares = time_shares(lambda: self._train_step.queue(step, inputs, targets), self._device)
+        synchronize(self._device)
         self._next_profile = (step + PROFILE_EVERY, start + PROFILE_EVERY_S)
-        return self._told(step, result, self._last_end - start, shares)
+        return _Waiting(step, queued, start, time.perf_counter(), shares)
 
     def _told(self, step: int, result: StepResult, step_s: float, shares: dict[str, float] | None) -> Stepped:
         training = self._config.training
