@@ -59,7 +59,13 @@ class World:
 
     def any(self, claim: bool) -> bool:
         """Return whether any rank claims it."""
-        return claim if self.is_alone else bool(self.total(torch.tensor(float(claim))).item())
+        if self.is_alone:
+            return claim
+        # Between CPUs where the group reaches them, or the answer would wait for all that a GPU was given before.
+        device = "cpu" if "cpu:" in dist.get_backend_config() else self.device
+        claims = torch.tensor(float(claim), device=device)
+        dist.all_reduce(claims)
+        return bool(claims.item())
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, which must pickle, by rank."""
