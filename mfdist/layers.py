@@ -100,7 +100,8 @@ class MemoryLayer(nn.Module):
                 f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}"
             )
         dtype = autocast_dtype(x.device)
-        # As in a linear layer under autocast; rounding changes no sign, and so no code.
+        # As in a linear layer under autocast. Rounding to bf16 changes no code; fp16 has no numbers below 3e-8, whose
+        # sign it loses.
         out = self._look_up(x.reshape(-1, self.in_features).to(dtype or x.dtype))
         if dtype is None:
             out = out.to(x.dtype)
