@@ -42,6 +42,9 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     assert "training memory" not in err and "training twin-2e-3-seed-0" in err  # the one that was cut short
     assert "must be ahead of its twin by 1000 nats" in err
     assert again.splitlines()[1] == out.splitlines()[1]
+    (tmp_path / "runs" / "twin-2e-3-20e-3-seed-0" / "metrics.jsonl").unlink()
+    code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--at-least", "-1000", "--minutes", "0")
+    assert code == 1 and "1 runs are missing" in out and "not all of them were trained" in err
 
 
 def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, workplace, tmp_path):
