@@ -13,7 +13,8 @@ def one_token_attention(
     query, key = _rotated(query, cosine, sine), _rotated(key, cosine, sine)
     keys[:, :, length], values[:, :, length] = key, value
     weights = torch.einsum("bhe,bhse->bhs", query, keys[:, :, : length + 1]) * head_dim**-0.5
-    out = torch.einsum("bhs,bhse->bhe", weights.softmax(-1), values[:, :, : length + 1]).reshape(num_sequences, 1, -1)
+    heads = torch.einsum("bhs,bhse->bhe", weights.softmax(-1), values[:, :, : length + 1])
+    out = heads.reshape(num_sequences, 1, num_heads * head_dim)
     return out if residual is None else out + residual
 
 

@@ -67,7 +67,7 @@ def expected_attention(made: Attention) -> Expected:
     scores = (keys @ query[..., None])[..., 0] / np.sqrt(head_dim)
     shares = np.exp(scores - scores.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
-    out = (shares[:, :, None] @ values).reshape(num_sequences, 1, -1)
+    out = (shares[:, :, None] @ values).reshape(num_sequences, 1, num_heads * head_dim)
     return Expected(out if made.residual is None else out + _numpy(made.residual), keys, values)
 
 

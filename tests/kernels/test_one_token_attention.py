@@ -10,7 +10,7 @@ from mfdist.kernels import one_token_attention
 from tests.kernels.attentions import Attention, expected_attention, make_attention
 from tests.kernels.lookups import assert_is
 
-SHAPES = [(3, 2, 5, 8, 2), (1, 3, 0, 40, 20), (2, 1, 17, 1, 0), (1, 2, 130, 80, 8)]
+SHAPES = [(3, 2, 5, 8, 2), (1, 3, 0, 40, 20), (2, 1, 17, 1, 0), (1, 2, 130, 80, 8), (0, 2, 5, 8, 2)]
 
 
 def assert_attends(made: Attention) -> None:
