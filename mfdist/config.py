@@ -93,9 +93,7 @@ class DenseGroupConfig(ParameterGroupConfig):
     """Everything that is not a row of a table: embedding, norms, biases, classifier head; the twin's matrices too."""
 
     embedding_lr: Positive | None = Field(
-        None,
-        description="peak learning rate of the token embedding, which bears a higher one; by default lr, "
-        "which it does not follow where it is given",
+        None, description="peak learning rate of the token embedding, which bears a higher one; by default lr"
     )
 
 

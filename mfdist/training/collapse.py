@@ -40,10 +40,10 @@ def _cause(use: LayerUse) -> str:
 def _remedy(use: LayerUse) -> str:
     if use.scores[len(use.scores) // 2] <= _UNSURE * 2.0**-use.bits:
         return (
-            "what is before the layer has died: go on from an earlier checkpoint with a lower optimizer.dense.lr "
-            "(and embedding_lr), or put a norm before the layer"
+            "what is before the layer has died: go on from an earlier checkpoint with a lower optimizer.dense.lr, or "
+            "put a norm before the layer"
         )
     return (
-        "usually a lower optimizer.dense.lr (and embedding_lr) and optimizer.tables.lr or a longer warmup_fraction "
-        "helps, from a checkpoint before this or from the start; in a model of your own, a norm right before the layer"
+        "usually a lower optimizer.dense.lr and optimizer.tables.lr or a longer warmup_fraction helps, from a "
+        "checkpoint before this or from the start; in a model of your own, a norm right before the layer"
     )

@@ -138,7 +138,7 @@ class TrainStep:
         where = f"first in {layer}" if layer else "it did not happen again when the step was repeated"
         return (
             f"the {what} must stay finite; got {value} at step {step + 1}, {where}; {kept or 'nothing was updated'}: "
-            "go on from the last checkpoint with a lower optimizer.tables.lr, or optimizer.dense.lr and embedding_lr"
+            "go on from the last checkpoint with a lower optimizer.tables.lr or optimizer.dense.lr"
         )
 
 
