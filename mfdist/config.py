@@ -92,8 +92,9 @@ class ParameterGroupConfig(Section):
 class DenseGroupConfig(ParameterGroupConfig):
     """Everything that is not a row of a table: embedding, norms, biases, classifier head; the twin's matrices too."""
 
-    embedding_lr: Positive | None = Field(
-        None, description="peak learning rate of the token embedding, which bears a higher one; by default lr"
+    embedding_lr_multiple: Positive = Field(
+        1.0,
+        description="peak learning rate of the token embedding, as a multiple of lr; it bears more than matrices do",
     )
 
 

@@ -92,7 +92,7 @@ def bench_learning(
     return failures.DONE
 
 
-_MAIN = ("memory", "twin-2e-3", "twin-2e-3-20e-3")
+_MAIN = ("memory", "twin-2e-3", "twin-2e-3-embedding-10")
 _HEADER = (
     f"{'variant':<26}{'seed':>5}{'loss after a quarter, half, …':>34}{'bits/byte':>11}{'tokens/s':>11}"
     f"{'GFLOPs/token':>14}{'seconds':>9}{'GB':>7}"

@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 
 from mfdist.config import ModelConfig, load_config
+from mfdist.errors import ConfigError
 from mfdist.models import build_model
 from mfdist.models.count import count
 from mfdist.training.data.tokenizer import load_tokenizer
 from mfdist.training.events import ignore
 from mfdist.training.loop import train
 from mfdist.training.metrics import read_metrics
-from mfdist.training.run import RunDirectory
+from mfdist.training.run import RunDirectory, with_absolute_paths
+from mfdist.training.state import flat
 
 _KIND, _DTYPE = "model.kind", "model.table_dtype"
-_RATE, _EMBEDDING_RATE, _TABLE_RATE = "optimizer.dense.lr", "optimizer.dense.embedding_lr", "optimizer.tables.lr"
+_RATE, _TABLE_RATE = "optimizer.dense.lr", "optimizer.tables.lr"
+_EMBEDDING_MULTIPLE = "optimizer.dense.embedding_lr_multiple"
 _ACCUMULATED = "optimizer.tables.accumulator_decay"
 _RULE, _DECAY = "optimizer.tables.rule", "optimizer.tables.weight_decay"
 
@@ -43,15 +46,15 @@ class Variant:
     settings: dict[str, str]
 
 
-def _twin(lr: str, embedding_lr: str = "") -> Variant:
-    name = f"twin-{lr}-{embedding_lr}" if embedding_lr else f"twin-{lr}"
-    settings = {_KIND: "dense", _RATE: lr, _EMBEDDING_RATE: embedding_lr or lr}
+def _twin(lr: str, embedding_multiple: str = "1") -> Variant:
+    name = f"twin-{lr}" if embedding_multiple == "1" else f"twin-{lr}-embedding-{embedding_multiple}"
+    settings = {_KIND: "dense", _RATE: lr, _EMBEDDING_MULTIPLE: embedding_multiple}
     return Variant(name=name, question="twin", settings=settings)
 
 
 def _rates(dense: str, tables: str) -> Variant:
     """The embedding learns as everything dense does."""
-    settings = {_RATE: dense, _EMBEDDING_RATE: dense, _TABLE_RATE: tables}
+    settings = {_RATE: dense, _EMBEDDING_MULTIPLE: "1", _TABLE_RATE: tables}
     return Variant(name=f"rates-{dense}-{tables}", question="learning rate", settings=settings)
 
 
@@ -75,14 +78,14 @@ def _one(name: str, question: str, key: str, value: str) -> Variant:
 #: first three answer the main question.
 VARIANTS = (
     Variant(name="memory", question="memory", settings={}),
-    *(_twin(*rates) for rates in (("2e-3",), ("2e-3", "20e-3"), ("2e-3", "60e-3"), ("1e-3",), ("3e-3",))),
+    *(_twin(*rates) for rates in (("2e-3",), ("2e-3", "10"), ("2e-3", "30"), ("1e-3",), ("3e-3",))),
     _one("released-score", "score", "model.score", "released"),
     _one("temperature-0.5", "score", "model.score_temperature", "0.5"),
     _one("temperature-2", "score", "model.score_temperature", "2.0"),
     *(_rates(rate, rate) for rate in ("1e-3", "2e-3", "3e-3", "4e-3", "6e-3", "9e-3")),
     *(_rates(*rates) for rates in (("2e-3", "6e-3"), ("2e-3", "12e-3"), ("6e-3", "12e-3"), ("12e-3", "12e-3"))),
     *(_rates(*rates) for rates in (("6e-3", "24e-3"), ("12e-3", "24e-3"), ("24e-3", "12e-3"), ("48e-3", "12e-3"))),
-    *(_one(f"embedding-{lr}", "learning rate", _EMBEDDING_RATE, lr) for lr in ("24e-3", "240e-3")),
+    *(_one(f"embedding-{multiple}", "learning rate", _EMBEDDING_MULTIPLE, multiple) for multiple in ("1", "10")),
     _one("bits-4", "bits", "model.bits", "4"),
     *(_one(f"extra-bits-{bits}", "extra bits", "model.extra_bits", bits) for bits in ("0", "1", "3")),
     _one("gelu", "activation", "model.activation", "gelu"),
@@ -149,13 +152,18 @@ def measure(
         settings: `key=value` for all variants, such as steps and text; a variant's own come after.
         may_begin: asked before each run; once it says no, only what is finished is yielded.
         tell: told of what begins.
+
+    Raises:
+        ConfigError: a run that is kept was trained with other settings.
     """
     for seed in seeds:
         for variant in variants:
             path = folder / f"{variant.name}-seed-{seed}"
             own = [f"{key}={value}" for key, value in variant.settings.items()]
             overrides = [*_OF_ALL, *settings, *own, f"training.seed={seed}"]
-            if not _is_finished(path):
+            if _is_finished(path):
+                _check_same(path, preset, overrides)
+            else:
                 if not may_begin():
                     continue
                 tell(f"training {path.name}")
@@ -177,6 +185,19 @@ _OF_ALL = (
 def _is_finished(path: Path) -> bool:
     stops = read_metrics(path / "metrics.jsonl", "stopped") if (path / "metrics.jsonl").exists() else []
     return bool(stops) and stops[-1]["reason"] == "finished"
+
+
+def _check_same(path: Path, preset: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError unless the run that is kept is the one that would be trained now."""
+    asked = with_absolute_paths(load_config(preset, overrides))
+    kept, wanted = (flat(each.model_dump()) for each in (RunDirectory.open(path).config, asked))
+    for key, value in wanted.items():
+        is_left_to_text = key == "model.vocab_size" and value == 0
+        if kept.get(key) != value and not is_left_to_text:
+            raise ConfigError(
+                f"runs that are kept must have the settings asked for; {path} has {key}={kept.get(key)!r}, not "
+                f"{value!r}; move it away to train it anew, or give another --out"
+            )
 
 
 def _train(path: Path, preset: str, overrides: Sequence[str]) -> None:

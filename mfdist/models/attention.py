@@ -159,6 +159,8 @@ def _is_one_kernel(qkv: Tensor, placement: Placement, cache: KeyValueCache, resi
     """Return whether there is one for a token that may look at everything before it: on a GPU, for inference."""
     if not qkv.is_cuda or torch.is_grad_enabled() or placement.mask is not None:
         return False
+    if not cache.keys.is_contiguous() or not cache.values.is_contiguous():
+        return False
     if cache.keys.shape[3] > (MAX_HEAD_WIDTH if cache.length < _FEW_OF_WIDE else _WIDE_HEAD):
         return False
     return qkv.dtype != torch.float64 and all(

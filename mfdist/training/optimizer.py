@@ -73,13 +73,11 @@ class RunOptimizer:
 
     def _groups(self, embeddings: set[int], dense: DenseGroupConfig) -> list[dict[str, Any]]:
         """Return AdamW's groups: parameters of one kind, decay and share of their kind's rate."""
-        assert dense.lr is not None
-        embedding_share = (dense.embedding_lr or dense.lr) / dense.lr
         chosen: dict[tuple[str, float, bool], list[Tensor]] = {}
         for name, parameters in self._parameters.items():
             for parameter in parameters:
                 if self.names[id(parameter)] not in self._rows:
-                    share = embedding_share if id(parameter) in embeddings else 1.0
+                    share = dense.embedding_lr_multiple if id(parameter) in embeddings else 1.0
                     chosen.setdefault((name, share, parameter.ndim > 1), []).append(parameter)
         groups = []
         for (name, share, is_decayed), parameters in chosen.items():

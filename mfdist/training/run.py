@@ -85,7 +85,7 @@ class RunDirectory:
         with writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         with run._checkpoints_under(config).writer_lock():  # whoever is about to train here keeps its configuration
-            run.write_config(_with_absolute_paths(config))
+            run.write_config(with_absolute_paths(config))
         return run
 
     @classmethod
@@ -195,7 +195,7 @@ def _replace(path: Path, text: str) -> None:
         partial.replace(path)
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with paths that mean the same from any folder."""
     changed: dict[str, str] = {}
     for key in ("source", "tokenizer"):

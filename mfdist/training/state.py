@@ -86,7 +86,7 @@ def check_data(state: CheckpointState, fingerprint: str) -> None:
 
 def check_config(state: CheckpointState, config: RunConfig) -> None:
     """Raise ConsistencyError where a configuration would make another run of the one the checkpoint belongs to."""
-    trained_under, found = _flat(config_of(state).model_dump()), _flat(config.model_dump())
+    trained_under, found = flat(config_of(state).model_dump()), flat(config.model_dump())
     for key, value in trained_under.items():
         if found.get(key) != value and not is_changeable(key):
             raise ConsistencyError(
@@ -146,11 +146,12 @@ def load_training(model: Transformer, optimizer: RunOptimizer, state: Checkpoint
     torch.set_rng_state(state.dense["rng/cpu"])
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key → value of nested mappings, such as a configuration's dump."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def _text(state: CheckpointState, *path: str) -> str:

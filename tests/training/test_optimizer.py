@@ -48,7 +48,7 @@ def test_tables_learn_at_three_times_the_dense_rate_unless_told():
 
 def test_the_embedding_learns_at_its_own_rate_and_on_the_dense_schedule():
     made = model()
-    optimizer = RunOptimizer(made, OptimizerConfig(dense=DenseGroupConfig(lr=0.002, embedding_lr=0.01)))
+    optimizer = RunOptimizer(made, OptimizerConfig(dense=DenseGroupConfig(lr=0.002, embedding_lr_multiple=5.0)))
     for step in (0, 7):
         rates = optimizer.learning_rates(step, 10)
         optimizer.set_rates(rates)

@@ -23,7 +23,7 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     assert (code, err) == (0, "")
     assert "3 runs are missing" in out
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--json", found)
-    names = ["memory", "twin-2e-3", "twin-2e-3-20e-3"]
+    names = ["memory", "twin-2e-3", "twin-2e-3-embedding-10"]
     assert (code, err.split("\n")[:-1]) == (0, [f"training {name}-seed-0" for name in names])
     assert all(f"ahead of {name} by" in out for name in names[1:])
     results = json.loads(found.read_text("utf-8"))["results"]
@@ -42,9 +42,18 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     assert "training memory" not in err and "training twin-2e-3-seed-0" in err  # the one that was cut short
     assert "must be ahead of its twin by 1000 nats" in err
     assert again.splitlines()[1] == out.splitlines()[1]
-    (tmp_path / "runs" / "twin-2e-3-20e-3-seed-0" / "metrics.jsonl").unlink()
+    (tmp_path / "runs" / "twin-2e-3-embedding-10-seed-0" / "metrics.jsonl").unlink()
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--at-least", "-1000", "--minutes", "0")
     assert code == 1 and "1 runs are missing" in out and "not all of them were trained" in err
+
+
+def test_a_run_that_is_kept_is_not_taken_for_one_of_other_settings(mfdist, workplace, tmp_path):
+    only = ("--seeds", "0", "--only", "memory")
+    assert bench(mfdist, tmp_path / "runs", *only)[0] == 0
+    code, out, err = bench(mfdist, tmp_path / "runs", *only, "--set", "training.steps=5")
+    assert code == 2 and "has training.steps=12, not 5; move it away" in err
+    assert "memory " not in out
+    assert (tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl").exists()
 
 
 def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, workplace, tmp_path):
