@@ -9,17 +9,20 @@ from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
 
+LOOKUPS, REST = "lookups", "everything else"
 #: What an operator counts as, by what its name contains; the first that fits.
 _KINDS = (
-    ("lookups", ("mfdist",)),
+    (
+        "attention",
+        ("scaled_dot_product", "flash_attention", "efficient_attention", "one_token_attention", "::rotation"),
+    ),
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul")),
+    (LOOKUPS, ("mfdist",)),
     # `_Lookup` is that of sharded tables and of tables on servers, whose own time is waiting for the others.
     ("exchanges", ("gloo:", "nccl:", "c10d::", "all_reduce", "all_to_all", "_lookup", "distributeddataparallel")),
-    ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention")),
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul")),
     ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
     ("optimiser", ("adam", "optimizer.step", "foreach", "linalg_vector_norm")),
 )
-LOOKUPS, REST = _KINDS[0][0], "everything else"
 
 
 def time_shares(work: Callable[[], T], device: torch.device) -> tuple[T, dict[str, float]]:
