@@ -86,17 +86,7 @@ def _check(
         raise ConfigError(f"the sequence must fit the cache; got {length + 1} tokens, capacity {capacity}")
 
 
-@torch.library.impl("mfdist::one_token_attention", "CPU")
-def _on_cpu(
-    qkv: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: int,
-    residual: Tensor | None = None,
-) -> Tensor:
-    return reference.one_token_attention(qkv, cosine, sine, keys, values, length, residual)
+torch.library.impl("mfdist::one_token_attention", "CPU", reference.one_token_attention)
 
 
 @torch.library.impl("mfdist::one_token_attention", "CUDA")

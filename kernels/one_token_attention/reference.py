@@ -5,7 +5,13 @@ from torch import Tensor
 
 
 def one_token_attention(
-    qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, length: int, residual: Tensor | None
+    qkv: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Return [B, 1, H·E] in qkv's dtype, computed in it, and fill position `length` of the cache."""
     num_sequences, num_heads, _, head_dim = keys.shape

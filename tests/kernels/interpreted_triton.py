@@ -24,7 +24,7 @@ from mfdist.kernels.row_gradient import triton_sort as sorts
 from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
-from tests.kernels.attentions import expected_attention, make_attention
+from tests.kernels.attentions import Attention, expected_attention, make_attention
 from tests.kernels.lookups import Lookup, expected_gradients, expected_sum, make_lookup
 from tests.kernels.ragged_lookups import expected_of_list, make_list
 
@@ -214,28 +214,18 @@ def attending() -> None:
         (17, 40, 20, torch.bfloat16),
         (40, 1, 0, torch.float16),
     ):
-        check_attention(3, 2, length, head_dim, half, dtype, has_residual=length == 5)
+        check_attention(make_attention(3, 2, length, head_dim, half, dtype, has_residual=length == 5))
     attention._TILE, attention._LEAST_TOKENS = 64, 16  # as for long sequences
     for length in (15, 16, 17, 40):
         for has_residual in (False, True):
-            check_attention(2, 1, length, 20, 5, torch.float32, has_residual=has_residual)
+            check_attention(make_attention(2, 1, length, 20, 5, torch.float32, has_residual=has_residual))
     attention._MOST_PROGRAMS = 2
     assert attention.part_tokens(1, 100, 4) == 64
-    check_attention(1, 1, 99, 4, 2, torch.float32, has_residual=True)
+    check_attention(make_attention(1, 1, 99, 4, 2, torch.float32, has_residual=True))
 
 
-def check_attention(
-    num_sequences: int,
-    num_heads: int,
-    length: int,
-    head_dim: int,
-    half: int,
-    dtype: torch.dtype,
-    *,
-    has_residual: bool,
-) -> None:
-    made = make_attention(num_sequences, num_heads, length, head_dim, half, dtype, has_residual=has_residual)
-    expected = expected_attention(made)
+def check_attention(made: Attention) -> None:
+    expected, length = expected_attention(made), made.length
     check(attention.one_token_attention(*made), expected.out)
     check(made.keys[:, :, : length + 1], expected.keys)
     check(made.values[:, :, : length + 1], expected.values)
