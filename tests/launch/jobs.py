@@ -167,6 +167,12 @@ def _is_of(process: psutil.Process, session: int) -> bool:
     return False
 
 
+def _is_running(pid: int | None) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return pid is not None and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def until(holds: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
     end = time.monotonic() + deadline_s
     while not holds():
@@ -195,18 +201,27 @@ def hosts_of(files: JobFiles, kind: str) -> dict[str, str]:
     return {actor["name"]: actor["host"] for actor in actors_of(files, kind)}
 
 
-def hold_until_whole(files: JobFiles, process: "subprocess.Popen[bytes]", lost: str = "") -> None:
-    """Let training stand still until a pair of servers has both of them, one following the other, none on a host."""
+def hold_until_whole(files: JobFiles, process: "subprocess.Popen[bytes]", lost: str = "") -> str:
+    """Let training stand still until a pair of servers has both of them, one following the other, none on a host.
+
+    What is known of actors may be a second old, so their processes are looked at as well. Returns the primary's name.
+    """
+    named = dict[str, str]()
 
     def is_whole() -> bool:
         servers = actors_of(files, "server")
-        are_up = all(actor["state"] == "serving" and actor["host"] != lost for actor in servers)
-        return are_up and sorted(str(actor["role"]) for actor in servers) == ["primary", "replica"]
+        are_up = all(
+            _is_running(each["pid"]) and each["state"] == "serving" and each["host"] != lost for each in servers
+        )
+        named.clear()
+        named.update({str(each["role"]): each["name"] for each in servers})
+        return are_up and named.keys() == {"primary", "replica"}
 
     kill(files, "trainer-0", signal.SIGSTOP)
     until(lambda: is_whole() or process.poll() is not None, "the pair is whole", 100.0)
     assert process.poll() is None
     kill(files, "trainer-0", signal.SIGCONT)
+    return named["primary"]
 
 
 def kill(files: JobFiles, actor: str, number: signal.Signals = signal.SIGKILL) -> None:

@@ -83,10 +83,10 @@ def test_a_primary_dies_and_its_replica_goes_on_to_the_same_bits(folder: Path, t
             for step in (12, 30):
                 jobs.until(partial(_is_due, run, step, process), f"step {step}")
                 assert process.poll() is None, (folder / "pair.log").read_text()
-                jobs.kill(files, next(actor["name"] for actor in jobs.actors_of(files) if actor["role"] == "primary"))
+                jobs.kill(files, jobs.hold_until_whole(files, process))
                 jobs.until(partial(_is_due, run, step + 5, process), "it goes on")
                 assert process.poll() is None, (folder / "pair.log").read_text()
-                jobs.hold_until_whole(files, process)
+            jobs.hold_until_whole(files, process)
             assert process.wait(jobs.DEADLINE_S) == 0, (folder / "pair.log").read_text()
         finally:
             process.kill()
