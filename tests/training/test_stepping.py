@@ -10,6 +10,7 @@ from mfdist.training.optimizer import RunOptimizer
 from mfdist.training.step import TrainStep
 from mfdist.training.stepping import Stepping
 
+STEPS = 12
 ADAGRAD = ("optimizer.tables.rule=rowwise_adagrad", "optimizer.tables.clip_norm=0")
 #: Figures that are told of a step, but for its time.
 FIGURES = ("step", "loss", "dense_lr", "table_lr", "dense_grad_norm", "table_grad_norm")
@@ -21,7 +22,7 @@ def begin(config, overrides, device, **options):
     with torch.device(device):
         model = build_model(config.model)
     optimizer = RunOptimizer(model, config.optimizer)
-    tokens = torch.randint(11, (12, 4, 33), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(11, (STEPS, 4, 33), generator=torch.Generator().manual_seed(1))
     device = torch.device(device)
     step = TrainStep(model, optimizer, config.training, device)
     stepping = Stepping(step, lambda at: (tokens[at, :, :-1], tokens[at, :, 1:]), config, device, **options)
@@ -40,7 +41,7 @@ def test_running_ahead_changes_no_figure_and_tells_of_each_step_once(overrides, 
     for is_ahead in (False, True):
         model, optimizer, stepping = begin(tiny_config, overrides, device, is_ahead=is_ahead, first_profiled=7)
         events = []
-        for step in range(12):
+        for step in range(STEPS):
             found = list(stepping.step(step, is_read=step == 4))
             events += found
             late = is_ahead and step != 4
@@ -50,7 +51,7 @@ def test_running_ahead_changes_no_figure_and_tells_of_each_step_once(overrides, 
         assert len(stepping.seconds) == 11 and min(stepping.seconds) > 0
         told.append([[getattr(event, name) for name in FIGURES] for event in events])
         ends.append(states(model, optimizer))
-    assert told[0] == told[1] and [figures[0] for figures in told[0]] == list(range(1, 13))
+    assert told[0] == told[1] and [figures[0] for figures in told[0]] == list(range(1, STEPS + 1))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
@@ -100,3 +101,13 @@ def test_a_step_that_is_not_finite_is_found_at_the_same_place_whichever_is_profi
     with pytest.raises(NonFiniteError, match=r"at step 4, first in head \(output\)"):
         list(stepping.step(4))
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_the_last_step_is_told_of_where_the_next_has_nothing_to_read(is_ahead, tiny_config):
+    _, _, stepping = begin(tiny_config, (), "cpu", is_ahead=is_ahead)
+    told = [event.step for step in range(STEPS) for event in stepping.step(step)]
+    with pytest.raises(IndexError):
+        for event in stepping.step(STEPS):
+            told.append(event.step)
+    assert told == list(range(1, STEPS + 1)) and list(stepping.rest()) == []
