@@ -40,8 +40,8 @@ add: ## install an extra of pyproject.toml into .venv: make add EXTRA=ray
 test: $(STAMPS)/test ## run the tests (less than 30 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-all: $(STAMPS)/test ## run the slow and the large tests too
-	@$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+test-all: $(STAMPS)/test ## run the slow and the large tests too, property tests on examples of their own
+	@$(BIN)/python -m pytest -m "" --hypothesis-profile=search $(PYTEST_FLAGS)
 
 check: $(STAMPS)/check ## formatting, lint, types, import order, shape of the tree
 	$(BIN)/ruff format --check

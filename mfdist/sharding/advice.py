@@ -97,7 +97,7 @@ def advise(decision: Decision) -> Advice:
     found += _larger_world(setting)
     found += _host_memory(setting)
     return Advice(
-        rank_bytes=int(decision.cost.rank_bytes.max()),
+        rank_bytes=decision.rank_bytes,
         usable_bytes=topology.usable_bytes,
         unplaced=_unplaced(decision),
         changes=tuple(sorted(found, key=lambda change: not change.fits)),
@@ -152,7 +152,7 @@ def _changes(setting: _Setting) -> Iterator[tuple[str, Callable[[_Setting], _Set
 
 def _tried(what: str, setting: _Setting) -> Change:
     decision = decide(*setting)
-    return Change(what=what, rank_bytes=int(decision.cost.rank_bytes.max()), fits=decision.fits)
+    return Change(what=what, rank_bytes=decision.rank_bytes, fits=decision.fits)
 
 
 def _combined(setting: _Setting) -> list[Change]:

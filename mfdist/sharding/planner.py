@@ -3,10 +3,12 @@
 A step's time is a sum over tables, so each table may take its fastest plan until memory is short. Then memory is bought
 where it costs least time: tables move along the convex hull of (bytes, time) of their plans, least time lost a byte
 saved first, until all fit; what is left over goes back to the tables that gain most. Where memory is ample the result
-is the fastest there is; else it is at most one such move away from it.
+is the fastest there is; else it is at most one such move away from the fastest that fits with room for what uneven
+pieces add.
 """
 
 import heapq
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from mfdist.spec import TableSpec
 #: How many limits on the largest exchange buffer are tried.
 _NUM_LIMITS = 12
 #: How often the memory left for tables is corrected by what uneven pieces add.
-_NUM_CORRECTIONS = 4
+_NUM_CORRECTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,14 @@ class Decision:
     workload: Workload
 
     @property
+    def rank_bytes(self) -> int:
+        """Return what the fullest rank needs; buffers are priced by averages, so a part of a byte counts as one."""
+        return math.ceil(float(self.cost.rank_bytes.max()))
+
+    @property
     def missing_bytes(self) -> int:
         """Return by how much the fullest rank exceeds what it may use; 0 or less where the plan fits."""
-        return int(self.cost.rank_bytes.max()) - self.topology.usable_bytes
+        return self.rank_bytes - self.topology.usable_bytes
 
     @property
     def fits(self) -> bool:
@@ -75,10 +82,12 @@ def decide(tables: Sequence[TableSpec], topology: Topology, workload: Workload) 
     budget = topology.usable_bytes - dense_bytes(topology, workload)
     found = []
     for _ in range(_NUM_CORRECTIONS):
-        found.append(_decision(_choose(options, budget), options, topology, workload))
+        chosen = _choose(options, budget)
+        found.append(_decision(chosen, options, topology, workload))
         if found[-1].fits:
             return found[-1]
-        budget -= max(1, found[-1].missing_bytes)
+        # What uneven pieces add is kept free, and more where the same plans would be chosen again.
+        budget = min(budget - found[-1].missing_bytes, _num_bytes(chosen) - 1)
     found.append(_decision(_choose(options, 0), options, topology, workload))  # the leanest
     return min(found, key=lambda decision: decision.missing_bytes)
 
@@ -142,6 +151,11 @@ def _choose(options: Sequence[Sequence[TableCost]], budget: float) -> list[Table
             best = rank
     assert best is not None
     return best[2]
+
+
+def _num_bytes(chosen: Sequence[TableCost]) -> float:
+    """Return what plans need of a rank, were their pieces even."""
+    return sum(cost.lasting_bytes for cost in chosen) + max(cost.buffer_bytes for cost in chosen)
 
 
 def _fill(options: Sequence[Sequence[TableCost]], budget: float) -> tuple[list[TableCost], float]:
