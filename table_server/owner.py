@@ -18,7 +18,7 @@ from mfdist.table_server import epoch as epochs
 from mfdist.table_server.channel import ChannelConfig, client_channel
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.rpcs import Rpcs
-from mfdist.table_server.status import error_of
+from mfdist.table_server.status import error_of, is_said
 
 _T = TypeVar("_T")
 
@@ -309,6 +309,7 @@ class Owner:
         """Make a call until it succeeds, fails for good, or the deadline is over."""
         until = time.monotonic() + self._deadline_s
         pause_s, is_again = _FIRST_PAUSE_S, False
+        said: MfdistError | None = None
         while True:
             try:
                 if is_again and before_again is not None:
@@ -316,6 +317,10 @@ class Owner:
                 return await call(max(0.001, until - time.monotonic()))
             except grpc.RpcError as raised:
                 error: MfdistError = error_of(raised, self.address)
+                if is_said(raised):
+                    said = error
+                elif said is not None and raised.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    error = said  # it tells more than that no time was left to say it again
             except UnavailableError as raised:
                 error = raised
             if not isinstance(error, UnavailableError) or time.monotonic() + pause_s >= until:

@@ -26,6 +26,11 @@ def status_of(error: MfdistError) -> tuple[grpc.StatusCode, str, tuple[tuple[str
     return grpc.StatusCode[name], str(error), ((KIND_KEY, error.kind),)
 
 
+def is_said(error: grpc.RpcError) -> bool:
+    """Return whether a failed call was answered by its server, and did not fail on the way there or back."""
+    return any(key == KIND_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def error_of(error: grpc.RpcError, server: str) -> MfdistError:
     """Return what a failed call means, as the error its server raised or the nearest one.
 

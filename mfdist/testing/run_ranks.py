@@ -133,15 +133,15 @@ class RankPool:
             return _Answer(at_s=0.0, failure=(f"it died with exit code {worker.process.exitcode}", None))
 
     def _describe_late(self, late: list[int], timeout_s: float) -> str:
-        stacks = []
+        until = time.monotonic() + _GRACE_S
+        paths: dict[int, Path] = {}
         for rank in late:
-            worker = self._workers[rank]
-            if worker.process.pid is not None and worker.stack_path.exists():
-                os.kill(worker.process.pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        for rank in late:
-            path = self._workers[rank].stack_path
-            stacks.append(f"rank {rank}:\n{path.read_text() if path.exists() else '(still starting)'}")
+            process, path = self._workers[rank].process, self._workers[rank].stack_path
+            if process.pid is not None and path.exists():
+                os.kill(process.pid, signal.SIGUSR1)
+                paths[rank] = path
+        told = {rank: _settled(path, until) for rank, path in paths.items()}
+        stacks = [f"rank {rank}:\n{told.get(rank, '(still starting)')}" for rank in late]
         return f"all ranks must be done within {timeout_s} s; late: {late}\n" + "\n".join(stacks)
 
     def _end_workers(self) -> None:
@@ -152,6 +152,15 @@ class RankPool:
         for worker in workers:
             worker.process.join()
             worker.process.close()
+
+
+def _settled(path: Path, until: float) -> str:
+    """Return what another process writes, once there is some of it and no more comes, or the time is over."""
+    before, text = "", path.read_text()
+    while (not text or text != before) and time.monotonic() < until:
+        time.sleep(0.1)
+        before, text = text, path.read_text()
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)

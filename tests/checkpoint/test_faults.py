@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
@@ -136,11 +137,20 @@ class Deleter(threading.Thread):
         super().__init__(daemon=True)
         self.directory = directory
         self.pattern = pattern
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> Self:
         self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self.join()
 
     def run(self) -> None:
         while not any(self.directory.glob(".step-*/tables/t1/weight/c.*")):
-            pass
+            if self._is_over.is_set():
+                return
         for path in self.directory.parent.glob(self.pattern):
             while path.exists():
                 shutil.rmtree(path, ignore_errors=True)
@@ -158,9 +168,8 @@ def test_a_directory_deleted_during_a_save_is_said_and_made_anew(
 ) -> None:
     with directory.writer_lock():
         directory.save(small_state(1))
-        deleter = Deleter(directory.path, directory.path.name)
-        assert_refused(directory, slow_state)
-        deleter.join()
+        with Deleter(directory.path, directory.path.name):
+            assert_refused(directory, slow_state)
         assert directory.steps() == []
         info = directory.save(small_state(3))
         assert directory.steps() == [info]
@@ -173,9 +182,8 @@ def test_a_part_deleted_during_a_save_is_said(
     directory: CheckpointDirectory, small_state: State, contents: Contents, slow_state: CheckpointState
 ) -> None:
     directory.save(small_state(1))
-    deleter = Deleter(directory.path, "checkpoints/.step-*/tables/t0")
-    assert "tables/t0" in assert_refused(directory, slow_state)
-    deleter.join()
+    with Deleter(directory.path, "checkpoints/.step-*/tables/t0"):
+        assert "tables/t0" in assert_refused(directory, slow_state)
     assert_intact(directory, contents(small_state(1)), contents)
 
 

@@ -157,7 +157,7 @@ def test_saves_go_on_in_the_background(s3, url: str, small_state: State) -> None
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_runs_out(s3, url: str, small_state: State) -> None:
     first, second = (CheckpointDirectory(url) for _ in range(2))
     for directory in (first, second):
-        directory.series = ObjectSeries(url, lease_s=1.0)
+        directory.series = ObjectSeries(url, lease_s=5.0)
     with first.writer_lock():
         with pytest.raises(UnavailableError, match=rf"pid {os.getpid()} on .* is writing to it"):
             second.save(small_state(1))
@@ -165,6 +165,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_runs_out(s3, url: str, 
     second.save(small_state(3))
     prefix = url.removeprefix(f"s3://{BUCKET}/")
     s3.put_object(Bucket=BUCKET, Key=f"{prefix}/.writer.lock", Body=b"pid 7 on a host that died\n")
+    second.series = ObjectSeries(url, lease_s=1.0)
     start = time.monotonic()
     second.save(small_state(4))
     assert time.monotonic() - start > 1.0  # not before it was watched for as long as a lease lasts
@@ -172,12 +173,14 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_runs_out(s3, url: str, 
 
 def test_a_writer_that_lost_its_lock_commits_nothing(s3, url: str, small_state: State) -> None:
     directory = CheckpointDirectory(url)
-    directory.series = ObjectSeries(url, lease_s=1.0)
+    directory.series = series = ObjectSeries(url, lease_s=5.0)
     prefix = url.removeprefix(f"s3://{BUCKET}/")
     with directory.writer_lock():
         directory.save(small_state(1))
         s3.put_object(Bucket=BUCKET, Key=f"{prefix}/.writer.lock", Body=b"pid 7 on another host\n")
-        time.sleep(1.1)  # a renewal finds it
+        assert series._lease is not None
+        while series._lease.is_held():  # until a renewal finds it, or the lease has run out
+            time.sleep(0.05)
         with pytest.raises(CheckpointError, match=r"has taken .* over"):
             directory.save(small_state(2))
     assert [info.step for info in directory.steps()] == [1]

@@ -63,12 +63,13 @@ def test_an_unknown_error_is_reported_as_a_defect():
 
 
 def test_who_is_late_is_named():
-    gate = threading.Event()
+    gate, start = threading.Event(), threading.Barrier(2)
 
     def body(ranks):
         if ranks.rank == 2:
             gate.wait(20)
             return None
+        start.wait(20)
         try:
             return ranks.share("flush", None)
         finally:

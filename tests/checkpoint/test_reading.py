@@ -73,10 +73,14 @@ def test_the_page_cache_is_passed_by_where_a_file_is_not_in_it(tmp_path: Path, f
             pass
         except OSError:
             pytest.skip("this file system does not tell what is in the page cache")
-    put_out_of_cache(path)
     flags_seen.clear()
-    read_file(path, memory.of(1 << 20))
-    assert any(flags & os.O_DIRECT for flags in flags_seen)
+    for _ in range(100):  # pages that the kernel still reads ahead, for the look above, are not put out
+        put_out_of_cache(path)
+        read_file(path, memory.of(1 << 20))
+        if any(flags & os.O_DIRECT for flags in flags_seen):
+            break
+    else:
+        pytest.fail("no read passed the page cache by")
 
 
 @pytest.mark.parametrize("size", [0, 1, 65536, 100_001, 1 << 20, (5 << 20) + 68])

@@ -16,7 +16,7 @@ from mfdist.testing.server_processes import ServerProcesses
 from mfdist.training.run import RunDirectory
 from tests.launch import jobs
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 120, 10
 
 
 @pytest.fixture(scope="module")

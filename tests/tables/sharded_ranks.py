@@ -1,10 +1,11 @@
 """What ranks do in the tests of sharded tables; in a module of its own, since their processes import it."""
 
-import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 
 from mfdist.errors import MfdistError
 from mfdist.optim import RowAdagrad, RowAdam, RowSGD
@@ -240,7 +241,8 @@ def other_tables(rank):
 def late(rank, what):
     """Return what ranks 0 and 2 are told when rank 1 does not come to a lookup, or to a gradient."""
     spec = TableSpec(name="words", num_rows=16, row_dim=4)
-    table = sharded(torch.ones(16, 4), make_plan("column_wise", spec, 3), exchanges_for("column_wise", 3, deadline_s=1))
+    table = sharded(torch.ones(16, 4), make_plan("column_wise", spec, 3), exchanges_for("column_wise", 3, deadline_s=3))
+    others = _get_default_store()
     try:
         if what == "gradient" or rank != 1:
             out = table(torch.tensor([[3]]), torch.ones(1, 1, requires_grad=True))
@@ -248,7 +250,9 @@ def late(rank, what):
                 out.sum().backward()
     except MfdistError as error:
         return f"{error.kind}: {error}"
-    time.sleep(6)
+    finally:
+        others.set(f"told-{rank}", "")
+        others.wait(["told-0", "told-2"], timedelta(seconds=30))  # whoever leaves would be missed for that
     return ""
 
 

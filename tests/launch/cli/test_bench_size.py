@@ -7,7 +7,7 @@ import torch
 
 from mfdist.benchmarks import table_size
 
-SMALL = ["--row-dim", 64, "--tokens", 32, "--lookups", 8, "--turns", 2, "--device", "cpu"]
+SMALL = ["--row-dim", 64, "--tokens", 32, "--lookups", 8, "--turns", 25, "--device", "cpu"]
 
 
 def test_tables_of_two_sizes_are_trained(mfdist, tmp_path):
