@@ -7,8 +7,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mfdist
+from mfdist.errors import UnavailableError
 
 _LEFT_OUT = ("*.pyc",)  # compiled kernels (.nbi, .nbc) go along: making them takes every host a minute
+
+
+@contextlib.contextmanager
+def expected_whole(host: str) -> Iterator[None]:
+    """Say of a module of this package that is not there that the host has a part of the package.
+
+    A host that dies while Ray unpacks what was sent keeps a part, which Ray takes for all of it when the host is back.
+
+    Raises:
+        UnavailableError: in place of the import's error; another host may have all of it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith(f"{mfdist.__name__}."):
+            raise
+        around = Path(mfdist.__file__).absolute().parents[1]
+        was_sent = around.name.startswith("_ray_pkg_")
+        remedy = f"end its node, remove {around} there, and start it again" if was_sent else "install it there again"
+        raise UnavailableError(
+            f"a host must have all of mfdist; {host} has no {error.name} in {around}"
+            f"{', as where it died while Ray unpacked it' if was_sent else ''}; {remedy}"
+        ) from error
 
 
 @contextlib.contextmanager

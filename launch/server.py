@@ -8,6 +8,7 @@ from typing import Any
 
 from mfdist.errors import MfdistError, UnavailableError
 from mfdist.launch import cluster
+from mfdist.launch.code_copy import expected_whole
 from mfdist.launch.happenings import Ended
 from mfdist.launch.pulse import Post, Pulse, settle
 
@@ -44,7 +45,8 @@ class TableServer:
         post = self._pulse.post
         how, kind, message = "stopped", "", ""
         try:
-            self._serve(duty)
+            with expected_whole(self._host):
+                self._serve(duty)
         except MfdistError as error:
             traceback.print_exc()
             how, kind, message = "failed", error.kind, str(error)

@@ -13,6 +13,7 @@ import psutil
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError, MfdistError
 from mfdist.launch import cluster
+from mfdist.launch.code_copy import expected_whole
 from mfdist.launch.happenings import Ended
 from mfdist.launch.pulse import Post, Pulse, settle
 
@@ -51,8 +52,10 @@ class Trainer:
 
         Raises:
             ConfigError: Ray has given this trainer a GPU that torch cannot use.
+            UnavailableError: a part of this package is all that the host has.
         """
-        import mfdist.training.loop  # noqa: F401 - seconds, which all trainers spend at the same time
+        with expected_whole(self._host):
+            import mfdist.training.loop  # noqa: F401 - seconds, which all trainers spend at the same time
 
         _check_gpu(self._host)
         with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as taken:

@@ -158,7 +158,7 @@ class Chaos:
         if kind == "host":
             busy = {actor["host"] for actor in state["actors"]}
             host = draw.choice([host for host in self._hosts[1:] if host.address in busy])
-            host.kill()
+            self._nodes.lose(host.index)
             lasting.callback(self._nodes.start, host.index)
             return host.name, draw.uniform(1, 4)
         host = draw.choice(self._hosts[1:])

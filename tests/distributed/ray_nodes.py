@@ -2,7 +2,7 @@
 
     with Hosts(3) as hosts, RayNodes(hosts) as nodes:
         hosts[0].run(["ray", "status"], env=nodes.environment)
-        hosts[2].kill()
+        nodes.lose(2)
         nodes.start(2)            # as after a boot
 
 Needs `ray`; the hosts may be those of `hosts.py` or of `loopback_hosts.py`.
@@ -142,6 +142,11 @@ class RayNodes:
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C is meant for a driver
             )
+
+    def lose(self, index: int) -> None:
+        """Kill a host with its node, which stays away until it is started again."""
+        del self._processes[index]
+        self._hosts[index].kill()
 
     def revive(self) -> list[int]:
         """Start the nodes whose process ended by itself, as systemd would, and return whose they were."""
