@@ -14,7 +14,7 @@ _LEFT_OUT = ("*.pyc",)  # compiled kernels (.nbi, .nbc) go along: making them ta
 
 @contextlib.contextmanager
 def expected_whole(host: str) -> Iterator[None]:
-    """Say of a module of this package that is not there that the host has a part of the package.
+    """Say of a module of this package that cannot be imported that the host has a part of the package.
 
     A host that dies while Ray unpacks what was sent keeps a part, which Ray takes for all of it when the host is back.
 
@@ -23,15 +23,15 @@ def expected_whole(host: str) -> Iterator[None]:
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith(f"{mfdist.__name__}."):
+    except ImportError as error:
+        if not f"{error.name}.".startswith(f"{mfdist.__name__}."):
             raise
         around = Path(mfdist.__file__).absolute().parents[1]
         was_sent = around.name.startswith("_ray_pkg_")
         remedy = f"end its node, remove {around} there, and start it again" if was_sent else "install it there again"
         raise UnavailableError(
-            f"a host must have all of mfdist; {host} has no {error.name} in {around}"
-            f"{', as where it died while Ray unpacked it' if was_sent else ''}; {remedy}"
+            f"a host must have all of mfdist; {host} has a part in {around}"
+            f"{', as where it died while Ray unpacked it' if was_sent else ''}: {error}; {remedy}"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """What `mfdist plan` asks and answers, apart from how it is shown: machines, a model, the decision as JSON values."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def describe(question: Question, decision: Decision) -> dict[str, Any]:
         "usable_bytes": decision.topology.usable_bytes,
         "dense_bytes": int(cost.dense_bytes),
         "buffer_bytes": int(cost.buffer_bytes),
-        "rank_bytes": [int(num_bytes) for num_bytes in cost.rank_bytes],
+        "rank_bytes": [math.ceil(num_bytes) for num_bytes in cost.rank_bytes],
         "tables": [_table(explanation) for explanation in explain(decision)],
         "advice": None if advice is None else _advice(advice),
     }

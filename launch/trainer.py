@@ -66,7 +66,8 @@ class Trainer:
         """Train until the end, or until SIGTERM or the supervisor asks to stop; return how it went."""
         post = self._pulse.post
         try:
-            stopped = self._train(assignment)
+            with expected_whole(self._host):
+                stopped = self._train(assignment)
         except MfdistError as error:
             traceback.print_exc()
             return self._left("failed", error.kind, str(error))

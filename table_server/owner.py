@@ -309,7 +309,7 @@ class Owner:
         """Make a call until it succeeds, fails for good, or the deadline is over."""
         until = time.monotonic() + self._deadline_s
         pause_s, is_again = _FIRST_PAUSE_S, False
-        said: MfdistError | None = None
+        said: tuple[str, MfdistError] | None = None
         while True:
             try:
                 if is_again and before_again is not None:
@@ -318,11 +318,13 @@ class Owner:
             except grpc.RpcError as raised:
                 error: MfdistError = error_of(raised, self.address)
                 if is_said(raised):
-                    said = error
-                elif said is not None and raised.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                    error = said  # it tells more than that no time was left to say it again
+                    said = self.address, error
+                elif said is not None and (said[0], raised.code()) == (self.address, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    error = type(said[1])(f"{said[1]}; asked again, it did not answer before the deadline")
+                else:
+                    said = None
             except UnavailableError as raised:
-                error = raised
+                error, said = raised, None
             if not isinstance(error, UnavailableError) or time.monotonic() + pause_s >= until:
                 raise error
             is_again = True

@@ -4,7 +4,7 @@ A step's time is a sum over tables, so each table may take its fastest plan unti
 where it costs least time: tables move along the convex hull of (bytes, time) of their plans, least time lost a byte
 saved first, until all fit; what is left over goes back to the tables that gain most. Where memory is ample the result
 is the fastest there is; else it is at most one such move away from the fastest that fits with room for what uneven
-pieces add.
+pieces add, of the limits on buffers that are tried.
 """
 
 import heapq
@@ -75,7 +75,7 @@ def choose_plan(tables: Sequence[TableSpec], topology: Topology, workload: Workl
 
 
 def decide(tables: Sequence[TableSpec], topology: Topology, workload: Workload) -> Decision:
-    """Return the fastest plan that fits, with what it was chosen from; where none fits, the leanest."""
+    """Return a fast plan that fits, with what it was chosen from; where none does, what misses least."""
     if not tables:
         raise ConfigError("there must be a table to plan for; got a model without tables")
     options = _options(tables, topology, workload)

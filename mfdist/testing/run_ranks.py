@@ -171,6 +171,7 @@ class _Worker:
 
     @classmethod
     def start(cls, stack_path: Path) -> Self:
+        stack_path.unlink(missing_ok=True)  # of the one before
         context = multiprocessing.get_context("spawn")
         connection, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, str(stack_path)), daemon=True)
@@ -191,8 +192,9 @@ class _Answer:
 def _serve(connection: Connection, stack_path: str) -> None:
     """Take calls until the pool is gone; torch is imported by the first, after the environment is set."""
     os.environ.update(_ENVIRONMENT)
-    with open(stack_path, "w") as stacks:  # noqa: PTH123 - a file that stays open
+    with open(f"{stack_path}.new", "w") as stacks:  # noqa: PTH123 - a file that stays open
         faulthandler.register(signal.SIGUSR1, file=stacks)
+        Path(stacks.name).rename(stack_path)  # from now on it can be asked
         while True:
             try:
                 function, rank, args, setup = pickle.loads(connection.recv_bytes())

@@ -1,5 +1,6 @@
 """Steps one after the other, each timed: on a GPU, the next is queued before the figures of the last are read."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -74,17 +75,18 @@ class Stepping:
 
         Raises:
             NonFiniteError: one of them was not finite; see `TrainStep`.
+            Exception: what reading the batch or making the step raises, after the last step was told of.
         """
         start = time.perf_counter()
-        try:
-            batch = self._batch_at(step)
-        except BaseException:
-            yield from self.rest()  # nothing comes after the step that is done, but it is told of
-            raise
         is_profiled = step >= self._next_profile[0] and start >= self._next_profile[1]
         # Either way a step is queued before the last one is read: ranks choose by clocks of their own, and after a step
         # that was not finite all of them must find that out at the same place.
-        queued = self._profiled(step, batch) if is_profiled else self._queued(step, batch, start)
+        try:
+            queued = self._profiled(step) if is_profiled else self._queued(step, start)
+        except Exception:
+            with contextlib.suppress(Exception):  # the step before is told of; what failed now is the error
+                yield from self.rest()
+            raise
         yield from self.rest()
         self._waiting = queued
         if is_read or not self._is_ahead:
@@ -103,16 +105,17 @@ class Stepping:
                 self.seconds.append(step_s)
             yield self._told(waiting.step, result, step_s, waiting.shares)
 
-    def _queued(self, step: int, batch: tuple[Tensor, Tensor], start: float) -> _Waiting:
-        return _Waiting(step, self._train_step.queue(step, *batch), start)
+    def _queued(self, step: int, start: float) -> _Waiting:
+        return _Waiting(step, self._train_step.queue(step, *self._batch_at(step)), start)
 
-    def _profiled(self, step: int, batch: tuple[Tensor, Tensor]) -> _Waiting:
+    def _profiled(self, step: int) -> _Waiting:
         """Make a step by itself, with the device idle before and after, and measure what its time goes to."""
         synchronize(self._device)
         start = time.perf_counter()
         if self._waiting is not None:
             self._waiting = self._waiting._replace(end=start)
-        queued, shares = time_shares(lambda: self._train_step.queue(step, *batch), self._device)
+        inputs, targets = self._batch_at(step)
+        queued, shares = time_shares(lambda: self._train_step.queue(step, inputs, targets), self._device)
         synchronize(self._device)
         self._next_profile = (step + PROFILE_EVERY, start + PROFILE_EVERY_S)
         return _Waiting(step, queued, start, time.perf_counter(), shares)

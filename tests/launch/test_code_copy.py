@@ -26,17 +26,23 @@ def meet(folder: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"),
-    [("_ray_pkg_1a2b", "end its node, remove {folder} there, and start it again"), ("site", "install it there again")],
+    ("name", "missing", "remedy"),
+    [
+        ("_ray_pkg_1a2b", "layers.py", "end its node, remove {folder} there, and start it again"),
+        ("site", "quantities.py", "install it there again"),
+    ],
 )
-def test_a_host_with_a_part_of_the_package_says_so_and_what_to_do(tmp_path: Path, name: str, remedy: str) -> None:
+def test_a_host_with_a_part_of_the_package_says_so_and_what_to_do(
+    tmp_path: Path, name: str, missing: str, remedy: str
+) -> None:
     folder = str(tmp_path / name)
     with copy_of_code() as copied:
         shutil.copytree(copied, folder)
     assert meet(folder).stdout == "127.0.0.1\n"
-    Path(folder, "mfdist/layers.py").unlink()
+    Path(folder, "mfdist", missing).unlink()
     said = meet(folder).stderr.splitlines()[-1]
-    assert f"a host must have all of mfdist; 127.0.0.1 has no mfdist.layers in {folder}" in said
+    assert f"a host must have all of mfdist; 127.0.0.1 has a part in {folder}" in said
+    assert missing.removesuffix(".py") in said
     assert said.endswith(remedy.format(folder=folder))
 
 

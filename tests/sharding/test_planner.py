@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from mfdist.errors import ConfigError
@@ -22,9 +22,9 @@ from tests.sharding.models import memoryformer, workload
 
 
 @st.composite
-def settings_of_few_tables(draw, most=4):
+def settings_of_few_tables(draw, least=1, most=4):
     specs, loads = [], {}
-    for index in range(draw(st.integers(1, most))):
+    for index in range(draw(st.integers(least, most))):
         stride = draw(st.sampled_from([0, 16, 64]))
         slots = draw(st.integers(1, 8))
         spec = TableSpec(
@@ -59,7 +59,7 @@ READ_ONCE = Workload(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(settings_of_few_tables(), st.sampled_from([0.0, 0.3, 0.7, 1.0]))
 @example((ONE_OF_500, READ_ONCE, cpu(6, 2)), 0.0)  # a fifth of a byte too much
 def test_plans_are_valid_and_fit(setting, share):
@@ -97,7 +97,7 @@ def by_trying_everything(specs, work, machine):
     return min((sum(cost.step_s for cost in chosen) for chosen in fitting), default=float("inf")), max(gains)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(settings_of_few_tables())
 def test_with_ample_memory_the_plan_is_the_fastest_there_is(setting):
     specs, work, machine = setting
@@ -128,8 +128,8 @@ FEW_TOKENS = Workload(
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(settings_of_few_tables(most=3), st.sampled_from([0.2, 0.5, 0.8]))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@given(settings_of_few_tables(least=2, most=3), st.sampled_from([0.2, 0.5, 0.8]))
 @example((FOUR, FEW_TOKENS, cpu(3)), 0.8)  # a table in one piece makes one rank much fuller than the average
 def test_with_little_memory_the_plan_is_at_most_one_move_from_the_fastest(setting, share):
     specs, work, machine = setting
@@ -137,6 +137,8 @@ def test_with_little_memory_the_plan_is_at_most_one_move_from_the_fastest(settin
     best, gain = by_trying_everything(specs, work, machine)
     found = decide(specs, machine, work)
     assert found.fits
+    slowest = sum(kinds[-1].step_s for kinds in found.options)
+    assume(best + gain < slowest)  # or any plan would do
     by_name = {spec.name: kinds for spec, kinds in zip(specs, found.options, strict=True)}
     chosen = sum(
         next(

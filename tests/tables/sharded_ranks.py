@@ -242,7 +242,7 @@ def late(rank, what):
     """Return what ranks 0 and 2 are told when rank 1 does not come to a lookup, or to a gradient."""
     spec = TableSpec(name="words", num_rows=16, row_dim=4)
     table = sharded(torch.ones(16, 4), make_plan("column_wise", spec, 3), exchanges_for("column_wise", 3, deadline_s=3))
-    others = _get_default_store()
+    store = _get_default_store()
     try:
         if what == "gradient" or rank != 1:
             out = table(torch.tensor([[3]]), torch.ones(1, 1, requires_grad=True))
@@ -251,8 +251,8 @@ def late(rank, what):
     except MfdistError as error:
         return f"{error.kind}: {error}"
     finally:
-        others.set(f"told-{rank}", "")
-        others.wait(["told-0", "told-2"], timedelta(seconds=30))  # whoever leaves would be missed for that
+        store.set(f"told-{rank}", "")
+        store.wait(["told-0", "told-2"], timedelta(seconds=30))  # whoever leaves would be missed for that
     return ""
 
 
