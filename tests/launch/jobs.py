@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -228,8 +228,8 @@ def kill(files: JobFiles, actor: str, number: signal.Signals = signal.SIGKILL) -
     os.kill(pid_of(files, actor), number)
 
 
-def has_come_to(run: Path, step: int) -> bool:
-    return max(losses(run), default=0) >= step
+def has_come_to(run: Path, step: int, event: Literal["stepped", "saved"] = "stepped") -> bool:
+    return any(record["step"] >= step for record in read_metrics(run / "metrics.jsonl", event))
 
 
 def losses(run: Path) -> dict[int, float]:

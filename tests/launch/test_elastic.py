@@ -41,10 +41,10 @@ class Launched:
         return self.run.with_suffix(".log").read_text("utf-8")
 
     def come_to(self, step: int, *, event: Literal["stepped", "saved"] = "stepped") -> None:
-        def has_come() -> bool:
-            return any(record["step"] >= step for record in read_metrics(self.run / "metrics.jsonl", event))
+        def is_due() -> bool:
+            return jobs.has_come_to(self.run, step, event) or self.process.poll() is not None
 
-        jobs.until(lambda: has_come() or self.process.poll() is not None, f"step {step} is {event}")
+        jobs.until(is_due, f"step {step} is {event}")
         assert self.process.poll() is None, self.said
 
     def be_through(self) -> None:
