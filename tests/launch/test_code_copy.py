@@ -18,11 +18,22 @@ trainer._host = "127.0.0.1"
 print(trainer.meet()[0])
 """
 
+SERVE = """
+from mfdist.launch.pulse import Answer, Post, Pulse
+from mfdist.launch.server import Duty, TableServer
 
-def meet(folder: str) -> "subprocess.CompletedProcess[str]":
-    """Let a trainer load what it needs from a copy of this package alone."""
+post = Post(kind="server", index=0, incarnation=1, log="", threads=1, silence_s=30.0)
+server = TableServer.__new__(TableServer)
+server._host, server._pulse = "127.0.0.1", Pulse(post, "127.0.0.1", lambda timeout_s, report: Answer(order="go on"))
+ended = server.serve(Duty(data="", secrets=""))
+print(ended.how, ended.kind, ended.error_kind, ended.message)
+"""
+
+
+def run(code: str, folder: str) -> "subprocess.CompletedProcess[str]":
+    """Run it with a copy of this package alone."""
     environment = {**os.environ, "PYTHONPATH": folder}
-    return subprocess.run([sys.executable, "-c", MEET], env=environment, cwd="/", capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +49,20 @@ def test_a_host_with_a_part_of_the_package_says_so_and_what_to_do(
     folder = str(tmp_path / name)
     with copy_of_code() as copied:
         shutil.copytree(copied, folder)
-    assert meet(folder).stdout == "127.0.0.1\n"
+    assert run(MEET, folder).stdout == "127.0.0.1\n"
     Path(folder, "mfdist", missing).unlink()
-    said = meet(folder).stderr.splitlines()[-1]
+    said = run(MEET, folder).stderr.splitlines()[-1]
     assert f"a host must have all of mfdist; 127.0.0.1 has a part in {folder}" in said
     assert missing.removesuffix(".py") in said
     assert said.endswith(remedy.format(folder=folder))
+
+
+def test_a_table_server_says_so_too() -> None:
+    with copy_of_code() as folder:
+        Path(folder, "mfdist/table_server/idle_threads.py").unlink()
+        said = run(SERVE, folder).stdout
+    assert said.startswith("failed server unavailable a host must have all of mfdist; 127.0.0.1 has a part in ")
+    assert "idle_threads" in said
 
 
 def test_another_module_that_is_missing_is_told_as_it_is() -> None:
