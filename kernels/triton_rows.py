@@ -16,14 +16,14 @@ def as_fp32(values):
     The bits of an e4m3 value, put where fp16 has its own, are the value but for that power of two, subnormal ones
     included. So rows in fp8 need no processor that knows fp8.
     """
-    if values.dtype == tl.int8 and _IS_PTX:
+    if values.dtype == tl.int8 and _IS_PTX and values.numel % 4 == 0:
         return int8_as_fp32(values)
     if values.dtype == tl.int8:
         # Operations at the processor's full rate, where a conversion has an eighth of it: the value + 128 becomes the
         # low bits of a float near 2²³.
         bits = (values.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int32) | 0x4B000000
         return bits.to(tl.float32, bitcast=True) - 8388736.0
-    if values.dtype == tl.bfloat16 and _IS_PTX:
+    if values.dtype == tl.bfloat16 and _IS_PTX and values.numel % 2 == 0:
         return bf16_as_fp32(values)
     if values.dtype == tl.uint8:
         bits = values.to(tl.int8, bitcast=True).to(tl.int16) << 7

@@ -286,6 +286,26 @@ def test_two_bf16_values_are_unpacked_by_two_instructions(target: str, monkeypat
     assert "cvt.f32.bf16" not in text
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gather_sum.triton_impl._stream_rows",
+        "gather_sum.triton_impl._stream_rows of int8",
+        "ragged_gradient.triton_impl._multiply",
+        "ragged_gradient.triton_impl._sum_row",
+        "row_gradient.triton_impl._sum_row of narrow slices",
+        "row_update.triton_impl._update_row by adagrad",
+        "row_update.triton_windows._update_window by adagrad",
+    ],
+)
+def test_rows_narrower_than_what_is_unpacked_together(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr("mfdist.kernels.triton_rows._IS_PTX", triton.language.constexpr(True))
+    changed = {"ENTRIES": 1} if name.startswith("ragged_gradient.triton_impl._sum") else {}
+    assert compile_for(name, "sm_90", COLUMNS=columns, **changed).asm["cubin"]
+
+
 def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     implementation.on_gpu.cache_clear()
