@@ -1,7 +1,8 @@
 """How fast a MemoryFormer trains beside its dense twin: whole steps of `mfdist train`, and what their time goes to.
 
-All have the same shape, batch, precision and optimiser; text is replaced by random tokens, on which speed does not
-depend. One trains after the other, each alone on the device, so that its peak of memory is its own.
+All have the same shape, batch, precision and optimiser, and repeat themselves bit for bit, as `mfdist train` does,
+unless `training.is_deterministic=false` is set. Text is replaced by random tokens, on which speed does not depend. One
+trains after the other, each alone on the device, so that its peak of memory is its own.
 """
 
 import gc
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mfdist.config import RunConfig, load_config
 from mfdist.models import Transformer, build_model
-from mfdist.training.device import peak_memory_bytes
+from mfdist.training.device import deterministic, peak_memory_bytes
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.profile import time_shares
 from mfdist.training.step import TrainStep
@@ -85,7 +86,8 @@ def measure_training(
         config = load_config(preset, [*settings, *(f"{key}={value}" for key, value in changes.items())])
         _release(device)
         try:
-            speed = _measured(contender, config, device, steps, first)
+            with deterministic(config.training.is_deterministic):
+                speed = _measured(contender, config, device, steps, first)
         except torch.OutOfMemoryError:
             speed = TrainingSpeed(contender=contender, note="needs more memory than there is")
         first = first or speed.tokens_per_s
