@@ -1,11 +1,9 @@
 """Calibration: a machine's own figures for plans, measured while all its ranks are at work.
 
-Ranks of one machine share cores, memory and links, so everything is measured on all of them at once. Of several turns
-the quickest counts, since what else the machine does only ever makes one slower, and of the ranks the median. What
-several hosts have between them is not measured; their figures are those given.
+Ranks of one machine share cores, memory and links, so everything is measured on all of them at once, as `ranks_clock`
+says. What several hosts have between them is not measured; their figures are those given.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,13 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mfdist.benchmarks.ranks_clock import RanksClock
 from mfdist.kernels import gather_sum, row_gradient
 from mfdist.sharding.cost import TableCost, price_table
-from mfdist.sharding.exchange import Exchange, Opened
 from mfdist.sharding.kinds import column_wise, replicated
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.table_plan import TablePlan
-from mfdist.sharding.tags import Call
 from mfdist.sharding.topology import Link, Topology
 from mfdist.sharding.workload import TableLoad, Workload
 from mfdist.spec import TableSpec
@@ -60,40 +57,12 @@ _SIZES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """All ranks of an exchange in step with each other."""
-
-    exchange: Exchange
-    device: torch.device
-    turns: int
-    clock: Callable[[], float]
+class _Bench(RanksClock):
+    """The ranks, and how much is moved on what they work on."""
 
     @property
     def sizes(self) -> _Sizes:
         return _SIZES[self.device.type]
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Return the quickest time of `work`, begun by all ranks together each time; the median over ranks."""
-        work()
-        taken = []
-        for _ in range(self.turns):
-            self.finish()
-            self.begin("start").wait()
-            began = self.clock()
-            work()
-            self.finish()
-            taken.append(self.clock() - began)
-        opened = self.begin("result", [round(min(taken) * 1e9)])
-        return statistics.median(counts[0] for counts in opened.wait()) * 1e-9
-
-    def begin(self, what: str, counts: tuple[int, ...] | list[int] = ()) -> Opened:
-        return self.exchange.open(Call(table=what, kind="calibration", phase="check"), list(counts))
-
-    def finish(self) -> None:
-        """Wait for what a GPU has been asked for."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def calibrate(
@@ -136,16 +105,22 @@ def calibrate(
 
 
 def _with_links(base: Topology, bench: _Bench) -> Topology:
+    """Return `base` with what messages take between ranks, apart from what collectives take to start: `_with_calls`.
+
+    An accelerator's latency is that of messages queued long before: until one that is waited for has come, its host has
+    started it, and starts are counted as the host's.
+    """
     exchange, num_peers = bench.exchange, bench.exchange.world_size - 1
     tags = bench.seconds(lambda: bench.begin("tags").wait())
     few, many = bench.sizes.small_bytes, bench.sizes.large_bytes
-    small, large = bench.seconds(_sending(bench, few)), bench.seconds(_sending(bench, many))
+    send_few = _sending(bench, few)
+    small, large = bench.seconds(send_few), bench.seconds(_sending(bench, many))
     # The model adds packing, which these sends do not do; what is left over is the link's.
     bytes_per_s = (many - few) * num_peers / max(large - small, 1e-9)
-    inside = Link(bytes_per_s=bytes_per_s, latency_s=max(small - tags, 1e-9) / num_peers)
+    latencies = small - tags if bench.device.type == "cpu" else bench.queued_seconds(send_few, _copying(bench))
     return replace(
         base,
-        inside=inside,
+        inside=Link(bytes_per_s=bytes_per_s, latency_s=max(latencies, 1e-9) / num_peers),
         collective_s=0.0,
         host_lookup_s=0.0,
         control=Link(bytes_per_s=bytes_per_s, latency_s=tags / exchange.world_size),
@@ -156,18 +131,22 @@ def _with_calls(base: Topology, bench: _Bench, exchanges: MeshExchanges) -> Topo
     """Return `base` with what a collective takes besides: the work around it, from a lookup that has next to none.
 
     An accelerator runs behind its host there, so that kinds with few and with many collectives tell what is the host's.
+    They take turns with a larger lookup of a local table, as layers of a model do.
     """
     spec = TableSpec(name="tiny", num_rows=1, row_dim=bench.exchange.world_size)
-    seconds, cost = _small_step(column_wise(spec, spec.row_dim), base, bench, exchanges)
+    step, cost = _small_step(column_wise(spec, spec.row_dim), base, bench, exchanges)
     if bench.device.type == "cpu":
-        return replace(base, collective_s=max(0.0, seconds - cost.step_s) / len(cost.transfers))
-    few_seconds, few = _small_step(replicated(spec), base, bench, exchanges)
+        return replace(base, collective_s=max(0.0, bench.seconds(step) - cost.step_s) / len(cost.transfers))
+    few_step, few = _small_step(replicated(spec), base, bench, exchanges)
+    seconds, few_seconds, _ = bench.seconds_in_turns([step, few_step, _training(bench)])
     each = max(0.0, seconds - few_seconds) / (len(cost.transfers) - len(few.transfers))
     return replace(base, collective_s=each, host_lookup_s=max(few_seconds - each * len(few.transfers), 1e-9))
 
 
-def _small_step(plan: TablePlan, base: Topology, bench: _Bench, exchanges: MeshExchanges) -> tuple[float, TableCost]:
-    """Return the time of a step of one token a rank, and what it costs without calls."""
+def _small_step(
+    plan: TablePlan, base: Topology, bench: _Bench, exchanges: MeshExchanges
+) -> tuple[Callable[[], None], TableCost]:
+    """Return a step of one token a rank, and what it costs without calls."""
     table = ShardedTable(plan, exchanges, device=bench.device)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=bench.device)
     scores = torch.ones(1, 1, device=bench.device, requires_grad=True)
@@ -182,7 +161,7 @@ def _small_step(plan: TablePlan, base: Topology, bench: _Bench, exchanges: MeshE
 
     world_size = bench.exchange.world_size
     work = Workload(batch_tokens=world_size, loads={plan.name: TableLoad(num_lookups=1)}, rule="sgd")
-    return bench.seconds(step), price_table(plan, base, work)
+    return step, price_table(plan, base, work)
 
 
 def _copying(bench: _Bench) -> Callable[[], object]:
