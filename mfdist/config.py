@@ -176,6 +176,9 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay as they are")
     compile: bool = Field(False, description="compile the model with torch.compile")
+    cuda_graph: bool = Field(
+        False, description="start forward and backward as one CUDA graph; for one GPU that holds the whole model"
+    )
     eval_every: Count = Field(100, description="steps between validations")
     eval_sequences: Count = Field(64, description="validation sequences each time; the last validation takes them all")
     sample_prompt: str = Field("def ", description="text the model continues after its last step; empty: none")

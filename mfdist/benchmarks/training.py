@@ -18,8 +18,8 @@ from mfdist.config import RunConfig, load_config
 from mfdist.models import Transformer, build_model
 from mfdist.training.device import deterministic, peak_memory_bytes
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
-from mfdist.training.profile import time_shares
 from mfdist.training.step import TrainStep
+from mfdist.training.step_graph import EAGER_STEPS
 from mfdist.training.stepping import Stepping
 
 #: Contender → what is changed in the preset; the one that all are compared with comes first.
@@ -31,8 +31,9 @@ CONTENDERS = {
         "optimizer.tables.rule": "rowwise_adagrad",
     },
 }
-#: Steps that compile, fill caches, and make the optimiser's states.
-_WARMUP_STEPS = 3
+#: Steps that compile, fill caches, make the optimiser's states, and record a graph; the profiled one is among them.
+_WARMUP_STEPS = EAGER_STEPS + 2
+_PROFILED = EAGER_STEPS - 1
 #: Batches that are seen in turn, so few that the loss on them must fall.
 _BATCHES = 2
 
@@ -117,17 +118,24 @@ def _measured(
     batches = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
     # The rates near the schedule's end: at their peak, without the warm-up before it, a wide model may diverge.
     first_step = training.steps * 9 // 10
-    stepping = Stepping(train_step, lambda step: _in_two(batches[step % _BATCHES]), config, device)
+    stepping = Stepping(
+        train_step,
+        lambda step: _in_two(batches[step % _BATCHES]),
+        config,
+        device,
+        first_profiled=first_step + _PROFILED,
+    )
     losses: list[float] = []
+    shares: dict[str, float] = {}
     last_step = first_step + _WARMUP_STEPS + steps - 1
     for step in range(first_step, last_step + 1):
         # What is compiled in a step is not to be waited for in the next one's time.
         is_read = step - first_step < _WARMUP_STEPS or step == last_step
-        losses += [told.loss for told in stepping.step(step, is_read=is_read)]
-    seconds = stepping.seconds[_WARMUP_STEPS:]
+        for told in stepping.step(step, is_read=is_read):
+            losses.append(told.loss)
+            shares = shares or told.time_shares or {}
+    seconds = stepping.seconds[_WARMUP_STEPS - 1 :]  # the profiled step is not among them
     peak = peak_memory_bytes(device) if device.type == "cuda" else None
-    last_batch = _in_two(batches[last_step % _BATCHES])
-    _, shares = time_shares(lambda: train_step(last_step, *last_batch), device)
     tokens_per_s = training.batch_size * training.seq_len / statistics.median(seconds)
     return TrainingSpeed(
         contender=contender,

@@ -36,6 +36,7 @@ _MAY_CHANGE = (
     "training.device",
     "training.precision",
     "training.compile",
+    "training.cuda_graph",
     "training.micro_batches",
     "training.eval_",
     "training.sample_prompt",

@@ -4,7 +4,7 @@ A GPU is given the whole step before its loss is known, so that it never waits f
 are finite is decided there, and read by the host when the figures are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mfdist.config import TrainingConfig
-from mfdist.errors import NonFiniteError
+from mfdist.errors import ConfigError, NonFiniteError
 from mfdist.models import Transformer
+from mfdist.table import Table
 from mfdist.training.diagnosis import first_non_finite
 from mfdist.training.optimizer import RunOptimizer
+from mfdist.training.step_graph import Parts, StepGraph
 from mfdist.training.world import SpreadModel, World
 
 
@@ -48,6 +50,9 @@ class TrainStep:
     A step whose loss or gradients are not finite updates nothing, nor do those that were queued behind it, so the
     parameters stay those of the step before; but for fused tables, whose rows are left alone one by one where their own
     gradients are not finite.
+
+    Raises:
+        ConfigError: a CUDA graph is asked for where there can be none.
     """
 
     def __init__(
@@ -71,6 +76,15 @@ class TrainStep:
         self._device = device
         #: 1, or NaN from a step that is not finite until its figures are read: what each loss is multiplied by.
         self._soundness = torch.ones((), device=device)
+        self._graph: StepGraph | None = None
+        if config.cuda_graph:
+            _check_graph(model, self._world, device)
+            self._graph = StepGraph(self._passes, model.parameters())
+
+    @property
+    def is_one_call(self) -> bool:
+        """Return whether the passes are started as a graph by now; what is measured of them then is of the whole."""
+        return self._graph is not None and self._graph.is_recorded
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor) -> StepResult:
         """Train on one batch and wait for its figures; see `queue` and `QueuedStep.result`."""
@@ -85,21 +99,25 @@ class TrainStep:
         """
         rates = self._optimizer.learning_rates(step, self._config.steps)
         self._optimizer.set_rates(rates)
-        loss = torch.zeros((), device=self._device)
-        num_parts = self._config.micro_batches
-        for index, (part_inputs, part_targets) in enumerate(self._micro_batches(inputs, targets)):
-            with nullcontext() if index + 1 == num_parts else self._spread.without_averaging():
-                with autocast(self._device, self._config.precision):
-                    part = self._loss_of(part_inputs, part_targets) / num_parts
-                (part * self._soundness).backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+        loss = (self._graph or self._passes)(self._micro_batches(inputs, targets))
         loss = self._world.total(loss) / self._world.world_size
         norms = self._optimizer.gradient_norms()
         measured = torch.stack([loss, norms["dense"], norms["tables"]])
         is_sound = measured.isfinite().all()
-        self._soundness = self._soundness.where(is_sound, torch.nan)
+        self._soundness.masked_fill_(~is_sound, torch.nan)
         self._optimizer.step(norms, is_sound)
-        return QueuedStep(self._finished(step, rates, inputs, targets), _on_its_way(measured))
+        return QueuedStep(self._finished(step, rates, inputs, targets), measured)
+
+    def _passes(self, parts: Parts) -> Tensor:
+        """Return the loss over all micro-batches, whose gradients are left in the parameters."""
+        loss = torch.zeros((), device=self._device)
+        for index, (inputs, targets) in enumerate(parts):
+            with nullcontext() if index + 1 == len(parts) else self._spread.without_averaging():
+                with autocast(self._device, self._config.precision):
+                    part = self._loss_of(inputs, targets) / len(parts)
+                (part * self._soundness).backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        return loss
 
     def _finished(
         self, step: int, rates: dict[str, float], inputs: Tensor, targets: Tensor
@@ -109,19 +127,16 @@ class TrainStep:
         def finish(measured: list[float]) -> StepResult:
             if not all(map(_is_finite, measured)):
                 message = self._explain(step, measured, inputs, targets)
-                self._soundness = torch.ones_like(self._soundness)
+                self._soundness.fill_(1.0)
                 raise NonFiniteError(message)
             table_norm = None if self._optimizer.is_fused else measured[2]
             return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=table_norm, rates=rates)
 
         return finish
 
-    def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in zip(
-            inputs.chunk(self._config.micro_batches), targets.chunk(self._config.micro_batches), strict=True
-        ):
-            moved = [_pinned(tensor, self._device).to(self._device, non_blocking=True) for tensor in part]
-            yield moved[0], moved[1]
+    def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Parts:
+        moved = (_pinned(tokens, self._device).to(self._device, non_blocking=True) for tokens in (inputs, targets))
+        return list(zip(*(tokens.chunk(self._config.micro_batches) for tokens in moved), strict=True))
 
     def _explain(self, step: int, measured: list[float], inputs: Tensor, targets: Tensor) -> str:
         what = "loss" if not _is_finite(measured[0]) else "gradient norm"
@@ -143,11 +158,24 @@ class TrainStep:
 
 
 class QueuedStep:
-    """A step that the device has been given."""
+    """A step that the device has been given.
 
-    def __init__(self, finish: Callable[[list[float]], StepResult], read: Callable[[], list[float]]) -> None:
+    Args:
+        finish: makes the result of loss and norms.
+        measured: those, on the device.
+    """
+
+    def __init__(self, finish: Callable[[list[float]], StepResult], measured: Tensor) -> None:
         self._finish = finish
-        self._read = read
+        self._measured = measured
+        #: Recorded once the device has made the step.
+        self._done: Any = None
+        if measured.device.type == "cuda":
+            # They go to the host by themselves, so that reading them waits for nothing that is queued later.
+            self._measured = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
+            self._measured.copy_(measured, non_blocking=True)
+            self._done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._done.record()
 
     def result(self) -> StepResult:
         """Wait until the device has made the step, and return what it measured; to be called once, in order.
@@ -156,29 +184,29 @@ class QueuedStep:
             NonFiniteError: loss or gradients are NaN or infinite; the message names step and layer. Steps queued after
                 this one changed nothing and are to be forgotten.
         """
-        return self._finish(self._read())
+        if self._done is not None:
+            self._done.synchronize()
+        return self._finish(self._measured.tolist())
+
+    def seconds_since(self, earlier: "QueuedStep") -> float | None:
+        """Return how long after another step the device had made this one, once it has; None if it keeps no time."""
+        return None if self._done is None else float(earlier._done.elapsed_time(self._done)) / 1e3
+
+
+def _check_graph(model: Transformer, world: World, device: torch.device) -> None:
+    """Raise ConfigError unless all that passes do can be recorded: nothing waits for the host or another process."""
+    away = [table.spec.name for table in model.modules() if isinstance(table, Table) and table.resident_rows is None]
+    if device.type != "cuda" or not world.is_alone or away:
+        elsewhere = f', and table "{away[0]}" elsewhere' if away else ""
+        raise ConfigError(
+            "training.cuda_graph=true needs one GPU that holds the whole model; "
+            f"got device={device.type}, world_size={world.world_size}{elsewhere}; set it to false"
+        )
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a batch from which a GPU copies while the host goes on."""
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-
-
-def _on_its_way(measured: Tensor) -> Callable[[], list[float]]:
-    """Start to copy figures to the host, and return what waits for them, but for nothing that is queued later."""
-    if measured.device.type != "cuda":
-        return measured.tolist
-    there = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
-    there.copy_(measured, non_blocking=True)
-    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
-
-    def read() -> list[float]:
-        arrived.synchronize()
-        found: list[float] = there.tolist()
-        return found
-
-    return read
 
 
 def _is_finite(value: float) -> bool:

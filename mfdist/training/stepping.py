@@ -39,7 +39,7 @@ class Stepping:
         batch_at: step → its inputs and targets.
         config: of the run.
         device: of the model.
-        first_profiled: the first step whose time may be taken apart; None for none.
+        first_profiled: the first step whose time may be taken apart, before its passes are one call; None for none.
         is_ahead: whether a step is queued before the last one's figures are read; by default on a GPU, which then has
             no time to wait for the host.
     """
@@ -60,6 +60,8 @@ class Stepping:
         self._device = device
         self._is_ahead = device.type == "cuda" if is_ahead is None else is_ahead
         self._waiting: _Waiting | None = None
+        #: The last step that was read, and when.
+        self._last: QueuedStep | None = None
         self._last_end = 0.0
         #: The first step and the first time at which a step may be profiled.
         self._next_profile = (float("inf") if first_profiled is None else first_profiled, 0.0)
@@ -79,6 +81,7 @@ class Stepping:
         """
         start = time.perf_counter()
         is_profiled = step >= self._next_profile[0] and start >= self._next_profile[1]
+        is_profiled &= not self._train_step.is_one_call  # whose time is not taken apart
         # Either way a step is queued before the last one is read: ranks choose by clocks of their own, and after a step
         # that was not finite all of them must find that out at the same place.
         try:
@@ -98,12 +101,19 @@ class Stepping:
             waiting, self._waiting = self._waiting, None
             result = waiting.queued.result()
             end = time.perf_counter() if waiting.end is None else waiting.end
-            # Of a step that was queued while another ran, the time from that one's end.
-            step_s = end - max(waiting.start, self._last_end)
-            self._last_end = end
+            step_s = self._step_s(waiting, end)
+            self._last, self._last_end = waiting.queued, end
             if waiting.shares is None:
                 self.seconds.append(step_s)
             yield self._told(waiting.step, result, step_s, waiting.shares)
+
+    def _step_s(self, waiting: _Waiting, end: float) -> float:
+        """Return the time of a step; if it was queued while another ran, from that one's end by the device's clock."""
+        if waiting.start < self._last_end and self._last is not None:
+            by_device = waiting.queued.seconds_since(self._last)
+            if by_device is not None:
+                return by_device
+        return end - max(waiting.start, self._last_end)
 
     def _queued(self, step: int, start: float) -> _Waiting:
         return _Waiting(step, self._train_step.queue(step, *self._batch_at(step)), start)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mfdist.config import parse_config
-from mfdist.errors import NonFiniteError
+from mfdist.errors import ConfigError, NonFiniteError
 from mfdist.models import build_model
 from mfdist.training.optimizer import RunOptimizer
 from mfdist.training.step import TrainStep
+from mfdist.training.step_graph import EAGER_STEPS
 from mfdist.training.stepping import Stepping
 
 STEPS = 12
@@ -111,3 +112,68 @@ def test_the_last_step_is_told_of_where_the_next_has_nothing_to_read(is_ahead, t
         for event in stepping.step(STEPS):
             told.append(event.step)
     assert told == list(range(1, STEPS + 1)) and list(stepping.rest()) == []
+
+
+GRAPH = "training.cuda_graph=true"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["false", "true"], ids=["eager", "compiled"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("overrides", [(), (*ADAGRAD, "model.table_dtype=bf16")], ids=["adamw", "fused"])
+def test_a_step_as_one_graph_has_the_figures_of_its_kernels_one_by_one(overrides, micro_batches, compiled, tiny_config):
+    told, ends = [], []
+    for graph in ("false", "true"):
+        settings = [
+            f"training.micro_batches={micro_batches}",
+            "training.precision=bf16",
+            f"training.compile={compiled}",
+        ]
+        settings += [*overrides, f"training.cuda_graph={graph}"]
+        model, optimizer, stepping = begin(tiny_config, settings, "cuda", is_ahead=True, first_profiled=2)
+        events = [event for step in range(STEPS) for event in stepping.step(step, is_read=step == 6)]
+        events += stepping.rest()
+        assert sum(event.time_shares is not None for event in events) == 1
+        assert stepping._train_step.is_one_call == (graph == "true")
+        told.append([[getattr(event, name) for name in FIGURES] for event in events])
+        ends.append(states(model, optimizer))
+    assert told[0] == told[1] and [figures[0] for figures in told[0]] == list(range(1, STEPS + 1))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.gpu
+def test_a_step_as_one_graph_that_is_not_finite_changes_nothing_and_the_next_one_trains(tiny_config):
+    model, optimizer, stepping = begin(tiny_config, (GRAPH,), "cuda", is_ahead=True)
+    for step in range(EAGER_STEPS + 2):
+        list(stepping.step(step))
+    list(stepping.rest())
+    weight = model.head.weight
+    sound = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = torch.inf
+    before = states(model, optimizer)
+    list(stepping.step(EAGER_STEPS + 2))
+    with pytest.raises(NonFiniteError, match=rf"at step {EAGER_STEPS + 3}, first in head"):
+        list(stepping.step(EAGER_STEPS + 3))
+    assert all(torch.equal(value, before[name]) for name, value in states(model, optimizer).items())
+    with torch.no_grad():
+        weight.copy_(sound)
+    told = [*stepping.step(EAGER_STEPS + 2), *stepping.rest()]
+    assert [event.step for event in told] == [EAGER_STEPS + 3] and not torch.equal(weight, sound)
+
+
+@pytest.mark.gpu
+def test_the_time_of_a_step_that_was_read_late_is_the_devices(tiny_config):
+    _, _, stepping = begin(tiny_config, (), "cuda", is_ahead=True)
+    for step in range(3):
+        list(stepping.step(step, is_read=True))
+    list(stepping.step(3))
+    list(stepping.step(4))  # queued while the one before ran
+    torch.cuda.synchronize()
+    list(stepping.rest())
+    assert stepping.seconds[-1] > 0.1 * min(stepping.seconds[1:-1])
+
+
+def test_a_graph_needs_a_gpu_that_holds_the_model(tiny_config):
+    with pytest.raises(ConfigError, match=r"got device=cpu, world_size=1; set it to false"):
+        begin(tiny_config, (GRAPH,), "cpu")
