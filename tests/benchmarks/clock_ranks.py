@@ -1,4 +1,4 @@
-"""What ranks measure by a clock that their work itself moves; in a module of its own, since their processes import it."""
+"""What ranks measure by a clock that their work itself moves; a module of its own, since their processes import it."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
