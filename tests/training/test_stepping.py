@@ -118,7 +118,8 @@ GRAPH = "training.cuda_graph=true"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["false", "true"], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of inductor's own
+@pytest.mark.parametrize("compiled", ["false", "true"], ids=["one by one", "compiled"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("overrides", [(), (*ADAGRAD, "model.table_dtype=bf16")], ids=["adamw", "fused"])
 def test_a_step_as_one_graph_has_the_figures_of_its_kernels_one_by_one(overrides, micro_batches, compiled, tiny_config):
