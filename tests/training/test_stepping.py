@@ -6,6 +6,7 @@ import torch
 from mfdist.config import parse_config
 from mfdist.errors import ConfigError, NonFiniteError
 from mfdist.models import build_model
+from mfdist.training.device import deterministic
 from mfdist.training.optimizer import RunOptimizer
 from mfdist.training.step import TrainStep
 from mfdist.training.step_graph import EAGER_STEPS
@@ -120,20 +121,19 @@ GRAPH = "training.cuda_graph=true"
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of inductor's own
 @pytest.mark.parametrize("compiled", ["false", "true"], ids=["one by one", "compiled"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("overrides", [(), (*ADAGRAD, "model.table_dtype=bf16")], ids=["adamw", "fused"])
-def test_a_step_as_one_graph_has_the_figures_of_its_kernels_one_by_one(overrides, micro_batches, compiled, tiny_config):
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("training.micro_batches=2",), (*ADAGRAD, "model.table_dtype=bf16")],
+    ids=["adamw", "two parts", "fused"],
+)
+def test_a_step_as_one_graph_has_the_figures_of_its_kernels_one_by_one(overrides, compiled, tiny_config):
     told, ends = [], []
     for graph in ("false", "true"):
-        settings = [
-            f"training.micro_batches={micro_batches}",
-            "training.precision=bf16",
-            f"training.compile={compiled}",
-        ]
-        settings += [*overrides, f"training.cuda_graph={graph}"]
-        model, optimizer, stepping = begin(tiny_config, settings, "cuda", is_ahead=True, first_profiled=2)
-        events = [event for step in range(STEPS) for event in stepping.step(step, is_read=step == 6)]
-        events += stepping.rest()
+        how = ("training.precision=bf16", f"training.compile={compiled}", f"training.cuda_graph={graph}")
+        model, optimizer, stepping = begin(tiny_config, (*overrides, *how), "cuda", is_ahead=True, first_profiled=2)
+        with deterministic(True):  # or compiled code adds an embedding's gradients in any order
+            events = [event for step in range(STEPS) for event in stepping.step(step, is_read=step == 6)]
+            events += stepping.rest()
         assert sum(event.time_shares is not None for event in events) == 1
         assert stepping._train_step.is_one_call == (graph == "true")
         told.append([[getattr(event, name) for name in FIGURES] for event in events])
