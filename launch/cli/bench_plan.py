@@ -45,18 +45,20 @@ def bench_plan(
         raise ConfigError(f"--save must name a file in a folder that is there; got {save}")
     device = _device(device, sizes[-1], is_shared=is_shared)
     from mfdist.benchmarks.plan_choice import chosen_cases, compare
+    from mfdist.sharding.topology import Topology
 
     cases = chosen_cases(device, case or ())
     found: list[Choice] = []
     figures: dict[int, Topology] = {}
-    for topology, choice in compare(device, sizes, cases, turns=turns, is_shared=is_shared):
-        if choice.world_size not in figures:
-            figures[choice.world_size] = topology
-            typer.echo(_told(topology))
-        found.append(choice)
-        typer.echo(_line(choice))
-    if save is not None:
-        save.write_text(figures[max(figures)].to_json(), "utf-8")
+    for each in compare(device, sizes, cases, turns=turns, is_shared=is_shared):
+        if isinstance(each, Topology):
+            figures[each.world_size] = each
+            typer.echo(_told(each))
+            if save is not None:  # at once, since what follows may be stopped
+                save.write_text(each.to_json(), "utf-8")
+        else:
+            found.append(each)
+            typer.echo(_line(each))
     if json_file is not None:
         json_file.write_text(to_json(_document(found, figures, device, is_shared), indent=1) + "\n", "utf-8")
     slow = [f"{choice.case} on {choice.world_size} ranks" for choice in found if choice.loss > _LARGEST_LOSS]
@@ -90,8 +92,10 @@ def _device(asked: str, most_ranks: int, *, is_shared: bool) -> str:
 
 def _told(topology: "Topology") -> str:
     link = topology.inside
+    host = f", {topology.host_lookup_s * 1e3:.2f} ms of the host's a lookup" if topology.host_lookup_s else ""
     return (
         f"{topology.world_size} ranks: link {link.bytes_per_s / 1e9:.2f} GB/s, {link.latency_s * 1e3:.2f} ms a peer, "
+        f"{topology.collective_s * 1e3:.2f} ms a collective{host}, "
         f"copy {topology.copy_bytes_per_s / 1e9:.1f} GB/s, lookup {topology.lookup_bytes_per_s / 1e9:.1f} GB/s, "
         f"{topology.cached_lookup_bytes_per_s / 1e9:.1f} in the cache, {topology.sort_ids_per_s / 1e6:.0f} M ids/s"
     )

@@ -118,8 +118,8 @@ def compare(
     turns: int = 15,
     is_shared: bool = False,
     timeout_s: float = _DEADLINE_S,
-) -> Iterator[tuple[Topology, Choice]]:
-    """Yield each case's choice, with the figures it was made by.
+) -> Iterator[Topology | Choice]:
+    """Yield for each world size the figures that were measured, then each case's choice, which was made by them.
 
     Args:
         device: cpu or cuda, of which each rank needs one.
@@ -132,8 +132,9 @@ def compare(
         for world_size in world_sizes:
             run = partial(pool.run, timeout_s=timeout_s, backend=_BACKENDS[device])
             found = run(calibrated, world_size, device, is_shared)[0]
+            yield found
             for case in cases:
-                yield found, _compare(run, device, case, found, turns, is_shared)
+                yield _compare(run, device, case, found, turns, is_shared)
 
 
 def calibrated(rank: int, device: str, is_shared: bool) -> Topology:

@@ -176,8 +176,9 @@ class Suite:
             return
         cases = plan_choice.chosen_cases(self.device, ())
         compared = plan_choice.compare(self.device, [world_size], cases, timeout_s=self.stage_s)
-        for topology, choice in self.attempt(f"plan {world_size}", lambda: list(compared)) or ():
-            self._keep("plan", world_size, topology=asdict(topology), loss=choice.loss, **asdict(choice))
+        topology, *choices = self.attempt(f"plan {world_size}", lambda: list(compared)) or [None]
+        for choice in choices:
+            self._keep("plan", topology=asdict(topology), loss=choice.loss, **asdict(choice))
             self.tell(f"         {choice.case}: chose {choice.chosen}, {choice.loss:.0%} slower than the fastest")
             for kind, measured_s in choice.measured_s.items():
                 ratio = choice.predicted_s[kind] / measured_s

@@ -19,10 +19,10 @@ sys.exit(main())
 """
 
 
-def suite(tmp_path, *arguments):
+def suite(tmp_path, *arguments, timeout_s=280):
     found = tmp_path / "found.json"
     command = [sys.executable, "-m", "tests.distributed.nccl_suite", "--device", "cpu", "--json", str(found)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout_s)
     return done.returncode, done.stdout, json.loads(found.read_text("utf-8")) if found.exists() else None
 
 
@@ -58,12 +58,16 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_all_parts_run_on_two_ranks(tmp_path):
     options = ("--world", "2", "--kind", "column_wise", "--case", "tiny-qkv", "--contender", "column_wise")
-    code, out, document = suite(tmp_path, *options, "--seconds", "0")
+    code, out, document = suite(tmp_path, *options, "--seconds", "0", timeout_s=1200)
     assert code == 0, out
     assert [each["kind"] for each in document["found"]["conformance"]] == ["column_wise"]
     assert document["found"]["bench"][0]["share_of_plain"] > 0
+    plans = document["found"]["plan"]
+    assert [each["case"] for each in plans] == ["qkv", "ffn2", "n-grams", "tiny"]
+    assert all(each["topology"]["world_size"] == each["world_size"] == 2 for each in plans)
 
 
 def test_what_is_not_begun_is_told(tmp_path):

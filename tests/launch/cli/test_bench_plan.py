@@ -1,6 +1,9 @@
 """`mfdist bench plan` on real ranks: what it writes, and what it refuses."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -23,6 +26,22 @@ def test_figures_are_measured_and_every_kind_is_timed(mfdist, tmp_path):
     assert (topology.name, topology.world_size, topology.num_hosts) == ("measured", 2, 1)
     code, out, _ = mfdist("plan", "demo", "--world", "2", "--topology", saved)
     assert code == 0
+
+
+def test_figures_are_kept_where_what_follows_them_is_stopped(tmp_path):
+    saved, errors = tmp_path / "machine.json", tmp_path / "errors"
+    command = [sys.executable, "-m", "mfdist", "bench", "plan", "--world", "2", "--case", "tiny", "--turns", "1000000"]
+    with errors.open("w") as err, subprocess.Popen([*command, "--shared", "--save", saved], stderr=err) as process:
+        try:
+            until = time.monotonic() + 120
+            while not (saved.exists() and saved.read_text("utf-8").endswith("\n")):
+                assert process.poll() is None and time.monotonic() < until, errors.read_text("utf-8")
+                time.sleep(0.1)
+            process.terminate()
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
+    assert Topology.from_json(saved.read_text("utf-8")).name == "measured"
 
 
 @pytest.mark.parametrize(
