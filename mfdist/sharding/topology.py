@@ -33,7 +33,7 @@ class Link:
 
     Args:
         bytes_per_s: what one rank sends, and receives at the same time.
-        latency_s: a message to one peer.
+        latency_s: a message to one peer; between accelerators, one that was queued long before.
     """
 
     bytes_per_s: float
