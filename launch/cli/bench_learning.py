@@ -22,7 +22,7 @@ def bench_learning(
     preset: Annotated[str, typer.Option(help="A preset, or a TOML file, that all variants start from.")] = "tiny",
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Variants, such as memory or twin-*; by default the first three."),
+        typer.Option(metavar="PATTERN", help="Variants, such as memory or twin-*; by default the first four."),
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="N,N,…", help="Seeds of initialisation and batches.")] = "0,1,2",
     settings: Annotated[
@@ -43,14 +43,15 @@ def bench_learning(
 
     Validation loss is told against tokens, FLOPs and seconds of training; "ahead" is by how many nats a token the
     memory is below a twin. The twin has one learning rate, the best, or a higher one for its embedding as well, as
-    the MemoryFormer has; --at-least is asked of the better of the two. A bench that was cut short goes on where it was.
+    the MemoryFormer has, or more decay besides; --at-least is asked of the best of them. A bench that was cut short
+    goes on where it was.
     """
     from mfdist.benchmarks.learning import VARIANTS, gaps, measure
 
     chosen = [each for each in VARIANTS if any(fnmatch(each.name, one) for one in only or _MAIN)]
     if is_listed:
         for each in VARIANTS:
-            typer.echo(f"{each.name:<26}{each.question:<18}{_changes(each.settings)}")
+            typer.echo(f"{each.name:<34}{each.question:<18}{_changes(each.settings)}")
         return failures.DONE
     if not chosen:
         raise ConfigError(f"--only must name variants; got {', '.join(only or ())}; see mfdist bench learning --list")
@@ -92,9 +93,9 @@ def bench_learning(
     return failures.DONE
 
 
-_MAIN = ("memory", "twin-2e-3", "twin-2e-3-embedding-10")
+_MAIN = ("memory", "twin-2e-3", "twin-2e-3-embedding-10", "twin-2e-3-embedding-10-decay-0.5")
 _HEADER = (
-    f"{'variant':<26}{'seed':>5}{'loss after a quarter, half, …':>34}{'bits/byte':>11}{'tokens/s':>11}"
+    f"{'variant':<34}{'seed':>5}{'loss after a quarter, half, …':>34}{'bits/byte':>11}{'tokens/s':>11}"
     f"{'GFLOPs/token':>14}{'seconds':>9}{'GB':>7}"
 )
 
@@ -119,7 +120,7 @@ def _line(learned: "Learned") -> str:
     quarters = [min(points, key=lambda point: abs(point.tokens - last.tokens * part / 4)) for part in (1, 2, 3)]
     losses = " ".join(f"{point.loss:.3f}" for point in (*quarters, last))
     return (
-        f"{learned.variant:<26}{learned.seed:>5}{losses:>34}{last.bits_per_byte:>11.4f}{learned.tokens_per_s:>11,.0f}"
+        f"{learned.variant:<34}{learned.seed:>5}{losses:>34}{last.bits_per_byte:>11.4f}{learned.tokens_per_s:>11,.0f}"
         f"{last.flops / last.tokens / 1e9:>14.3f}{last.seconds:>9.1f}{learned.peak_memory_bytes / 1e9:>7.2f}"
     )
 

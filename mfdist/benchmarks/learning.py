@@ -29,6 +29,7 @@ _RATE, _TABLE_RATE = "optimizer.dense.lr", "optimizer.tables.lr"
 _EMBEDDING_MULTIPLE = "optimizer.dense.embedding_lr_multiple"
 _ACCUMULATED = "optimizer.tables.accumulator_decay"
 _RULE, _DECAY = "optimizer.tables.rule", "optimizer.tables.weight_decay"
+_DENSE_DECAY = "optimizer.dense.weight_decay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,23 @@ class Variant:
     settings: dict[str, str]
 
 
-def _twin(lr: str, embedding_multiple: str = "1") -> Variant:
-    name = f"twin-{lr}" if embedding_multiple == "1" else f"twin-{lr}-embedding-{embedding_multiple}"
-    settings = {_KIND: "dense", _RATE: lr, _EMBEDDING_MULTIPLE: embedding_multiple}
+def _twin(lr: str, embedding_multiple: str = "1", decay: str = "0.1") -> Variant:
+    parts = ("" if embedding_multiple == "1" else f"-embedding-{embedding_multiple}", f"-decay-{decay}")
+    name = f"twin-{lr}{parts[0]}{parts[1] if decay != '0.1' else ''}"
+    settings = {_KIND: "dense", _RATE: lr, _EMBEDDING_MULTIPLE: embedding_multiple, _DENSE_DECAY: decay}
     return Variant(name=name, question="twin", settings=settings)
 
 
 def _rates(dense: str, tables: str) -> Variant:
-    """The embedding learns as everything dense does."""
-    settings = {_RATE: dense, _EMBEDDING_MULTIPLE: "1", _TABLE_RATE: tables}
+    """The embedding learns as everything dense does, and everything decays by the same setting."""
+    settings = {_RATE: dense, _EMBEDDING_MULTIPLE: "1", _TABLE_RATE: tables, _DENSE_DECAY: "0.1", _DECAY: "0.1"}
     return Variant(name=f"rates-{dense}-{tables}", question="learning rate", settings=settings)
+
+
+def _decays(tables_lr: str, tables: str, dense: str) -> Variant:
+    """The rate of tables, their decay, and that of everything dense."""
+    name = f"tables-{tables_lr}-decay-{tables}-{dense}"
+    return Variant(name=name, question="decay", settings={_TABLE_RATE: tables_lr, _DECAY: tables, _DENSE_DECAY: dense})
 
 
 def _adagrad(lr: str, *, decay: str = "1.0", weight_decay: str = "0.1") -> Variant:
@@ -74,11 +82,12 @@ def _one(name: str, question: str, key: str, value: str) -> Variant:
     return Variant(name=name, question=question, settings={key: value})
 
 
-#: Of the tiny preset, whose rates are 72e-3 for the embedding, 24e-3 for what else is dense, and 12e-3 for tables; the
-#: first three answer the main question.
+#: Of the tiny preset, whose rates are 72e-3 for the embedding, 24e-3 for what else is dense, and 48e-3 for tables, and
+#: whose decays are 0.02 and 0.2; the first answer the main question.
 VARIANTS = (
     Variant(name="memory", question="memory", settings={}),
-    *(_twin(*rates) for rates in (("2e-3",), ("2e-3", "10"), ("2e-3", "30"), ("1e-3",), ("3e-3",))),
+    *(_twin(*how) for how in (("2e-3",), ("2e-3", "10"), ("2e-3", "10", "0.5"))),
+    *(_twin(*how) for how in (("2e-3", "1", "0.5"), ("2e-3", "30"), ("1e-3",), ("3e-3",))),
     _one("released-score", "score", "model.score", "released"),
     _one("temperature-0.5", "score", "model.score_temperature", "0.5"),
     _one("temperature-2", "score", "model.score_temperature", "2.0"),
@@ -90,8 +99,9 @@ VARIANTS = (
     *(_one(f"extra-bits-{bits}", "extra bits", "model.extra_bits", bits) for bits in ("0", "1", "3")),
     _one("gelu", "activation", "model.activation", "gelu"),
     *(_one(f"init-{scale}", "initialisation", "model.init_scale", scale) for scale in ("0.3", "3.0")),
-    _one("no-decay", "decay of tables", _DECAY, "0.0"),
-    _one("decay-0.3", "decay of tables", _DECAY, "0.3"),
+    *(_decays("12e-3", tables, "0.1") for tables in ("0.0", "0.1", "0.3", "1.0")),
+    *(_decays("24e-3", *both) for both in (("0.3", "0.1"), ("0.3", "0.02"), ("1.0", "0.1"))),
+    *(_decays(*both, "0.02") for both in (("48e-3", "0.3"), ("96e-3", "0.1"), ("48e-3", "0.1"))),
     _adagrad("50e-3", weight_decay="0.012"),
     _adagrad("100e-3", weight_decay="0.006"),
     *(_adagrad(lr, decay="0.95") for lr in ("1.5e-3", "3e-3", "6e-3", "12e-3")),
@@ -154,8 +164,10 @@ def measure(
         tell: told of what begins.
 
     Raises:
-        ConfigError: a run that is kept was trained with other settings.
+        ConfigError: a run that is kept was trained with other settings, or a setting for all is one that a variant has
+            itself.
     """
+    _check_not_overridden(variants, settings)
     for seed in seeds:
         for variant in variants:
             path = folder / f"{variant.name}-seed-{seed}"
@@ -180,6 +192,17 @@ _OF_ALL = (
     'training.sample_prompt=""',
     "checkpoint.every=0",
 )
+
+
+def _check_not_overridden(variants: Sequence[Variant], settings: Sequence[str]) -> None:
+    """Raise ConfigError where a variant would quietly do without a setting that was asked for."""
+    for key, _, value in (setting.partition("=") for setting in settings):
+        for variant in variants:
+            if variant.settings.get(key, value) != value:
+                raise ConfigError(
+                    f"--set must leave alone what a variant is about; got {key}={value}, and {variant.name} has "
+                    f"{key}={variant.settings[key]}; leave one of them out"
+                )
 
 
 def _is_finished(path: Path) -> bool:

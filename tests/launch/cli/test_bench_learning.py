@@ -21,9 +21,9 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     found = tmp_path / "found.json"
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--minutes", "0")
     assert (code, err) == (0, "")
-    assert "3 runs are missing" in out
+    assert "4 runs are missing" in out
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--json", found)
-    names = ["memory", "twin-2e-3", "twin-2e-3-embedding-10"]
+    names = ["memory", "twin-2e-3", "twin-2e-3-embedding-10", "twin-2e-3-embedding-10-decay-0.5"]
     assert (code, err.split("\n")[:-1]) == (0, [f"training {name}-seed-0" for name in names])
     assert all(f"ahead of {name} by" in out for name in names[1:])
     results = json.loads(found.read_text("utf-8"))["results"]
@@ -56,6 +56,14 @@ def test_a_run_that_is_kept_is_not_taken_for_one_of_other_settings(mfdist, workp
     assert (tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl").exists()
 
 
+def test_a_setting_that_a_variant_would_not_follow_is_refused(mfdist, workplace, tmp_path):
+    code, _, err = bench(mfdist, tmp_path / "runs", "--set", "optimizer.dense.weight_decay=0.3")
+    assert code == 2 and not (tmp_path / "runs").exists()
+    assert "got optimizer.dense.weight_decay=0.3, and twin-2e-3 has optimizer.dense.weight_decay=0.1" in err
+    only = ("--only", "twin-1e-3", "--set", "optimizer.dense.lr=1e-3", "--seeds", "0")
+    assert bench(mfdist, tmp_path / "runs", *only)[0] == 0
+
+
 def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, workplace, tmp_path):
     def stop_once_it_trains():
         metrics = tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl"
@@ -74,7 +82,7 @@ def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, work
         stopper.join()
     assert (code, err.splitlines()[0]) == (0, "training memory-seed-0")
     assert "training twin" not in err
-    assert len(out.splitlines()) == 2 and out.splitlines()[1].startswith("3 runs are missing")
+    assert len(out.splitlines()) == 2 and out.splitlines()[1].startswith("4 runs are missing")
 
 
 def test_every_variant_is_a_configuration(mfdist):
