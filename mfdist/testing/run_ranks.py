@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def run_ranks(
     Raises:
         RankFailedError: of the first rank that failed, or naming those that were not done in time.
 
-    No process is left, whatever happens.
+    No process is left, whatever happens, this one's death included.
     """
     with RankPool() as pool:
         return pool.run(function, world_size, *args, timeout_s=timeout_s, backend=backend)
@@ -191,6 +192,7 @@ class _Answer:
 
 def _serve(connection: Connection, stack_path: str) -> None:
     """Take calls until the pool is gone; torch is imported by the first, after the environment is set."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(_ENVIRONMENT)
     with open(f"{stack_path}.new", "w") as stacks:  # noqa: PTH123 - a file that stays open
         faulthandler.register(signal.SIGUSR1, file=stacks)
@@ -207,6 +209,14 @@ def _serve(connection: Connection, stack_path: str) -> None:
             connection.send_bytes(pickle.dumps(answer))
             if answer.failure is None:
                 _leave(rank, setup[0], setup[3])
+
+
+def _end_with_parent() -> None:
+    """End this process in the middle of a call if the pool's was killed, which could not end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(

@@ -1,8 +1,12 @@
 """The helper for several ranks: results in order, the first failure told, every wait ended, no process left."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,12 +41,17 @@ def dying(rank):
     dist.barrier()
 
 
+def busy(rank, folder):
+    Path(folder, str(os.getpid())).touch()
+    while True:
+        torch.rand(1)
+
+
 def is_gone(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # nobody may take its exit status
+    except psutil.NoSuchProcess:
         return True
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +94,17 @@ def test_a_rank_that_dies_is_named_with_its_exit_code(pool):
 
 def test_one_call_leaves_no_process():
     assert all(map(is_gone, run_ranks(own_pid, 2)))
+
+
+def test_ranks_end_in_the_middle_of_a_call_when_the_pools_process_is_killed(tmp_path):
+    code = f"from tests.testing.test_run_ranks import *; run_ranks(busy, 2, {str(tmp_path)!r})"
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
+    deadline = time.monotonic() + 120
+    while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started.kill()
+    started.wait()
+    while not all(map(is_gone, pids)):
+        assert time.monotonic() < deadline, "ranks outlived the process that started them"
+        time.sleep(0.05)
