@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from mfdist.config import ModelConfig, load_config
+from mfdist.config import load_config
 from mfdist.errors import ConfigError
-from mfdist.models import build_model
-from mfdist.models.count import count
+from mfdist.models.count import flops_per_token
 from mfdist.training.data.tokenizer import load_tokenizer
 from mfdist.training.events import ignore
 from mfdist.training.loop import train
@@ -266,13 +265,6 @@ def _without_compiling(seconds: Sequence[float]) -> list[float]:
     """Return how long steps took, the first few and others that took three times the median as long as that."""
     usual = statistics.median(seconds)
     return [each if index >= _COMPILING_STEPS and each < 3 * usual else usual for index, each in enumerate(seconds)]
-
-
-def flops_per_token(model: ModelConfig, seq_len: int, vocab_size: int) -> float:
-    """Return the FLOPs of forward and backward of one token in a sequence: three times those of forward."""
-    with torch.device("meta"):
-        counted = count(build_model(model.model_copy(update={"vocab_size": vocab_size})), seq_len)
-    return 3 * (model.num_layers * counted.block.flops / seq_len + model.hidden_dim * vocab_size)
 
 
 def _vocab_size(path: Path) -> int:

@@ -6,11 +6,13 @@ Counting needs no parameters: build the model on the `meta` device.
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from mfdist.config import ModelConfig
 from mfdist.layers import MemoryLayer
 from mfdist.models.blocks import Block
-from mfdist.models.transformer import Transformer
+from mfdist.models.transformer import Transformer, build_model
 from mfdist.table import Table
 
 # Operations an element: sign and shift, |z|, scale, exp, add, product of the score; square, sum, scale, weight of
@@ -79,6 +81,13 @@ def count(model: Transformer, seq_len: int = 2048) -> ModelCount:
         bytes_read_per_token=rows_bytes + dense_bytes,
         block=count_block(block, model.config.hidden_dim, seq_len),
     )
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int) -> float:
+    """Return the FLOPs of forward and backward of one token in a sequence: three times those of forward."""
+    with torch.device("meta"):
+        block = count(build_model(config.model_copy(update={"vocab_size": vocab_size})), seq_len).block
+    return 3 * (config.num_layers * block.flops / seq_len + config.hidden_dim * vocab_size)
 
 
 def count_block(block: Block, hidden_dim: int, seq_len: int) -> BlockCount:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mfdist.config import RunConfig
 from mfdist.errors import MfdistError
+from mfdist.models.count import flops_per_token
 from mfdist.report.curve import thinned
 from mfdist.report.plan_view import plan_view
 from mfdist.report.records import Record, RunRecords
@@ -37,6 +38,9 @@ class Run:
         self.directory = directory
         self._records = RunRecords(directory.metrics_path)
         self._plan: tuple[Any, dict[str, Any] | None] = (None, None)
+        config = directory.config
+        vocab_size = config.model.vocab_size or config.data.vocab_size
+        self._flops_per_token = flops_per_token(config.model, config.training.seq_len, vocab_size)
 
     def refresh(self) -> bool:
         """Read what is new; return whether there was anything."""
@@ -80,7 +84,8 @@ class Run:
                 self._places(started),
                 {name: [record.get(field) for record in steps] for name, field in _CURVES.items()},
             ),
-            "evaluations": _evaluations(records, started),
+            "flops_per_token": self._flops_per_token,
+            "evaluations": _evaluations(records, started, self._flops_per_token),
             "peak_memory_bytes": max((record["peak_memory_bytes"] for record in steps), default=None),
             "tokens_per_s": _speed(steps),
             "twin_tokens_per_s": (records.last_of("twintimed") or {}).get("tokens_per_s"),
@@ -96,7 +101,8 @@ class Run:
     def _places(self, started: Record) -> dict[str, list[float]]:
         steps = [float(record["step"]) for record in self._records.of("stepped")]
         tokens = [step * float(started.get("tokens_per_step", 0)) for step in steps]
-        return {"step": steps, "tokens": tokens, "seconds": trained_s(self._records)}
+        flops = [number * self._flops_per_token for number in tokens]
+        return {"step": steps, "tokens": tokens, "flops": flops, "seconds": trained_s(self._records)}
 
     def _checkpoints(self, config: RunConfig) -> list[dict[str, Any]]:
         """Return every save that was told, and whether it is still there: None where that is not looked up."""
@@ -168,13 +174,14 @@ def _model(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _evaluations(records: RunRecords, started: Record) -> list[dict[str, Any]]:
+def _evaluations(records: RunRecords, started: Record, flops_per_token: float) -> list[dict[str, Any]]:
     scored = _spread(records.of("evaluated"), _MAX_EVALUATIONS)
     seconds = dict(zip((record["step"] for record in records.of("stepped")), trained_s(records), strict=False))
     return [
         {
             "step": record["step"],
             "tokens": record["step"] * started.get("tokens_per_step", 0),
+            "flops": record["step"] * started.get("tokens_per_step", 0) * flops_per_token,
             "seconds": seconds.get(record["step"]),
             "loss": record["loss"],
             "bits_per_byte": record["bits_per_byte"],

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mfdist.config import load_config
+from mfdist.config import ModelConfig, load_config
 from mfdist.models import build_model, count
+from mfdist.models.count import flops_per_token
 
 #: preset → printed GFLOPs of one block at 2048 tokens: dense without attention, in all; MemoryFormer likewise.
 PAPER = {"tiny": (6.4, 10.7, 0.4, 4.7), "small": (14.5, 20.9, 1.0, 7.4), "base": (25.8, 34.4, 1.6, 10.2)}
@@ -74,3 +75,12 @@ def test_bytes_read_per_token_are_rows_and_dense_weights():
 
 def test_counting_base_needs_no_memory():
     assert all(parameter.device == torch.device("meta") for parameter in model_of("base", "memory").parameters())
+
+
+def test_flops_of_a_token_are_those_counted_by_hand():
+    d, layers, length, vocab = 16, 3, 32, 50
+    dense = ModelConfig(kind="dense", num_layers=layers, hidden_dim=d, num_heads=2, max_seq_len=length)
+    assert flops_per_token(dense, length, vocab) == 3 * (layers * (12 * d * d + 2 * length * d) + d * vocab)
+    memory = ModelConfig(num_layers=layers, hidden_dim=d, num_heads=2, max_seq_len=length, bits=4, extra_bits=1)
+    rows = d // 4 * (3 * d + d // 4 * 5 + d)
+    assert flops_per_token(memory, length, vocab) == 3 * (layers * (rows + 2 * length * d) + d * vocab)

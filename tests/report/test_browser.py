@@ -66,7 +66,7 @@ def test_every_chart_is_drawn_at_every_size_and_answers(tmp_path, quiet):
     quiet.value("document.getElementById('layer').selectedIndex = 0")
     quiet.value("document.getElementById('layer').dispatchEvent(new Event('change'))")
     assert quiet.value("document.getElementById('layer-line').textContent") != first
-    for button in ("axis-tokens", "axis-seconds", "figure-dead", "figure-movement", "plan-sent_forward"):
+    for button in ("axis-tokens", "axis-flops", "axis-seconds", "figure-dead", "figure-movement", "plan-sent_forward"):
         quiet.value(f"document.getElementById('choice-{button}').click()")
         assert quiet.value(f"document.getElementById('choice-{button}').getAttribute('aria-pressed')") == "true"
     assert quiet.value("document.getElementById('plot-loss').layout.xaxis.title.text") == "seconds trained"

@@ -48,6 +48,10 @@ def test_a_finished_run_says_what_it_learnt_how_fast_and_how_its_tables_are_used
     ]
     assert story["steps"]["places"]["tokens"][-1] == 40 * 128 and len(story["steps"]["curves"]["loss"]["mean"]) == 40
     assert [row["step"] for row in story["evaluations"]] == [10, 20, 30, 40]
+    assert story["flops_per_token"] > 0
+    flops = [row["tokens"] * story["flops_per_token"] for row in story["evaluations"]]
+    assert [row["flops"] for row in story["evaluations"]] == pytest.approx(flops)
+    assert story["steps"]["places"]["flops"][-1] == pytest.approx(40 * 128 * story["flops_per_token"], rel=1e-5)
     assert [layer["name"] for layer in story["tables"]["detail"]["layers"]][:2] == ["blocks.0.qkv", "blocks.0.ffn1"]
     assert story["plan"]["num_holders"] == 1 and len(story["plan"]["tables"]) == 6
     assert [save["is_there"] for save in story["checkpoints"]] == [False, False]  # pruned, or moved elsewhere

@@ -62,6 +62,7 @@ window.reportCharts = (() => {
   function along(runs, axis) {
     if (axis === "step") return { title: "step", factor: 1, format: ",d" };
     if (axis === "tokens") return { title: "tokens", factor: 1, format: ".3s" };
+    if (axis === "flops") return { title: "teraflops, a multiply-add counted once", factor: 1e-12, format: ",.3~r" };
     const longest = Math.max(1, ...runs.map((run) => run.trained_s));
     if (longest > 3 * 86400) return { title: "days trained", factor: 1 / 86400, format: ".2f" };
     if (longest > 2 * 3600) return { title: "hours trained", factor: 1 / 3600, format: ".2f" };

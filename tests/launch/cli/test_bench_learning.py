@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, _without_compiling, flops_per_token, gaps
-from mfdist.config import ModelConfig, load_config
+from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, _without_compiling, gaps
+from mfdist.config import load_config
 
 from .conftest import TINY
 
@@ -104,15 +104,6 @@ def test_misuse_trains_nothing(mfdist, workplace, tmp_path, wrong):
 
 def test_time_spent_compiling_is_not_trained():
     assert _without_compiling([20.0, 1.0, 1.2, 1.0, 2.0, 8.0, 0.5]) == [1.2, 1.2, 1.2, 1.0, 2.0, 1.2, 0.5]
-
-
-def test_flops_of_a_token_are_those_counted_by_hand():
-    d, layers, length, vocab = 16, 3, 32, 50
-    dense = ModelConfig(kind="dense", num_layers=layers, hidden_dim=d, num_heads=2, max_seq_len=length)
-    assert flops_per_token(dense, length, vocab) == 3 * (layers * (12 * d * d + 2 * length * d) + d * vocab)
-    memory = ModelConfig(num_layers=layers, hidden_dim=d, num_heads=2, max_seq_len=length, bits=4, extra_bits=1)
-    rows = d // 4 * (3 * d + d // 4 * 5 + d)
-    assert flops_per_token(memory, length, vocab) == 3 * (layers * (rows + 2 * length * d) + d * vocab)
 
 
 def learned(variant, question, seed, *curve):
