@@ -4,6 +4,7 @@ A variant is a preset with some keys changed; each is trained once a seed by the
 its own. A variant that has finished is not trained again, so a bench that was cut short goes on where it was.
 """
 
+import gc
 import itertools
 import shutil
 import statistics
@@ -196,12 +197,22 @@ _OF_ALL = (
 def _check_not_overridden(variants: Sequence[Variant], settings: Sequence[str]) -> None:
     """Raise ConfigError where a variant would quietly do without a setting that was asked for."""
     for key, _, value in (setting.partition("=") for setting in settings):
+        name, wanted = key.strip(), value.strip()
+        if name == "training.seed":
+            raise ConfigError(f"--set must leave seeds to --seeds; got {name}={wanted}; give --seeds {wanted}")
         for variant in variants:
-            if variant.settings.get(key, value) != value:
+            if _number(variant.settings.get(name, wanted)) != _number(wanted):
                 raise ConfigError(
-                    f"--set must leave alone what a variant is about; got {key}={value}, and {variant.name} has "
-                    f"{key}={variant.settings[key]}; leave one of them out"
+                    f"--set must leave alone what a variant is about; got {name}={wanted}, and {variant.name} has "
+                    f"{name}={variant.settings[name]}; leave one of them out"
                 )
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _is_finished(path: Path) -> bool:
@@ -229,6 +240,7 @@ def _train(path: Path, preset: str, overrides: Sequence[str]) -> None:
     torch.manual_seed(0)
     run = RunDirectory.create(path, load_config(preset, overrides))
     train(run, observer=ignore)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

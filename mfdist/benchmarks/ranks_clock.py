@@ -15,7 +15,7 @@ from mfdist.sharding.tags import Call
 
 #: What an accelerator does first while its host queues so many pieces of work behind it. Sixty-four copies of a GiB are
 #: 30 ms of an H200; a host takes 3 to 4 for eight sends.
-_BUSY_TIMES, _QUEUED = 64, 8
+_BUSY_TIMES, _QUEUED = 64, 24
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,9 +38,8 @@ class Run:
         self.directory = directory
         self._records = RunRecords(directory.metrics_path)
         self._plan: tuple[Any, dict[str, Any] | None] = (None, None)
-        config = directory.config
-        vocab_size = config.model.vocab_size or config.data.vocab_size
-        self._flops_per_token = flops_per_token(config.model, config.training.seq_len, vocab_size)
+        #: Vocabulary → FLOPs of a token; a run's own is not known before its text is tokenised.
+        self._flops: dict[int, float] = {}
 
     def refresh(self) -> bool:
         """Read what is new; return whether there was anything."""
@@ -60,6 +59,7 @@ class Run:
         records, config = self._records, self.directory.config
         started, state = records.last_of("started") or {}, self.state(now)
         steps = records.of("stepped")
+        flops = self._flops_per_token(config)
         return {
             "name": config.name,
             "path": str(self.directory.path),
@@ -81,11 +81,11 @@ class Run:
             "baselines": started.get("baselines_bits_per_byte", {}),
             "model": _model(config),
             "steps": thinned(
-                self._places(started),
+                self._places(started, flops),
                 {name: [record.get(field) for record in steps] for name, field in _CURVES.items()},
             ),
-            "flops_per_token": self._flops_per_token,
-            "evaluations": _evaluations(records, started, self._flops_per_token),
+            "flops_per_token": flops,
+            "evaluations": _evaluations(records, started, flops),
             "peak_memory_bytes": max((record["peak_memory_bytes"] for record in steps), default=None),
             "tokens_per_s": _speed(steps),
             "twin_tokens_per_s": (records.last_of("twintimed") or {}).get("tokens_per_s"),
@@ -98,10 +98,16 @@ class Run:
             "config": config.to_toml(),
         }
 
-    def _places(self, started: Record) -> dict[str, list[float]]:
+    def _flops_per_token(self, config: RunConfig) -> float:
+        vocab_size = config.model.vocab_size or config.data.vocab_size
+        if vocab_size not in self._flops:
+            self._flops[vocab_size] = flops_per_token(config.model, config.training.seq_len, vocab_size)
+        return self._flops[vocab_size]
+
+    def _places(self, started: Record, flops_per_token: float) -> dict[str, list[float]]:
         steps = [float(record["step"]) for record in self._records.of("stepped")]
         tokens = [step * float(started.get("tokens_per_step", 0)) for step in steps]
-        flops = [number * self._flops_per_token for number in tokens]
+        flops = [number * flops_per_token for number in tokens]
         return {"step": steps, "tokens": tokens, "flops": flops, "seconds": trained_s(self._records)}
 
     def _checkpoints(self, config: RunConfig) -> list[dict[str, Any]]:

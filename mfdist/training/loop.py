@@ -41,6 +41,7 @@ from mfdist.training.saver import RunSaver
 from mfdist.training.spread import plan_of
 from mfdist.training.state import capture, check_config, check_data, held_regions, load_training
 from mfdist.training.step import TrainStep
+from mfdist.training.step_graph import check_graph
 from mfdist.training.stepping import Stepping
 from mfdist.training.table_home import TableHome
 from mfdist.training.twin import time_dense_twin
@@ -182,6 +183,8 @@ class _Session:
         The run's files are written only once everything fits together, so that a refusal leaves them as they were.
         """
         device = world.device
+        if config.training.cuda_graph:
+            check_graph(device, world.world_size, None if table_home is None else "the tables")
         store = prepare_tokens(config.data, observer=tell)
         config = _with_vocabulary(config, store)
         batches = _batches(config, store, world)

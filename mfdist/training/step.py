@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mfdist.config import TrainingConfig
-from mfdist.errors import ConfigError, NonFiniteError
+from mfdist.errors import NonFiniteError
 from mfdist.models import Transformer
 from mfdist.table import Table
 from mfdist.training.diagnosis import first_non_finite
 from mfdist.training.optimizer import RunOptimizer
-from mfdist.training.step_graph import Parts, StepGraph
+from mfdist.training.step_graph import Parts, StepGraph, check_graph
 from mfdist.training.world import SpreadModel, World
 
 
@@ -78,8 +78,8 @@ class TrainStep:
         self._soundness = torch.ones((), device=device)
         self._graph: StepGraph | None = None
         if config.cuda_graph:
-            _check_graph(model, self._world, device)
-            self._graph = StepGraph(self._passes, model.parameters())
+            check_graph(device, self._world.world_size, _elsewhere(model))
+            self._graph = StepGraph(model.parameters())
 
     @property
     def is_one_call(self) -> bool:
@@ -97,16 +97,18 @@ class TrainStep:
             step: finished and queued steps so far, which decides the learning rates.
             inputs, targets: [B, T], int64, this rank's; B a multiple of `micro_batches`.
         """
+        began = _moment(self._device)
         rates = self._optimizer.learning_rates(step, self._config.steps)
         self._optimizer.set_rates(rates)
-        loss = (self._graph or self._passes)(self._micro_batches(inputs, targets))
+        parts = self._micro_batches(inputs, targets)
+        loss = self._passes(parts) if self._graph is None else self._graph(self._passes, parts)
         loss = self._world.total(loss) / self._world.world_size
         norms = self._optimizer.gradient_norms()
         measured = torch.stack([loss, norms["dense"], norms["tables"]])
         is_sound = measured.isfinite().all()
         self._soundness.masked_fill_(~is_sound, torch.nan)
         self._optimizer.step(norms, is_sound)
-        return QueuedStep(self._finished(step, rates, inputs, targets), measured)
+        return QueuedStep(self._finished(step, rates, inputs, targets), measured, began)
 
     def _passes(self, parts: Parts) -> Tensor:
         """Return the loss over all micro-batches, whose gradients are left in the parameters."""
@@ -126,8 +128,10 @@ class TrainStep:
 
         def finish(measured: list[float]) -> StepResult:
             if not all(map(_is_finite, measured)):
-                message = self._explain(step, measured, inputs, targets)
-                self._soundness.fill_(1.0)
+                try:
+                    message = self._explain(step, measured, inputs, targets)
+                finally:
+                    self._soundness.fill_(1.0)
                 raise NonFiniteError(message)
             table_norm = None if self._optimizer.is_fused else measured[2]
             return StepResult(loss=measured[0], dense_grad_norm=measured[1], table_grad_norm=table_norm, rates=rates)
@@ -142,6 +146,8 @@ class TrainStep:
         what = "loss" if not _is_finite(measured[0]) else "gradient norm"
         value = next(value for value in measured if not _is_finite(value))
         layer = None
+        if self._graph is not None:  # whose memory the step that is repeated needs
+            self._graph.forget()
         self._optimizer.set_rates({"dense": 0.0, "tables": 0.0})  # repeating the step must not train fused tables
         for part_inputs, part_targets in self._micro_batches(inputs, targets):
             with autocast(self._device, self._config.precision):
@@ -163,19 +169,18 @@ class QueuedStep:
     Args:
         finish: makes the result of loss and norms.
         measured: those, on the device.
+        began: recorded before the step's first kernel, where the device keeps time.
     """
 
-    def __init__(self, finish: Callable[[list[float]], StepResult], measured: Tensor) -> None:
+    def __init__(self, finish: Callable[[list[float]], StepResult], measured: Tensor, began: Any) -> None:
         self._finish = finish
         self._measured = measured
-        #: Recorded once the device has made the step.
-        self._done: Any = None
-        if measured.device.type == "cuda":
+        self._began = began
+        if began is not None:
             # They go to the host by themselves, so that reading them waits for nothing that is queued later.
             self._measured = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
             self._measured.copy_(measured, non_blocking=True)
-            self._done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._done.record()
+        self._done = _moment(measured.device)
 
     def result(self) -> StepResult:
         """Wait until the device has made the step, and return what it measured; to be called once, in order.
@@ -188,20 +193,30 @@ class QueuedStep:
             self._done.synchronize()
         return self._finish(self._measured.tolist())
 
-    def seconds_since(self, earlier: "QueuedStep") -> float | None:
-        """Return how long after another step the device had made this one, once it has; None if it keeps no time."""
-        return None if self._done is None else float(earlier._done.elapsed_time(self._done)) / 1e3
+    def seconds_since(self, earlier: "QueuedStep | None") -> float | None:
+        """Return how long the device took, once it has made the step; None if it keeps no time.
+
+        Args:
+            earlier: a step that was not done when this one was queued, and from whose end its time counts.
+        """
+        if self._done is None:
+            return None
+        start = self._began if earlier is None else earlier._done
+        return float(start.elapsed_time(self._done)) / 1e3
 
 
-def _check_graph(model: Transformer, world: World, device: torch.device) -> None:
-    """Raise ConfigError unless all that passes do can be recorded: nothing waits for the host or another process."""
-    away = [table.spec.name for table in model.modules() if isinstance(table, Table) and table.resident_rows is None]
-    if device.type != "cuda" or not world.is_alone or away:
-        elsewhere = f', and table "{away[0]}" elsewhere' if away else ""
-        raise ConfigError(
-            "training.cuda_graph=true needs one GPU that holds the whole model; "
-            f"got device={device.type}, world_size={world.world_size}{elsewhere}; set it to false"
-        )
+def _moment(device: torch.device) -> Any:
+    """Record where the device is in what it was given; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _elsewhere(model: Transformer) -> str | None:
+    tables = (module for module in model.modules() if isinstance(module, Table) and module.resident_rows is None)
+    return next((f'table "{table.spec.name}"' for table in tables), None)
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -108,12 +108,13 @@ class Stepping:
             yield self._told(waiting.step, result, step_s, waiting.shares)
 
     def _step_s(self, waiting: _Waiting, end: float) -> float:
-        """Return the time of a step; if it was queued while another ran, from that one's end by the device's clock."""
-        if waiting.start < self._last_end and self._last is not None:
-            by_device = waiting.queued.seconds_since(self._last)
-            if by_device is not None:
-                return by_device
-        return end - max(waiting.start, self._last_end)
+        """Return the time of a step, by the device's clock where it has one: what is read late ended before.
+
+        If it was queued while another ran, from that one's end.
+        """
+        is_behind = waiting.start < self._last_end
+        by_device = waiting.queued.seconds_since(self._last if is_behind else None)
+        return end - max(waiting.start, self._last_end) if by_device is None else by_device
 
     def _queued(self, step: int, start: float) -> _Waiting:
         return _Waiting(step, self._train_step.queue(step, *self._batch_at(step)), start)

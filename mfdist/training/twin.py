@@ -10,9 +10,10 @@ from mfdist.training.data.batches import TokenBatches
 from mfdist.training.events import Observer, Preparing
 from mfdist.training.optimizer import RunOptimizer
 from mfdist.training.step import TrainStep
+from mfdist.training.step_graph import EAGER_STEPS
 from mfdist.training.stepping import Stepping
 
-NUM_WARMUP_STEPS = 3
+NUM_WARMUP_STEPS = EAGER_STEPS + 1  # the last of which may record a graph
 
 
 def time_dense_twin(config: RunConfig, batches: TokenBatches, device: torch.device, observer: Observer) -> float:

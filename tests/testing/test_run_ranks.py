@@ -1,6 +1,8 @@
 """The helper for several ranks: results in order, the first failure told, every wait ended, no process left."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,14 +99,22 @@ def test_one_call_leaves_no_process():
 
 
 def test_ranks_end_in_the_middle_of_a_call_when_the_pools_process_is_killed(tmp_path):
-    code = f"from tests.testing.test_run_ranks import *; run_ranks(busy, 2, {str(tmp_path)!r})"
+    code = f"from tests.testing.test_run_ranks import *; run_ranks(busy, 2, {str(tmp_path)!r}, timeout_s=150)"
     started = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
     deadline = time.monotonic() + 120
-    while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
-        assert started.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    started.kill()
-    started.wait()
-    while not all(map(is_gone, pids)):
-        assert time.monotonic() < deadline, "ranks outlived the process that started them"
-        time.sleep(0.05)
+    pids = []
+    try:
+        while len(pids) < 2:
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+            pids = [int(path.name) for path in tmp_path.iterdir()]
+        started.kill()
+        started.wait()
+        while not all(map(is_gone, pids)):
+            assert time.monotonic() < deadline, "ranks outlived the process that started them"
+            time.sleep(0.05)
+    finally:
+        started.kill()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
