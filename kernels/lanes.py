@@ -35,14 +35,14 @@ class Lanes(types.Type):
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, lanes: Lanes) -> None:
-        super().__init__(manager, lanes, _vector(ir.FloatType(), lanes.width))
+        super().__init__(manager, lanes, vector_of(ir.FloatType(), lanes.width))
 
 
 def _zeros_of(width: int) -> Callable[[], Any]:
     @intrinsic
     def zeros(typing_context: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return ir.Constant(_vector(ir.FloatType(), width), [0.0] * width)
+            return ir.Constant(vector_of(ir.FloatType(), width), [0.0] * width)
 
         return Lanes(width)(), generate
 
@@ -83,24 +83,25 @@ def width(typing_context: Any, lanes: Any) -> Any:
 @intrinsic
 def load(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
     """Return the run of `like`'s width that starts at `array[index]`, as fp32."""
-    return like(array, types.intp, like), _generate_load
+    return like(array, types.intp, like), generate_load
 
 
-def _generate_load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def generate_load(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Generate `load`."""
     array_type, _, lanes = signature.args
-    element = _element(array_type)
-    value = builder.load(_address(context, builder, array_type, args, element, lanes.width))
+    element = element_of(array_type)
+    value = builder.load(address_of(context, builder, array_type, args, element, lanes.width))
     value.align = element.width // 8 if isinstance(element, ir.IntType) else array_type.dtype.bitwidth // 8
     if array_type.dtype == types.uint16:
-        words = _vector(ir.IntType(32), lanes.width)
+        words = vector_of(ir.IntType(32), lanes.width)
         value = builder.shl(builder.zext(value, words), ir.Constant(words, [_HALF_BITS] * lanes.width))
-        return builder.bitcast(value, _vector(ir.FloatType(), lanes.width))
+        return builder.bitcast(value, vector_of(ir.FloatType(), lanes.width))
     if array_type.dtype == types.uint8:
         value = _half_of_e4m3(builder, value, lanes.width)
     if array_type.dtype in (types.int16, types.uint8):
-        return builder.fpext(value, _vector(ir.FloatType(), lanes.width))
+        return builder.fpext(value, vector_of(ir.FloatType(), lanes.width))
     if array_type.dtype == types.int8:
-        return builder.sitofp(value, _vector(ir.FloatType(), lanes.width))
+        return builder.sitofp(value, vector_of(ir.FloatType(), lanes.width))
     return value
 
 
@@ -115,15 +116,15 @@ def load_mixed(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type, _, lanes = signature.args
         if not _is_mixed(array_type, lanes):
-            return _generate_load(context, builder, signature, args)
+            return generate_load(context, builder, signature, args)
         half = lanes.width // 2
-        words = _vector(ir.IntType(32), half)
-        pairs = builder.load(_address(context, builder, array_type, args, ir.IntType(32), half))
+        words = vector_of(ir.IntType(32), half)
+        pairs = builder.load(address_of(context, builder, array_type, args, ir.IntType(32), half))
         pairs.align = array_type.dtype.bitwidth // 8
         even = builder.shl(pairs, ir.Constant(words, [_HALF_BITS] * half))
         odd = builder.and_(pairs, ir.Constant(words, [0xFFFF0000] * half))
-        order = ir.Constant(_vector(ir.IntType(32), lanes.width), list(range(lanes.width)))
-        return builder.bitcast(builder.shuffle_vector(even, odd, order), _vector(ir.FloatType(), lanes.width))
+        order = ir.Constant(vector_of(ir.IntType(32), lanes.width), list(range(lanes.width)))
+        return builder.bitcast(builder.shuffle_vector(even, odd, order), vector_of(ir.FloatType(), lanes.width))
 
     return like(array, types.intp, like), generate
 
@@ -162,44 +163,17 @@ def store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type, _, lanes = signature.args
-        element = _element(array_type)
+        element = element_of(array_type)
         run = args[2]
         if array_type.dtype == types.uint16:
             run = _round_to_bf16(builder, run, lanes.width)
         elif array_type.dtype == types.int16:
-            run = builder.fptrunc(run, _vector(ir.HalfType(), lanes.width))
-        written = builder.store(run, _address(context, builder, array_type, args, element, lanes.width))
+            run = builder.fptrunc(run, vector_of(ir.HalfType(), lanes.width))
+        written = builder.store(run, address_of(context, builder, array_type, args, element, lanes.width))
         written.align = array_type.dtype.bitwidth // 8
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), generate
-
-
-@intrinsic
-def store_at_random(typing_context: Any, array: Any, index: Any, value: Any, key: Any, column: Any) -> Any:
-    """Write a run at `array[index]`; bf16 is rounded up or down at random, other formats to the nearest even value.
-
-    Args:
-        array: fp32, bf16 or fp16.
-        index: where its first value goes.
-        value: the run.
-        key: uint32, the row's key; see `row_update.rule`.
-        column: int64, the column of the run's first value.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array_type, _, lanes, _, _ = signature.args
-        element = _element(array_type)
-        run = args[2]
-        if array_type.dtype == types.uint16:
-            run = _round_at_random(builder, run, args[3], args[4], lanes.width)
-        elif array_type.dtype == types.int16:
-            run = builder.fptrunc(run, _vector(ir.HalfType(), lanes.width))
-        written = builder.store(run, _address(context, builder, array_type, args, element, lanes.width))
-        written.align = array_type.dtype.bitwidth // 8
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, value, types.uint32, types.int64), generate
 
 
 @intrinsic
@@ -208,11 +182,11 @@ def copy(typing_context: Any, to: Any, to_index: Any, array: Any, index: Any, li
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to_type, _, array_type, _, lanes = signature.args
-        element = _element(array_type)
+        element = element_of(array_type)
         alignment = array_type.dtype.bitwidth // 8
-        value = builder.load(_address(context, builder, array_type, args[2:], element, lanes.width))
+        value = builder.load(address_of(context, builder, array_type, args[2:], element, lanes.width))
         value.align = alignment
-        written = builder.store(value, _address(context, builder, to_type, args, element, lanes.width))
+        written = builder.store(value, address_of(context, builder, to_type, args, element, lanes.width))
         written.align = alignment
         return context.get_dummy_value()
 
@@ -232,7 +206,7 @@ def prefetch(typing_context: Any, array: Any, index: Any, like: Any) -> Any:
         word = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
-        start = builder.bitcast(_address(context, builder, array_type, args, ir.IntType(8), 1), byte)
+        start = builder.bitcast(address_of(context, builder, array_type, args, ir.IntType(8), 1), byte)
         reading, keeping, data = (ir.Constant(word, flag) for flag in (0, 2, 1))
         for offset in range(0, lanes.width * array_type.dtype.bitwidth // 8, _LINE_BYTES):
             line = builder.gep(start, [ir.Constant(ir.IntType(64), offset)])
@@ -247,7 +221,7 @@ def scaled_add(typing_context: Any, run: Any, scale: Any, to: Any) -> Any:
     """Return run · scale + to, rounded once."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _fused(builder, args[0], _splat(builder, args[1], signature.args[0].width), args[2])
+        return _fused(builder, args[0], splat(builder, args[1], signature.args[0].width), args[2])
 
     return run(run, types.float32, to), generate
 
@@ -267,7 +241,7 @@ def scaled(typing_context: Any, run: Any, scale: Any) -> Any:
     """Return run · scale."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fmul(args[0], _splat(builder, args[1], signature.args[0].width))
+        return builder.fmul(args[0], splat(builder, args[1], signature.args[0].width))
 
     return run(run, types.float32), generate
 
@@ -280,7 +254,7 @@ def over_root(typing_context: Any, run: Any, square: Any, least: Any) -> Any:
         lanes, kind = signature.args[0].width, args[1].type
         name = f"llvm.sqrt.v{lanes}f32"
         root = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name)
-        divisor = builder.fadd(builder.call(root, [args[1]]), _splat(builder, args[2], lanes))
+        divisor = builder.fadd(builder.call(root, [args[1]]), splat(builder, args[2], lanes))
         return builder.fdiv(args[0], divisor)
 
     return run(run, square, types.float32), generate
@@ -301,11 +275,13 @@ def total(typing_context: Any, run: Any) -> Any:
     return types.float32(run), generate
 
 
-def _vector(element: Any, width: int) -> Any:
+def vector_of(element: Any, width: int) -> Any:
+    """Return LLVM's type of `width` elements."""
     return ir.VectorType(element, width)
 
 
-def _element(array_type: Any) -> Any:
+def element_of(array_type: Any) -> Any:
+    """Return LLVM's type of an array's elements."""
     return {
         types.float32: ir.FloatType(),
         types.uint16: ir.IntType(16),
@@ -315,9 +291,10 @@ def _element(array_type: Any) -> Any:
     }[array_type.dtype]
 
 
-def _address(context: Any, builder: Any, array_type: Any, args: Any, element: Any, width: int) -> Any:
+def address_of(context: Any, builder: Any, array_type: Any, args: Any, element: Any, width: int) -> Any:
+    """Return where `width` elements begin, for an intrinsic whose first arguments are an array and an index."""
     array = context.make_array(array_type)(context, builder, args[0])
-    return builder.bitcast(builder.gep(array.data, [args[1]]), _vector(element, width).as_pointer())
+    return builder.bitcast(builder.gep(array.data, [args[1]]), vector_of(element, width).as_pointer())
 
 
 def _fused(builder: Any, left: Any, right: Any, to: Any) -> Any:
@@ -328,8 +305,9 @@ def _fused(builder: Any, left: Any, right: Any, to: Any) -> Any:
     )
 
 
-def _splat(builder: Any, scalar: Any, width: int) -> Any:
-    undefined = ir.Constant(_vector(scalar.type, width), ir.Undefined)
+def splat(builder: Any, scalar: Any, width: int) -> Any:
+    """Return a run of one value."""
+    undefined = ir.Constant(vector_of(scalar.type, width), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
     return _shuffle(builder, first, [0] * width)
 
@@ -337,20 +315,20 @@ def _splat(builder: Any, scalar: Any, width: int) -> Any:
 def _shuffle(builder: Any, value: Any, picks: Any) -> Any:
     picks = list(picks)
     return builder.shuffle_vector(
-        value, ir.Constant(value.type, ir.Undefined), ir.Constant(_vector(ir.IntType(32), len(picks)), picks)
+        value, ir.Constant(value.type, ir.Undefined), ir.Constant(vector_of(ir.IntType(32), len(picks)), picks)
     )
 
 
 def _half_of_e4m3(builder: Any, value: Any, width: int) -> Any:
     """Return e4m3 / 256 as fp16: exponent and fraction moved to where fp16 has its own, which holds for subnormals."""
-    words = _vector(ir.IntType(16), width)
+    words = vector_of(ir.IntType(16), width)
     bits = builder.shl(builder.sext(value, words), ir.Constant(words, [7] * width))
     bits = builder.and_(bits, ir.Constant(words, [0xBFFF] * width))  # the sign stands once, not twice
-    return builder.bitcast(bits, _vector(ir.HalfType(), width))
+    return builder.bitcast(bits, vector_of(ir.HalfType(), width))
 
 
 def _round_to_bf16(builder: Any, run: Any, width: int) -> Any:
-    words = _vector(ir.IntType(32), width)
+    words = vector_of(ir.IntType(32), width)
 
     def constant(number: int) -> Any:
         return ir.Constant(words, [number] * width)
@@ -360,26 +338,4 @@ def _round_to_bf16(builder: Any, run: Any, width: int) -> Any:
     rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(_HALF_BITS))
     is_nan = builder.fcmp_unordered("uno", run, run)
     # Rounding up may carry a NaN's payload into infinity or the sign, so NaN keeps its own pattern.
-    return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), _vector(ir.IntType(16), width))
-
-
-def _round_at_random(builder: Any, run: Any, key: Any, column: Any, width: int) -> Any:
-    words = _vector(ir.IntType(32), width)
-
-    def constant(number: int) -> Any:
-        return ir.Constant(words, [number] * width)
-
-    def shifted(value: Any, bits: int) -> Any:
-        return builder.xor(value, builder.lshr(value, constant(bits)))
-
-    columns = _splat(builder, builder.trunc(column, ir.IntType(32)), width)
-    columns = builder.add(columns, ir.Constant(words, list(range(width))))
-    x = builder.add(builder.mul(columns, constant(0x9E3779B9)), _splat(builder, key, width))
-    x = builder.mul(shifted(x, 16), constant(0x7FEB352D))
-    x = builder.mul(shifted(x, 15), constant(0x846CA68B))
-    bits = builder.bitcast(run, words)
-    exponent = constant(0x7F800000)
-    is_special = builder.icmp_unsigned("==", builder.and_(bits, exponent), exponent)
-    # Infinity and NaN have no next value. A NaN that arithmetic or bf16 gives has bits in its upper half, which stay.
-    random = builder.select(is_special, constant(0), builder.lshr(x, constant(_HALF_BITS)))
-    return builder.trunc(builder.lshr(builder.add(bits, random), constant(_HALF_BITS)), _vector(ir.IntType(16), width))
+    return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), vector_of(ir.IntType(16), width))

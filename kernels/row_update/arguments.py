@@ -22,7 +22,7 @@ def check_update(table: Tensor, state: list[Tensor], rule: RowRule, lr: Tensor, 
             f'{list(table.stride())} for table "{name}"'
         )
     shape = table.shape[:1] if rule.kind == "rowwise_adagrad" else table.shape
-    kinds = [torch.float32] if rule.kind == "rowwise_adagrad" else [torch.float32, torch.bfloat16]
+    kinds = [torch.float32] if rule.kind == "rowwise_adagrad" else [torch.float32, torch.bfloat16, torch.uint8]
     if table.dtype == torch.float64:
         kinds = [torch.float64]
     if len(state) != rule.num_states or not all(

@@ -13,11 +13,17 @@ from mfdist.kernels.lanes import (
     product_add,
     scaled,
     scaled_add,
-    store_at_random,
     total,
     zeros_middle,
     zeros_narrow,
     zeros_single,
+)
+from mfdist.kernels.row_update.cpu_rounding import (
+    load_momentum,
+    load_variance,
+    store_at_random,
+    store_momentum,
+    store_variance,
 )
 from mfdist.kernels.row_update.reference import mix64
 from mfdist.kernels.row_update.rule import RowRule
@@ -143,13 +149,13 @@ def _update_tile(
     updated = scaled(load(table, at, zeros), rule.decay)
     place = column + rule.column_offset
     if rule.kind == _ADAM:
-        momentum = scaled_add(load(first, at, zeros), rule.beta1, scaled(gradient, rule.rest1))
+        momentum = scaled_add(load_momentum(first, at, zeros), rule.beta1, scaled(gradient, rule.rest1))
         squares = product_add(gradient, scaled(gradient, rule.rest2), zeros)
-        variance = scaled_add(load(second, at, zeros), rule.beta2, squares)
+        variance = scaled_add(load_variance(second, at, zeros), rule.beta2, squares)
         change = over_root(momentum, scaled(variance, rule.correction2), rule.eps)
         updated = scaled_add(change, -rule.corrected_lr, updated)
-        store_at_random(first, at, momentum, keys[1], place)
-        store_at_random(second, at, variance, keys[2], place)
+        store_momentum(first, at, momentum, keys[1], place)
+        store_variance(second, at, variance, keys[2], place)
     else:
         updated = scaled_add(gradient, -rate, updated)
     store_at_random(table, at, updated, keys[0], place)

@@ -56,7 +56,7 @@ def fused_row_update(
         table: [R, D], contiguous, fp32, fp16 or bf16, changed in place; bf16 is rounded stochastically. On the CPU also
             fp64, computed by the reference.
         state: the rule's tensors, changed in place: none for `sgd`; [R] in fp32 for `rowwise_adagrad`; two of [R, D] in
-            fp32 or bf16 for `adam`, m and v. All start at 0.
+            fp32, bf16 or uint8 for `adam`, m and v; uint8 has them in a byte each, see `rule`. All start at 0.
         row_ids: [N, K], as given to gather_sum, and so are `scores`, `code_stride` and `name`.
         scores: [N, K].
         grad_output: [N, D], the gradient of gather_sum's output.

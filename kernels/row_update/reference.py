@@ -9,6 +9,9 @@ from mfdist.kernels.row_update.rule import RowRule
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _GOLDEN_32 = 0x9E3779B9
 _ALL_64 = 2**64 - 1
+#: Of states in a byte each: stream → bits of fraction.
+_FRACTION_BITS = {1: 2, 2: 3}
+_LEAST_EXPONENT, _LARGEST = -28, 3.5
 
 
 def fused_row_update(
@@ -59,8 +62,8 @@ def row_update(
         w -= lr * g / (accumulated.sqrt() + rule.eps).unsqueeze(1)
     else:
         beta1, beta2 = rule.betas
-        momentum = beta1 * state[0][rows].double() + (1 - beta1) * g
-        variance = beta2 * state[1][rows].double() + (1 - beta2) * g.square()
+        momentum = beta1 * read_moment(state[0][rows], 1) + (1 - beta1) * g
+        variance = beta2 * read_moment(state[1][rows], 2) + (1 - beta2) * g.square()
         w -= lr * momentum / (1 - beta1**step) / ((variance / (1 - beta2**step)).sqrt() + rule.eps)
         for stream, (kept, value) in enumerate(zip(state, (momentum, variance), strict=True), start=1):
             kept[rows] = rounded(value, kept.dtype, rule.seed, step, stream, rows, offsets)
@@ -70,7 +73,9 @@ def row_update(
 def rounded(
     values: Tensor, dtype: torch.dtype, seed: int, step: int, stream: int, rows: Tensor, offsets: tuple[int, int]
 ) -> Tensor:
-    """Return values [U, D] in a dtype: bf16 rounded stochastically from fp32, others to the nearest."""
+    """Return values [U, D] in a dtype: bf16 and bytes rounded stochastically from fp32, others to the nearest."""
+    if dtype == torch.uint8:
+        return _bytes_of(values, seed, step, stream, rows, offsets)
     if dtype != torch.bfloat16:
         return values.to(dtype)
     words = values.float().view(torch.int32).long() & 0xFFFFFFFF
@@ -80,15 +85,40 @@ def rounded(
     return torch.where(values.float().isfinite(), stochastic, values.to(torch.bfloat16))
 
 
-def random_bits(seed: int, step: int, stream: int, rows: Tensor, num_columns: int, column_offset: int) -> Tensor:
-    """Return the 16 random bits of each row [U] and column, int64 [U, num_columns]; see `rule`."""
+def read_moment(kept: Tensor, stream: int) -> Tensor:
+    """Return m (stream 1) or v (stream 2) in float64 from what a state has kept of it."""
+    if kept.dtype != torch.uint8:
+        return kept.double()
+    words = kept.int() << (10 - _FRACTION_BITS[stream])
+    values = words.to(torch.uint16).view(torch.float16).double() * 2.0**-14
+    return values.square() if stream == 2 else values
+
+
+def _bytes_of(values: Tensor, seed: int, step: int, stream: int, rows: Tensor, offsets: tuple[int, int]) -> Tensor:
+    """Return m (stream 1) or v (stream 2) in a byte each, by the distance of neighbouring bytes in place of words."""
+    fraction_bits = _FRACTION_BITS[stream]
+    dropped = 23 - fraction_bits
+    exact = (values.sqrt() if stream == 2 else values).float().double()
+    sizes = exact.abs().clamp(max=_LARGEST)
+    exponents = (torch.frexp(sizes).exponent - 1).clamp(min=_LEAST_EXPONENT)
+    spacing = torch.ldexp(torch.ones_like(sizes), exponents - fraction_bits)
+    random = random_bits(seed, step, stream, rows + offsets[0], values.shape[1], offsets[1], dropped)
+    steps = ((sizes / spacing * 2.0**dropped).round() + random).div(2.0**dropped).floor()
+    words = torch.copysign(steps * spacing * 2.0**14, exact).half().view(torch.int16).int()
+    return ((words >> (10 - fraction_bits)) & 0xFF).to(torch.uint8)
+
+
+def random_bits(
+    seed: int, step: int, stream: int, rows: Tensor, num_columns: int, column_offset: int, num_bits: int = 16
+) -> Tensor:
+    """Return the random bits of each row [U] and column, int64 [U, num_columns]; see `rule`."""
     key = mix64((mix64(seed) + 4 * step + stream) & _ALL_64)
     row_keys = [mix64((key + row * _GOLDEN_64) & _ALL_64) >> 32 for row in rows.tolist()]
     columns = (torch.arange(num_columns) + column_offset) * _GOLDEN_32
     x = (torch.tensor(row_keys, dtype=torch.int64).unsqueeze(1) + columns) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = _product32(x ^ (x >> shift), factor)
-    return (x ^ (x >> 16)) >> 16
+    return (x ^ (x >> 16)) >> (32 - num_bits)
 
 
 def mix64(x: int) -> int:

@@ -13,8 +13,17 @@ from (seed, t, stream, row, column) in the whole table's numbers, by integer ari
 
     key(stream)  = mix64(mix64(seed) + 4·t + stream)        stream 0 for w, 1 for m, 2 for v
     key(row)     = mix64(key(stream) + row · 0x9E3779B97F4A7C15) >> 32
-    bits         = mix32(key(row) + column · 0x9E3779B9) >> 16
-    rounded(x)   = the high half of (x as a 32-bit word + bits)
+    random       = mix32(key(row) + column · 0x9E3779B9)
+    rounded(x)   = the high half of (x as a 32-bit word + (random >> 16))
+
+m and v may also be kept in a byte each: m · 2¹⁴ as e5m2, and √v · 2¹⁴, which has no sign, with a third bit of fraction.
+So a byte shifted left by 8, or by 7 for √v, is the word of an fp16 number. Above 3.5 both are kept as 3.5; below 2⁻²⁸
+bytes are evenly spaced, by 2⁻³⁰ or for √v by 2⁻³¹. fp32 values are rounded to bytes at once, for an fp16 number on the
+way would mistake what β₂ = 0.999 takes off √v:
+
+    x            = min(|value|, 3.5)
+    place(x)     = (x as a word + 2²³, or where x < 2⁻²⁸ (x + 2⁻²⁸) as a word) − (2⁻²⁸ as a word)
+    byte(x)      = (place(x) + (random >> 11)) >> 21, and the sign in the high bit; of √v by >> 12 and >> 20
 
 mix64 is SplitMix64's last step (Steele, Lea, Flood 2014), mix32 an integer hash of the same form by Wellons (2018).
 """

@@ -15,6 +15,11 @@ ROWWISE_ADAGRAD: tl.constexpr = tl.constexpr(1)
 ADAM: tl.constexpr = tl.constexpr(2)
 NUMBERS = {"sgd": 0, "rowwise_adagrad": 1, "adam": 2}
 _LARGEST_NAN: tl.constexpr = tl.constexpr(0x7FFF0000)
+#: Bits of fraction of states in a byte each, and as fp32 words the least value with a whole fraction, and the largest.
+_MOMENTUM: tl.constexpr = tl.constexpr(2)
+_ROOT: tl.constexpr = tl.constexpr(3)
+_LEAST: tl.constexpr = tl.constexpr(0x31800000)  # 2^-28
+_LARGEST: tl.constexpr = tl.constexpr(0x40600000)  # 3.5
 _LEAST_LOG = -1e30  # stands for the logarithm of a beta of 0
 
 
@@ -111,14 +116,12 @@ def update_row(
         kept = values * keep
         at = row * D + c
         if RULE == ADAM:
-            momentum = tl.load(first + at, mask=is_column, other=0.0).to(tl.float32)
-            momentum = beta1 * momentum + complement1 * gradient
-            variance = tl.load(second + at, mask=is_column, other=0.0).to(tl.float32)
-            variance = beta2 * variance + complement2 * gradient * gradient
+            momentum = beta1 * _load_moment(first, at, is_column, _MOMENTUM) + complement1 * gradient
+            variance = beta2 * _load_moment(second, at, is_column, _ROOT) + complement2 * gradient * gradient
             root = tl.sqrt(variance * correction) + eps
             updated = kept - corrected_rate * momentum / root
-            _store_rounded(first, at, momentum, is_column, key1, row + row_offset, c + column_offset)
-            _store_rounded(second, at, variance, is_column, key2, row + row_offset, c + column_offset)
+            _store_moment(first, at, momentum, is_column, key1, row + row_offset, c + column_offset, _MOMENTUM)
+            _store_moment(second, at, variance, is_column, key2, row + row_offset, c + column_offset, _ROOT)
         elif RULE == ROWWISE_ADAGRAD:
             tl.store(first + row, accumulated)
             updated = kept - rate / (tl.sqrt(accumulated) + eps) * gradient
@@ -131,14 +134,49 @@ def update_row(
 def _store_rounded(to, at, value, mask, key, row, column):
     """Write fp32 values in the pointer's dtype: bf16 rounded stochastically, others to the nearest."""
     if to.dtype.element_ty == tl.bfloat16:
-        row_key = (_mix64(key.to(tl.uint64, bitcast=True) + row.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(tl.uint32)
-        random = _mix32(row_key + column.to(tl.uint32) * 0x9E3779B9) >> 16
+        random = _random_words(key, row, column) >> 16
         # A NaN whose bits are all set would be carried past the sign; the largest that is not stays one.
         words = tl.minimum(value.to(tl.int32, bitcast=True), _LARGEST_NAN).to(tl.uint32, bitcast=True)
         rounded = ((words + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         tl.store(to + at, rounded, mask=mask, eviction_policy="evict_first")
     else:
         tl.store(to + at, value.to(to.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_moment(kept, at, mask, FRACTION: tl.constexpr):
+    """Return m or v in fp32, from a byte too."""
+    value = tl.load(kept + at, mask=mask, other=0)
+    if kept.dtype.element_ty == tl.uint8:
+        half = (value.to(tl.uint16) << (10 - FRACTION)).to(tl.float16, bitcast=True)
+        exact = half.to(tl.float32) * 0.00006103515625  # 2^-14
+        moment = exact * exact if FRACTION == _ROOT else exact
+    else:
+        moment = value.to(tl.float32)
+    return moment
+
+
+@triton.jit
+def _store_moment(to, at, value, mask, key, row, column, FRACTION: tl.constexpr):
+    """Write m or v in the pointer's dtype, rounded stochastically where that is bf16 or a byte."""
+    if to.dtype.element_ty == tl.uint8:
+        exact = tl.sqrt_rn(value) if FRACTION == _ROOT else value
+        bits = exact.to(tl.uint32, bitcast=True)
+        size = tl.minimum(bits & 0x7FFFFFFF, _LARGEST)
+        # Added to the least value with a whole fraction, a smaller one has as many bits below the point as bytes' have.
+        added = (size.to(tl.float32, bitcast=True) + 3.7252902984619140625e-09).to(tl.uint32, bitcast=True)  # 2^-28
+        place = tl.where(size < _LEAST, added, size + 0x800000) - _LEAST
+        place += _random_words(key, row, column) >> (9 + FRACTION)
+        made = (place >> (23 - FRACTION)) | ((bits >> 31) << 7)
+        tl.store(to + at, made.to(tl.uint8), mask=mask, eviction_policy="evict_first")
+    else:
+        _store_rounded(to, at, value, mask, key, row, column)
+
+
+@triton.jit
+def _random_words(key, row, column):
+    row_key = (_mix64(key.to(tl.uint64, bitcast=True) + row.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32).to(tl.uint32)
+    return _mix32(row_key + column.to(tl.uint32) * 0x9E3779B9)
 
 
 @triton.jit

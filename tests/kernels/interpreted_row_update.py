@@ -7,6 +7,7 @@ rounding is integer arithmetic: bf16 rows and states must have the very bits of 
 import sys
 
 import torch
+from torch import Tensor
 
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
@@ -15,6 +16,7 @@ from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.row_update import RowRule, reference, triton_impl, triton_windows
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.lookups import Lookup, make_lookup
+from tests.kernels.row_moments import assert_rounds_as_the_reference
 from tests.kernels.updates import ADAGRAD, LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
 
 
@@ -121,6 +123,24 @@ def rounding() -> None:
     assert torch.equal(table.view(torch.int16), expected.view(torch.int16))
 
 
+def moments() -> None:
+    """States of a byte each: updates by every kernel, and values that all have exactly to the reference's bytes."""
+    adam = RULES[2]
+    check(make_lookup(63, 2, 6, 40), adam, torch.uint8)
+    check(make_lookup(30, 2, 6, 96, dtype=torch.bfloat16, id_dtype=torch.int32), adam, torch.uint8)
+    check_given(make_lookup(10, 2, 6, 40, dtype=torch.bfloat16), adam, torch.uint8)
+    triton_windows._WINDOW = 8
+    check(make_lookup(20, 2, 80, 40, dtype=torch.bfloat16), adam, torch.uint8)
+
+    def update(grads: Tensor, rule: RowRule, step: int, offsets: tuple[int, int]) -> list[Tensor]:
+        table, lr, squares = torch.zeros(grads.shape), torch.tensor(0.0), torch.zeros(grads.shape[0])
+        state = [torch.zeros(grads.shape, dtype=torch.uint8) for _ in range(2)]
+        triton_impl.row_update(table, state, grads, None, squares, lr, torch.tensor(step), rule, offsets, "t")
+        return state
+
+    assert_rounds_as_the_reference(update)
+
+
 def bad_ids() -> None:
     """A bad id changes no row, gives its score NaN, and is told of at the next call; so is a bad row."""
     for num_rows in (12, 300):  # with a program for every row, and for windows of lookups
@@ -177,5 +197,5 @@ def expect_error(start: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    parts = (updates, windows, rounding, bad_ids, not_finite)
+    parts = (updates, windows, rounding, moments, bad_ids, not_finite)
     {part.__name__: part for part in parts}[sys.argv[1]]()

@@ -310,7 +310,7 @@ def test_a_table_past_two_to_the_31_elements() -> None:
     assert_close(Updated(table[rows], [each[rows] for each in state]), expected)
 
 
-@pytest.mark.parametrize("part", ["updates", "windows", "rounding", "bad_ids", "not_finite"])
+@pytest.mark.parametrize("part", ["updates", "windows", "rounding", "moments", "bad_ids", "not_finite"])
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(

@@ -69,6 +69,7 @@ UPDATE = {
     "column_offset": "i32",
 }
 ADAGRAD = {**UPDATE, "first": "*fp32"}
+MOMENTS = {**UPDATE, "first": "*u8", "second": "*u8"}
 WHOLE = {
     "K": 128,
     "PIECE": 512,
@@ -174,6 +175,14 @@ KERNELS = {
         {**IN_SLICES, **WAYS, "RULE": 1, "SQUARES": 3, "IS_KEPT": True},
     ),
     "row_update.triton_impl._update_row by adam": (UPDATE, {**WHOLE, **WAYS, "RULE": 2, "IS_KEPT": False}),
+    "row_update.triton_impl._update_row by adam with bytes": (
+        MOMENTS,
+        {**WHOLE, **WAYS, "RULE": 2, "IS_KEPT": False},
+    ),
+    "row_update.triton_windows._update_window by adam with bytes": (
+        MOMENTS,
+        {**WHOLE, "RULE": 2, "IS_LAST_PRODUCT": True, "IS_WHOLE": True, "WINDOW": 32},
+    ),
     "row_update.triton_impl._update_kept": (ADAGRAD, {"COLUMNS": 512, "RULE": 1}),
     "row_update.triton_windows._update_window by adagrad": (
         ADAGRAD,
