@@ -111,7 +111,9 @@ class TableGroupConfig(ParameterGroupConfig):
     fused: bool | None = Field(
         None, description="update rows in backward, without a gradient of the table; by default wherever rule allows it"
     )
-    state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="what rule adam keeps its moments in")
+    state_dtype: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32", description="what rule adam keeps its moments in; fp8 takes a byte each"
+    )
     accumulator_decay: float = Field(
         1.0,
         gt=0.0,
@@ -148,7 +150,9 @@ class TableGroupConfig(ParameterGroupConfig):
         if self.accumulator_decay != 1 and self.rule != "rowwise_adagrad":
             raise ValueError(f'accumulator_decay is for rule="rowwise_adagrad"; got rule="{self.rule}"; leave it out')
         if self.state_dtype != "fp32" and self.rule != "adam":
-            raise ValueError(f'state_dtype="bf16" is for rule="adam"; got rule="{self.rule}"; leave it out')
+            raise ValueError(
+                f'state_dtype="{self.state_dtype}" is for rule="adam"; got rule="{self.rule}"; leave it out'
+            )
         return self
 
 

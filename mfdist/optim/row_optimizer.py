@@ -8,14 +8,15 @@ number of the update, row and column alone.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
 from mfdist.errors import ConfigError
 from mfdist.kernels.row_update import RowRule
 
-_STATE_DTYPES = (torch.float32, torch.bfloat16)
+#: What configurations call what Adam keeps its moments in → the dtype of the states.
+STATE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 class StateSpec(NamedTuple):
@@ -118,7 +119,8 @@ class RowAdam(RowOptimizer):
         seed: of stochastic rounding.
         betas: decay of the two moments, which do not decay while their row is not looked up.
         eps: added to the root of the second moment.
-        state_dtype: fp32 or bf16, the moments'.
+        state_dtype: the moments': fp32, bf16, or uint8 for a byte each: m and √v with few bits, between 2⁻³¹ and 3.5;
+            see `mfdist.kernels.row_update.rule`. What is below is now 0 and now 2⁻³¹, so leave eps near 1e-8 or above.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -127,8 +129,10 @@ class RowAdam(RowOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.state_dtype not in _STATE_DTYPES:
-            raise ConfigError(f"Adam's moments must be kept in fp32 or bf16; got {self.state_dtype}")
+        if self.state_dtype not in STATE_DTYPES.values():
+            raise ConfigError(
+                f"Adam's moments must be kept in fp32, bf16 or uint8 (a byte each); got {self.state_dtype}"
+            )
 
     @property
     def rule(self) -> RowRule:

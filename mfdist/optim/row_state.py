@@ -72,7 +72,8 @@ class RowState:
         """Take over saved states, in place.
 
         Raises:
-            ConfigError: they are not this optimiser's, or not of these shapes; nothing was changed.
+            ConfigError: they are not this optimiser's, not of these shapes, or bytes where it keeps numbers or numbers
+                where it keeps bytes; nothing was changed.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -81,6 +82,12 @@ class RowState:
                 f"states must be those of {type(self.optimizer).__name__}, {wanted}; got {shapes}; "
                 "load them into the optimiser they were saved from"
             )
+        for name, tensor in self.tensors.items():
+            if (saved := tensors[name].dtype) != tensor.dtype and torch.uint8 in (saved, tensor.dtype):
+                raise ConfigError(
+                    f'state "{name}" must have been kept in {tensor.dtype}, for bytes are not numbers; got {saved}; '
+                    "load it into an optimiser with the state_dtype it was saved from"
+                )
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
         self.num_updates = num_updates

@@ -138,6 +138,11 @@ def _changes(setting: _Setting) -> Iterator[tuple[str, Callable[[_Setting], _Set
             "Adam's states in bf16 (optimizer.tables.state_dtype)",
             lambda it: (*it[:2], replace(it[2], state_dtype=torch.bfloat16)),
         )
+    if workload.rule == "adam" and workload.state_dtype.itemsize > 1:
+        yield (
+            "Adam's states in a byte each (optimizer.tables.state_dtype=fp8)",
+            lambda it: (*it[:2], replace(it[2], state_dtype=torch.uint8)),
+        )
     if workload.rule == "adam":
         yield (
             "row-wise Adagrad instead of Adam (optimizer.tables.rule)",

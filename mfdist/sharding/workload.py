@@ -59,7 +59,7 @@ class Workload:
         loads: table name → how it is read.
         micro_batches: parts a rank's share is split into; each is looked up and exchanged by itself.
         rule: what updates rows. `rowwise_adagrad` keeps one fp32 number a row, `adam` two numbers a weight.
-        state_dtype: of Adam's states.
+        state_dtype: of Adam's states; uint8 is a byte each.
         is_fused: rows are updated in backward from the gradients of touched rows; otherwise every weight has a gradient
             and is updated.
         lookup_dtype: what rows are read as where that is narrower than what they are kept in, as under autocast; then a

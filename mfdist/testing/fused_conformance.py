@@ -93,12 +93,13 @@ class FusedConformance(ABC):
         table(torch.tensor([[1, 4]]), torch.ones(1, 2)).sum().backward()
         assert torch.equal(self.rows_of(table), after) and self.rows_gradient(table)[1].tolist() == [1.0] * 8
 
-    def test_fused_updates_repeat_bit_for_bit_and_follow_the_rate(self) -> None:
+    @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "bytes"])
+    def test_fused_updates_repeat_bit_for_bit_and_follow_the_rate(self, state_dtype: torch.dtype) -> None:
         """The same steps from the same rows end in the same bits, stochastic rounding included."""
         rows, ids = torch.randn(6, 64).bfloat16(), torch.randint(0, 6, (3, 500, 7))
         ends = []
         for rates in ((0.1, 0.01, 0.1), (0.1, 0.01, 0.1), (0.1, 0.1, 0.1)):
-            table = self.make_table(rows).fuse(RowAdam(lr=0.3, state_dtype=torch.bfloat16))
+            table = self.make_table(rows).fuse(RowAdam(lr=0.3, state_dtype=state_dtype))
             assert table.row_state is not None
             for step, rate in enumerate(rates):
                 table.row_state.lr = rate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfdist.config import DenseGroupConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig
-from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD, RowState
+from mfdist.optim import STATE_DTYPES, RowAdagrad, RowAdam, RowOptimizer, RowSGD, RowState
 from mfdist.table import Table
 from mfdist.tables.sharded import ShardedTable
 from mfdist.training.world import World
@@ -228,8 +228,8 @@ def _row_optimizer(config: TableGroupConfig, lr: float, seed: int) -> RowOptimiz
         case "rowwise_adagrad":
             return RowAdagrad(lr=lr, weight_decay=decay, seed=seed, eps=config.eps, decay=config.accumulator_decay)
         case _:
-            dtype = torch.bfloat16 if config.state_dtype == "bf16" else torch.float32
-            return RowAdam(lr=lr, weight_decay=decay, seed=seed, betas=config.betas, eps=config.eps, state_dtype=dtype)
+            kept = STATE_DTYPES[config.state_dtype]
+            return RowAdam(lr=lr, weight_decay=decay, seed=seed, betas=config.betas, eps=config.eps, state_dtype=kept)
 
 
 def _seed_of(table: str, seed: int) -> int:

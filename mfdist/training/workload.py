@@ -5,6 +5,7 @@ import torch
 from mfdist.config import ModelConfig, RunConfig
 from mfdist.models import Transformer, count
 from mfdist.models.loads import table_loads
+from mfdist.optim import STATE_DTYPES
 from mfdist.sharding.workload import Workload
 
 #: Numbers of width d that a block keeps for backward: norms' inputs and outputs, queries, keys, values, attention, the
@@ -29,7 +30,7 @@ def run_workload(config: RunConfig, model: Transformer, *, batch_tokens: int | N
         loads=table_loads(model),
         micro_batches=training.micro_batches,
         rule="adam" if tables.rule == "adamw" else tables.rule,
-        state_dtype=torch.bfloat16 if tables.state_dtype == "bf16" else torch.float32,
+        state_dtype=STATE_DTYPES[tables.state_dtype],
         is_fused=tables.is_fused,
         lookup_dtype=torch.bfloat16 if training.precision == "bf16" else None,
         num_dense_parameters=totals.num_dense_parameters,

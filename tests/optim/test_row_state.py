@@ -20,11 +20,12 @@ def test_states_are_the_rules_own():
     assert {name: (tuple(each.shape), each.dtype) for name, each in adagrad.items()} == {
         "accumulator": ((6,), torch.float32)
     }
-    adam = RowState(RowAdam(lr=1.0, state_dtype=torch.bfloat16), rows, region()).tensors
-    assert {name: (tuple(each.shape), each.dtype) for name, each in adam.items()} == {
-        "exp_avg": ((6, 4), torch.bfloat16),
-        "exp_avg_sq": ((6, 4), torch.bfloat16),
-    }
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        adam = RowState(RowAdam(lr=1.0, state_dtype=dtype), rows, region()).tensors
+        assert {name: (tuple(each.shape), each.dtype) for name, each in adam.items()} == {
+            "exp_avg": ((6, 4), dtype),
+            "exp_avg_sq": ((6, 4), dtype),
+        }
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,10 @@ def test_states_are_the_rules_own():
     [
         (lambda: RowSGD(lr=-0.1), "learning rate must be 0 or more; got -0.1"),
         (lambda: RowSGD(lr=float("nan")), "got nan"),
-        (lambda: RowAdam(lr=0.1, state_dtype=torch.float16), "kept in fp32 or bf16; got torch.float16"),
+        (
+            lambda: RowAdam(lr=0.1, state_dtype=torch.float16),
+            r"kept in fp32, bf16 or uint8 \(a byte each\); got torch.float16",
+        ),
         (lambda: RowAdam(lr=0.1, betas=(0.9, 1.0)), r"betas in \[0, 1\)"),
         (lambda: RowAdagrad(lr=0.1, seed=-1), "seed of stochastic rounding"),
         (lambda: RowAdagrad(lr=0.1, decay=0.0), r"decay must lie in \(0, 1\]; got 0.0"),
@@ -44,7 +48,14 @@ def test_settings_out_of_range(make, message):
         make()
 
 
-@pytest.mark.parametrize("optimizer", [RowAdagrad(lr=0.1, decay=0.5), RowAdam(lr=0.1, state_dtype=torch.bfloat16)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        RowAdagrad(lr=0.1, decay=0.5),
+        RowAdam(lr=0.1, state_dtype=torch.bfloat16),
+        RowAdam(lr=0.1, state_dtype=torch.uint8),
+    ],
+)
 def test_saved_and_loaded_it_goes_on_bit_for_bit(optimizer):
     rows, grads = torch.randn(6, 4).bfloat16(), torch.randn(5, 6, 4)
     state = RowState(optimizer, rows, region())
@@ -64,6 +75,14 @@ def test_states_of_another_optimiser_are_refused():
         with pytest.raises(ConfigError, match="must be those of RowAdagrad"):
             state.load(wrong, 3)
     assert state.num_updates == 0
+
+
+@pytest.mark.parametrize(("kept", "saved"), [(torch.uint8, torch.float32), (torch.bfloat16, torch.uint8)])
+def test_bytes_are_not_taken_for_numbers(kept, saved):
+    state = RowState(RowAdam(lr=0.1, state_dtype=kept), torch.zeros(6, 4), region())
+    with pytest.raises(ConfigError, match=rf'"exp_avg" must have been kept in {kept}, .*got {saved}'):
+        state.load({name: torch.ones(6, 4, dtype=saved) for name in state.tensors}, 3)
+    assert state.num_updates == 0 and not any(tensor.any() for tensor in state.tensors.values())
 
 
 def test_parts_of_a_table_are_trained_as_the_whole():
@@ -86,7 +105,13 @@ def test_parts_of_a_table_are_trained_as_the_whole():
 
 
 @pytest.mark.parametrize(
-    "optimizer", [RowSGD(lr=10.0), RowAdagrad(lr=0.3), RowAdam(lr=0.05, state_dtype=torch.bfloat16)]
+    "optimizer",
+    [
+        RowSGD(lr=10.0),
+        RowAdagrad(lr=0.3),
+        RowAdam(lr=0.05, state_dtype=torch.bfloat16),
+        RowAdam(lr=0.05, state_dtype=torch.uint8),
+    ],
 )
 def test_a_layer_learns_with_its_table_fused(optimizer):
     layer = MemoryLayer(12, 7, bits=4, dtype=torch.bfloat16, bias=False)

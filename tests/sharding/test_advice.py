@@ -33,6 +33,8 @@ def changed(machine, work, what):
             work = replace(work, is_fused=True)
         elif "states in bf16" in part:
             work = replace(work, state_dtype=torch.bfloat16)
+        elif "states in a byte" in part:
+            work = replace(work, state_dtype=torch.uint8)
         elif "Adagrad" in part:
             work = replace(work, rule="rowwise_adagrad")
         elif "rows in bf16" in part:

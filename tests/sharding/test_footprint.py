@@ -46,6 +46,11 @@ def test_states_by_rule(rule, expected):
     assert found.states.tolist() == [expected]
 
 
+def test_states_in_a_byte_each_take_as_many_bytes_as_numbers():
+    _, found = of(replicated(SPEC), rule="adam", state_dtype=torch.uint8)
+    assert found.states.tolist() == [96 * 16 * 2]
+
+
 def test_a_fused_update_keeps_no_gradient():
     _, found = of(replicated(SPEC), is_fused=True)
     assert found.gradients.tolist() == [0]

@@ -1,6 +1,7 @@
 """RemoteTable against real servers: the suite of all tables, and what only it promises."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -131,11 +132,12 @@ class TestFusedTableWise(Fused):
 
 def test_whole_and_column_wise_tables_train_to_the_bits_of_a_local_one(servers: TableServers) -> None:
     """Outputs, gradients of scores and rows, over steps that each depend on the last."""
-    for kind in ("whole", "column_wise"):
-        spec = TableSpec(name=f"bits-{kind}", num_rows=4 * 16, row_dim=96)
+    for kind, state_dtype in itertools.product(("whole", "column_wise"), (torch.float32, torch.uint8)):
+        spec = TableSpec(name=f"bits-{kind}-{state_dtype.itemsize}", num_rows=4 * 16, row_dim=96)
         torch.manual_seed(0)
-        local = LocalTable(spec, fuse=RowAdam(lr=0.1))
-        remote = RemoteTable(planned(kind, spec), servers, seed=local.seed, fuse=RowAdam(lr=0.1))
+        optimizer = RowAdam(lr=0.1, state_dtype=state_dtype)
+        local = LocalTable(spec, fuse=optimizer)
+        remote = RemoteTable(planned(kind, spec), servers, seed=local.seed, fuse=optimizer)
         assert torch.equal(remote.rows(), local.weight)
         for _ in range(3):
             codes, values = torch.randint(0, 16, (200, 4), dtype=torch.uint8), torch.randn(200, 4)
@@ -150,6 +152,9 @@ def test_whole_and_column_wise_tables_train_to_the_bits_of_a_local_one(servers: 
                 assert made[0][1] is not None and made[1][1] is not None
                 assert torch.equal(made[0][1], made[1][1])
         assert torch.equal(remote.rows(), local.weight)
+        assert local.row_state is not None
+        for name, state in remote.states().items():
+            assert state.dtype == state_dtype and torch.equal(state, local.row_state.tensors[name])
 
 
 def test_traffic_in_bf16_and_fp8_is_near(servers: TableServers) -> None:

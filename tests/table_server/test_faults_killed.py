@@ -12,7 +12,7 @@ from mfdist.sharding.kinds import column_wise, table_wise
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.table_server.client import RemoteTable
 from tests.table_server.processes import ServerProcess
-from tests.table_server.training import OPTIMIZER, STRIDE, Clients, check_undisturbed, spec_of
+from tests.table_server.training import OPTIMIZERS, STRIDE, Clients, check_undisturbed, spec_of
 
 
 def plans() -> list[TablePlan]:
@@ -52,7 +52,7 @@ def check_recovered(pair: list[ServerProcess], clients: Clients) -> None:
         process.start()
     with clients.connected(0) as servers:
         for number, plan in enumerate(plans()):
-            table = RemoteTable(plan, servers, std=1.0, seed=7, fuse=OPTIMIZER)
+            table = RemoteTable(plan, servers, std=1.0, seed=7, fuse=OPTIMIZERS[number])
             assert table.num_updates == max(clients.steps)
             assert torch.equal(table.rows(), clients.rows[number])
             for name, state in table.states().items():

@@ -16,6 +16,7 @@ from mfdist.table_server.messages import optimizer_message, optimizer_of
         RowAdagrad(lr=0.5, weight_decay=0.25, seed=3, eps=0.125, decay=0.75),
         RowAdagrad(lr=0.5),
         RowAdam(lr=0.5, weight_decay=0.25, seed=3, eps=0.125, betas=(0.5, 0.75), state_dtype=torch.bfloat16),
+        RowAdam(lr=0.5, state_dtype=torch.uint8),
     ],
 )
 def test_a_row_optimizer_comes_back_as_it_was(optimizer) -> None:

@@ -19,6 +19,8 @@ from tests.table_server.processes import DEADLINE_S
 
 NUM_CLIENTS, NUM_TOKENS, NUM_SLOTS, STRIDE, ROW_DIM = 2, 24, 4, 16, 12
 OPTIMIZER = RowAdam(lr=0.05, weight_decay=0.01)
+#: Of the first table, and of the second.
+OPTIMIZERS = (OPTIMIZER, RowAdam(lr=0.05, weight_decay=0.01, state_dtype=torch.uint8))
 STEPS_A_SAVE = 25
 
 
@@ -84,7 +86,8 @@ class Clients:
 
     def _train(self, client: int) -> None:
         with self.connected(client) as servers:
-            tables = [RemoteTable(plan, servers, std=1.0, seed=7, fuse=OPTIMIZER) for plan in self.plans]
+            made = zip(self.plans, OPTIMIZERS, strict=False)
+            tables = [RemoteTable(plan, servers, std=1.0, seed=7, fuse=optimizer) for plan, optimizer in made]
             if client == 0:
                 self.first_rows = [table.rows() for table in tables]
             self._made.wait(DEADLINE_S)
@@ -122,7 +125,7 @@ def undisturbed(spec: TableSpec, number: int, first_rows: Tensor, last_step: int
     table = LocalTable(spec)
     with torch.no_grad():
         table.weight.copy_(first_rows)
-    table.fuse(OPTIMIZER)
+    table.fuse(OPTIMIZERS[number])
     for step in range(1, last_step + 1):
         batches = [batch(client, step, number) for client in range(NUM_CLIENTS)]
         codes, scores, grads = (torch.cat(parts) for parts in zip(*batches, strict=True))

@@ -260,6 +260,7 @@ OPTIMIZERS = {
     "sgd": RowSGD(lr=0.1),
     "adagrad": RowAdagrad(lr=0.1, weight_decay=0.1),
     "adam": RowAdam(lr=0.1, seed=3, state_dtype=torch.bfloat16),
+    "adam in bytes": RowAdam(lr=0.1, seed=3, state_dtype=torch.uint8),
 }
 
 

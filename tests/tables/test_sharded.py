@@ -166,3 +166,9 @@ def test_rows_trained_in_backward_are_those_of_an_unsharded_table(pool, kind, wo
             assert relative_error(got.float(), wanted.detach().float()) <= TOLERANCES["float32"]
         else:
             assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["uneven_rows", "uneven_columns"])
+def test_moments_in_bytes_are_those_of_an_unsharded_table(pool, kind):
+    for got, wanted in pool.run(ranks.fused, 3, kind, 8, "adam in bytes", torch.bfloat16):
+        assert torch.equal(got, wanted)

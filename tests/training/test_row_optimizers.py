@@ -18,9 +18,14 @@ TABLES = "optimizer.tables"
 ADAGRAD = (f"{TABLES}.rule=rowwise_adagrad", f"{TABLES}.clip_norm=0", "model.table_dtype=bf16")
 ADAM = (f"{TABLES}.rule=adam", f"{TABLES}.clip_norm=0", f"{TABLES}.state_dtype=bf16", "model.table_dtype=bf16")
 
+IN_BYTES = (*ADAM[:2], f"{TABLES}.state_dtype=fp8", "model.table_dtype=bf16")
 
-@pytest.mark.parametrize("keys", [ADAGRAD, ADAM], ids=["adagrad", "adam"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+@pytest.mark.parametrize(
+    ("keys", "precision"),
+    [(ADAGRAD, "fp32"), (ADAGRAD, "bf16"), (ADAM, "fp32"), (ADAM, "bf16"), (IN_BYTES, "fp32")],
+    ids=["adagrad-fp32", "adagrad-bf16", "adam-fp32", "adam-bf16", "adam-in-bytes"],
+)
 def test_a_fused_run_learns_and_is_resumed_to_the_same_bits(keys, precision, tmp_path, tiny_config):
     # Rates follow the number of steps, so that a shorter run has others, unless they are constant.
     constant = ("optimizer.dense.schedule=constant", f"{TABLES}.schedule=constant")
@@ -39,6 +44,7 @@ def test_a_fused_run_learns_and_is_resumed_to_the_same_bits(keys, precision, tmp
         other = ends[1].tables[name]
         assert table.weight.dtype == torch.bfloat16 and torch.equal(table.weight, other.weight)
         assert table.optimizer.keys() == other.optimizer.keys() != set()
+        assert keys is not IN_BYTES or {tensor.dtype for tensor in table.optimizer.values()} == {torch.uint8}
         assert all(torch.equal(tensor, other.optimizer[key]) for key, tensor in table.optimizer.items())
 
 
@@ -95,6 +101,14 @@ def test_settings_reach_the_rows():
         assert (state.optimizer.decay, state.optimizer.weight_decay) == (0.75, 0.25)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.uint8)])
+def test_adams_states_are_of_the_dtype_asked_for(name, dtype):
+    optimizer = RunOptimizer(model(), OptimizerConfig(tables=TableGroupConfig(rule="adam", state_dtype=name)))
+    for rows, state in optimizer._rows.values():
+        assert {tensor.dtype for tensor in state.tensors.values()} == {dtype}
+        assert sum(tensor.nbytes for tensor in state.tensors.values()) == 2 * dtype.itemsize * rows.numel()
+
+
 def test_a_step_that_is_not_finite_leaves_fused_rows_finite_and_says_what_was_updated(tiny_config):
     tables = TableGroupConfig(rule="rowwise_adagrad")
     made = model()
@@ -130,6 +144,8 @@ def test_a_runs_rule_cannot_change_but_its_rate_can(tmp_path, tiny_config):
         ((f"{TABLES}.rule=adam", f"{TABLES}.clip_norm=1.0"), r"clip_norm must be 0 where tables are fused"),
         ((f"{TABLES}.rule=sgd",), r"give optimizer\.tables\.lr"),
         ((f"{TABLES}.rule=rowwise_adagrad", f"{TABLES}.state_dtype=bf16"), r'state_dtype="bf16" is for rule="adam"'),
+        ((f"{TABLES}.state_dtype=fp8",), r'state_dtype="fp8" is for rule="adam"; got rule="adamw"'),
+        ((f"{TABLES}.rule=adam", f"{TABLES}.state_dtype=fp16"), r"optimizer\.tables\.state_dtype"),
         ((f"{TABLES}.rule=adam", f"{TABLES}.accumulator_decay=0.9"), 'accumulator_decay is for rule="rowwise_adagrad"'),
         (("model.table_dtype=bf16",), r'"bf16" needs a row optimiser'),
         ((f"{TABLES}.rule=adam", "training.micro_batches=2"), r"micro_batches must be 1 where tables are fused"),

@@ -24,11 +24,12 @@ def test_a_workload_is_that_of_the_configuration():
     assert run_workload(config, model, batch_tokens=77).batch_tokens == 77
 
 
-def test_the_tables_rule_decides_what_is_kept():
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.uint8)])
+def test_the_tables_rule_decides_what_is_kept(name, dtype):
     settings = ["model.vocab_size=300", "model.table_dtype=bf16", "training.precision=bf16"]
-    config = load_config("demo", [*settings, "optimizer.tables.rule=adam", "optimizer.tables.state_dtype=bf16"])
+    config = load_config("demo", [*settings, "optimizer.tables.rule=adam", f"optimizer.tables.state_dtype={name}"])
     work = run_workload(config, build_model(config.model, device="meta"))
-    assert (work.rule, work.is_fused, work.state_dtype) == ("adam", True, torch.bfloat16)
+    assert (work.rule, work.is_fused, work.state_dtype) == ("adam", True, dtype)
     assert work.lookup_dtype == torch.bfloat16
     config = load_config("demo", [*settings, "optimizer.tables.rule=rowwise_adagrad"])
     assert run_workload(config, build_model(config.model, device="meta")).rule == "rowwise_adagrad"
