@@ -19,6 +19,7 @@ from typing import Literal
 import psutil
 
 import mfdist
+from mfdist import idle_threads
 from mfdist.errors import MfdistError
 from mfdist.launch.happenings import Kind
 from mfdist.training.events import Event, Preparing, Saved, Started, Warned
@@ -194,6 +195,7 @@ def settle(post: Post) -> None:
     """Make this process its actor's: threads as many as it may use, its words into its log. Before torch is loaded."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(post.threads)
+    idle_threads.sleep()
     # torch's profiler, which measures the share of the lookups, would write on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     path = Path(post.log)

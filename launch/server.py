@@ -58,9 +58,6 @@ class TableServer:
         return Ended("server", post.index, post.incarnation, how, kind, message)  # type: ignore[arg-type]
 
     def _serve(self, duty: Duty) -> None:
-        from mfdist.table_server import idle_threads
-
-        idle_threads.sleep()  # before what follows loads torch
         from mfdist.table_server.addresses import is_loopback, join_address, split_address
         from mfdist.table_server.config import ReplicationConfig, ServerConfig, ServerSection
         from mfdist.table_server.pairing import Pairing

@@ -13,9 +13,9 @@ import grpc
 import psutil
 
 from mfdist.errors import UnavailableError
+from mfdist.idle_threads import asleep_in_children
 from mfdist.table_server.codec import MAX_MESSAGE_BYTES
 from mfdist.table_server.config import ServerConfig, ServerSection
-from mfdist.table_server.idle_threads import asleep_in_children
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceServicer, add_TableServiceServicer_to_server
 from mfdist.table_server.sections import LogsConfig

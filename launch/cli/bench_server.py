@@ -49,7 +49,7 @@ def bench_server(
         raise ConfigError(f"--dir must be a folder that is there; got {folder}")
     if ray:
         check_installed("mfdist bench server --ray")
-    from mfdist.table_server import idle_threads
+    from mfdist import idle_threads
 
     idle_threads.sleep()  # or threads of the local lookup would spin while the next call wants their cores
     from mfdist.table_server.benchmark import measure_load, measure_log, measure_lookups, measure_memory

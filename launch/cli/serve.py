@@ -60,7 +60,7 @@ def serve(
         return _init_tls(init_tls, hosts or [], as_json=as_json)
     if hosts:
         raise ConfigError(f"--host goes with --init-tls; got {hosts[0]}; where to listen is --listen")
-    from mfdist.table_server import idle_threads
+    from mfdist import idle_threads
 
     idle_threads.sleep()
     from mfdist.table_server.config import load_server_config

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mfdist import idle_threads
 from mfdist.config import RunConfig, load_config
 from mfdist.errors import ConfigError
 from mfdist.launch.cli import failures, wording
@@ -66,7 +67,7 @@ def train(
     overrides += [f"training.steps={steps}"] if steps is not None else []
     overrides += [f"training.seed={seed}"] if seed is not None else []
     overrides += [f"training.device={device}"] if device is not None else []
-
+    idle_threads.sleep()
     if resume is not None:
         if config is not None or out is not None:
             extra = "--out" if config is None else f'the configuration "{config}"'

@@ -59,10 +59,10 @@ def test_a_host_with_a_part_of_the_package_says_so_and_what_to_do(
 
 def test_a_table_server_says_so_too() -> None:
     with copy_of_code() as folder:
-        Path(folder, "mfdist/table_server/idle_threads.py").unlink()
+        Path(folder, "mfdist/table_server/pairing.py").unlink()
         said = run(SERVE, folder).stdout
     assert said.startswith("failed server unavailable a host must have all of mfdist; 127.0.0.1 has a part in ")
-    assert "idle_threads" in said
+    assert "pairing" in said
 
 
 def test_another_module_that_is_missing_is_told_as_it_is() -> None:

@@ -1,6 +1,7 @@
-"""How the threads of a server's kernels wait for the next lookup: asleep.
+"""How the threads of kernels wait for the next one: asleep.
 
-By default OpenMP's spin for milliseconds after each, on cores that gRPC, clients and other calls would use.
+By default OpenMP's spin for milliseconds after each, on cores that gRPC, clients or other programs would use. Training
+that shares its two cores then makes an eighth of the steps that it makes with threads that sleep; by itself, 3 % more.
 """
 
 import contextlib
