@@ -30,6 +30,7 @@ _EMBEDDING_MULTIPLE = "optimizer.dense.embedding_lr_multiple"
 _ACCUMULATED = "optimizer.tables.accumulator_decay"
 _RULE, _DECAY = "optimizer.tables.rule", "optimizer.tables.weight_decay"
 _DENSE_DECAY = "optimizer.dense.weight_decay"
+_MOMENTS = "optimizer.tables.state_dtype"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +107,9 @@ VARIANTS = (
     _adagrad("100e-3", weight_decay="0.006"),
     *(_adagrad(lr, decay="0.95") for lr in ("1.5e-3", "3e-3", "6e-3", "12e-3")),
     _adagrad("3e-3", decay="0.99"),
-    Variant(
-        name="adam-bf16",
-        question="states",
-        settings={_RULE: "adam", _DTYPE: "bf16", "optimizer.tables.state_dtype": "bf16"},
+    *(
+        Variant(name=f"adam-{name}", question="states", settings={_RULE: "adam", _DTYPE: "bf16", _MOMENTS: name})
+        for name in ("bf16", "fp8")
     ),
 )
 
