@@ -176,8 +176,11 @@ class Suite:
             return
         cases = plan_choice.chosen_cases(self.device, ())
         compared = plan_choice.compare(self.device, [world_size], cases, timeout_s=self.stage_s)
-        topology, *choices = self.attempt(f"plan {world_size}", lambda: list(compared)) or [None]
-        for choice in choices:
+        topology = self.attempt(f"plan {world_size} calibration", lambda: next(compared))
+        for case in cases if topology is not None else ():
+            choice = self.attempt(f"plan {world_size} {case.name}", lambda: next(compared))
+            if choice is None:  # after a failure nothing more comes
+                return
             self._keep("plan", topology=asdict(topology), loss=choice.loss, **asdict(choice))
             self.tell(f"         {choice.case}: chose {choice.chosen}, {choice.loss:.0%} slower than the fastest")
             for kind, measured_s in choice.measured_s.items():
