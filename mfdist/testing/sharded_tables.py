@@ -38,12 +38,15 @@ def put_together(table: ShardedTable, part: Tensor | None) -> Tensor:
     part = torch.zeros_like(table.weight) if part is None else part
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (table.region, part.detach().cpu()))
-    whole = part.new_full((table.spec.num_rows, table.spec.row_dim), float("nan"))
+    shape = (table.spec.num_rows, table.spec.row_dim)
+    whole, is_filled = part.new_zeros(shape), torch.zeros(shape, dtype=torch.bool)
     for region, theirs in everyones:
         (top, bottom), (left, right) = region.rows, region.columns
-        held = whole[top:bottom, left:right]
-        assert bool(held.isnan().all()) or torch.equal(held.cpu(), theirs), "copies differ"
+        held, is_held = whole[top:bottom, left:right], is_filled[top:bottom, left:right]
+        assert not is_held.any() or torch.equal(held.cpu(), theirs), "copies differ"
         held.copy_(theirs)
+        is_held.fill_(True)
+    assert is_filled.all(), "no rank holds a part"
     return whole
 
 
