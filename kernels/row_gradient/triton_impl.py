@@ -30,16 +30,13 @@ _COLUMNS_OF_SHORT_RUNS = 512
 #: A pass takes about as long for columns past the last as for others: less than a quarter may be that, but that a slice
 #: of so many columns is not cut further, because every pass reads all words.
 _LEAST_COLUMNS = 256
-#: Registers to a thread of that many columns in bf16 or fp16; more would leave room for fewer warps.
-_REGISTERS = 96
+#: Registers to a thread of so many columns in bf16 or fp16; more would leave room for fewer warps.
+_REGISTERS = {1024: 96, 512: 64}
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
 PIECE = 128
 _NARROW_BYTES = 2
-#: Elements of grad_output that a warp's program holds at a time: of narrower slices, several lookups together.
+#: Elements of grad_output that a warp's program takes at a time: of narrower slices, several lookups together.
 _ELEMENTS: tl.constexpr = tl.constexpr(512)
-#: A slice of so many bits of grad_output goes through shared memory, so many lookups at a time.
-_COPIED_BITS: tl.constexpr = tl.constexpr(1024 * 16)
-_STAGES: tl.constexpr = tl.constexpr(4)
 
 
 def row_gradient(
@@ -131,8 +128,8 @@ def reach(grad_output: Tensor, end: int) -> tuple[bool, Any]:
 
 def warp_options(columns: int, grad_output: Tensor) -> dict[str, Any]:
     """Return the launch options of programs of one warp that sum so many columns."""
-    is_full = columns == _COLUMNS_EACH and grad_output.itemsize == _NARROW_BYTES
-    return {"num_warps": 1, **LAUNCH_OPTIONS, **(at_most_registers(_REGISTERS) if is_full else {})}
+    is_capped = columns in _REGISTERS and grad_output.itemsize == _NARROW_BYTES
+    return {"num_warps": 1, **LAUNCH_OPTIONS, **(at_most_registers(_REGISTERS[columns]) if is_capped else {})}
 
 
 @triton.jit
@@ -175,7 +172,7 @@ def store_piece(
         is_column = c < D
         values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0))
         total = sum_lookups(
-            grad_output, words, grad_scores, values, c, is_column,
+            grad_output, words, grad_scores, values, first_column, is_column,
             first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
         )  # fmt: skip
         tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
@@ -199,7 +196,7 @@ def _sum_row(
         values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first"))
         cut = cut_pieces(start, end, PIECE)
         total = sum_lookups(
-            grad_output, words, grad_scores, values, c, is_column,
+            grad_output, words, grad_scores, values, first_column, is_column,
             cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
         )  # fmt: skip
         total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
@@ -224,7 +221,7 @@ def add_pieces(total, pieces, start, cut, PIECE: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def sum_lookups(
-    grad_output, words, grad_scores, values, c, is_column,
+    grad_output, words, grad_scores, values, first_column, is_column,
     start, end, D,
     K: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
     IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
@@ -232,58 +229,130 @@ def sum_lookups(
     """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order.
 
     Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice
-    left there. While one lookup is summed, what belongs to the next one is on its way: to registers, with the number of
-    the one after, or to shared memory, several lookups ahead, where wide slices leave registers for few warps.
+    left there.
     """
     IS_BEGUN: tl.constexpr = HAS_PRODUCTS and IS_ADDED
-    IS_COPIED: tl.constexpr = COLUMNS * grad_output.dtype.element_ty.primitive_bitwidth == _COPIED_BITS
-    LOOKUPS: tl.constexpr = 1 if IS_COPIED or COLUMNS >= _ELEMENTS else _ELEMENTS // COLUMNS
-    i = tl.arange(0, LOOKUPS)
-    total = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
-    if IS_COPIED:
-        for place in tl.range(start, end, num_stages=_STAGES):
-            word = tl.load(words + place) + tl.zeros([1], tl.int64)
-            grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN, IS_WHOLE, OFFSET)
-            total = _add_lookups(total, word, i == 0, grads, values, product, grad_scores, HAS_PRODUCTS)
+    if COLUMNS >= _ELEMENTS:
+        total = _sum_pairs(
+            grad_output, words, grad_scores, values, first_column, is_column,
+            start, end, D, K, COLUMNS, IS_BEGUN, HAS_PRODUCTS, IS_WHOLE, OFFSET,
+        )  # fmt: skip
     else:
-        word = _words_at(words, start + i, end)
-        next_word = _words_at(words, start + LOOKUPS + i, end)
-        grads, product = _parts_of(grad_output, grad_scores, word, c, is_column, D, K, IS_BEGUN, IS_WHOLE, OFFSET)
-        for place in range(start, end, LOOKUPS):
-            next_grads, next_product = _parts_of(
-                grad_output, grad_scores, next_word, c, is_column, D, K, IS_BEGUN, IS_WHOLE, OFFSET
-            )
-            later_word = _words_at(words, place + 2 * LOOKUPS + i, end)
-            total = _add_lookups(total, word, place + i < end, grads, values, product, grad_scores, HAS_PRODUCTS)
-            word, grads, product, next_word = next_word, next_grads, next_product, later_word
-    return tl.sum(total, axis=0)
+        total = _sum_tiles(
+            grad_output, words, grad_scores, values, first_column, is_column,
+            start, end, D, K, _ELEMENTS // COLUMNS, COLUMNS, IS_BEGUN, HAS_PRODUCTS, IS_WHOLE, OFFSET,
+        )  # fmt: skip
+    return total
 
 
 @triton.jit
-def _words_at(words, places, end):
-    """Return the words at places before `end`, or the last one; of an empty run, any that may be read."""
-    return tl.load(words + tl.maximum(tl.minimum(places, end - 1), 0))
+def _sum_pairs(
+    grad_output, words, grad_scores, values, first_column, is_column,
+    start, end, D,
+    K: tl.constexpr, COLUMNS: tl.constexpr, IS_BEGUN: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Sum wide slices two lookups at a time: both are read before either is summed, and the next two words before both.
+
+    Two are what registers hold, and their chains of additions, which have to wait for each step, go on side by side.
+    """
+    total = tl.zeros([COLUMNS], tl.float32)
+    last = tl.maximum(end - 1, 0)  # which may be read though the run is empty
+    word = _words_at(words, start, last)
+    other = _words_at(words, start + 1, last)
+    for place in range(start, end - 1, 2):
+        next_word = _words_at(words, place + 2, last)
+        next_other = _words_at(words, place + 3, last)
+        grads, product = _parts_of(
+            grad_output, grad_scores, word, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
+        )
+        more, other_product = _parts_of(
+            grad_output, grad_scores, other, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
+        )
+        total = _add_lookup(total, word, grads, values, product, grad_scores, IS_BEGUN, HAS_PRODUCTS)
+        total = _add_lookup(total, other, more, values, other_product, grad_scores, IS_BEGUN, HAS_PRODUCTS)
+        word, other = next_word, next_other
+    if (end - start) % 2 == 1:
+        grads, product = _parts_of(
+            grad_output, grad_scores, word, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
+        )
+        total = _add_lookup(total, word, grads, values, product, grad_scores, IS_BEGUN, HAS_PRODUCTS)
+    return total
 
 
 @triton.jit
 def _parts_of(
-    grad_output, grad_scores, word, c, is_column, D,
-    K: tl.constexpr, IS_BEGUN: tl.constexpr, IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+    grad_output, grad_scores, word, first_column, is_column, D,
+    K: tl.constexpr, COLUMNS: tl.constexpr, IS_BEGUN: tl.constexpr, IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Return the grad_output [LOOKUPS, COLUMNS] of lookups, and their score gradients so far."""
+    """Return the grad_output [COLUMNS] of one lookup, and its score gradient so far."""
     lookup = lookup_of(word)
-    at = (lookup // K).to(OFFSET)[:, None] * D + c[None, :]
-    places = grad_output + at
-    grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column[None, :], other=0.0)
+    # One address, from which those of all threads and of their columns lie at distances that are constants.
+    part = grad_output + ((lookup // K).to(OFFSET) * D + first_column).to(tl.int64)
+    places = part + tl.arange(0, COLUMNS)
+    grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column, other=0.0)
     product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
     return grads, product
 
 
 @triton.jit
-def _add_lookups(total, word, is_lookup, grads, values, product, grad_scores, HAS_PRODUCTS: tl.constexpr):
-    """Return the total with lookups added, and write their score gradients; past the last there is nothing to add."""
+def _add_lookup(
+    total, word, grads, values, product, grad_scores, IS_BEGUN: tl.constexpr, HAS_PRODUCTS: tl.constexpr
+):
+    """Return the total with one lookup added, and write its score gradient."""
     wide = as_fp32(grads)
     if HAS_PRODUCTS:
-        found = product + tl.sum(wide * values[None, :], axis=1)
-        tl.store(grad_scores + lookup_of(word), found, mask=is_lookup)
-    return total + wide * tl.where(is_lookup, score_of(word), 0.0)[:, None]
+        found = tl.sum(wide * values, axis=0)
+        tl.store(grad_scores + lookup_of(word), found + product if IS_BEGUN else found)
+    return total + wide * score_of(word)
+
+
+@triton.jit
+def _sum_tiles(
+    grad_output, words, grad_scores, values, first_column, is_column,
+    start, end, D,
+    K: tl.constexpr, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr, IS_BEGUN: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Sum narrow slices LOOKUPS at a time; while some are summed, what belongs to the next ones is on its way."""
+    i = tl.arange(0, LOOKUPS)
+    total = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
+    last = tl.maximum(end - 1, 0)  # which may be read though the run is empty
+    word = _words_at(words, start + i, last)
+    next_word = _words_at(words, start + LOOKUPS + i, last)
+    grads, product = _tile_of(
+        grad_output, grad_scores, word, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
+    )
+    for place in range(start, end, LOOKUPS):
+        next_grads, next_product = _tile_of(
+            grad_output, grad_scores, next_word, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
+        )
+        later_word = _words_at(words, place + 2 * LOOKUPS + i, last)
+        is_lookup = place + i < end
+        wide = as_fp32(grads)
+        if HAS_PRODUCTS:
+            found = product + tl.sum(wide * values[None, :], axis=1)
+            tl.store(grad_scores + lookup_of(word), found, mask=is_lookup)
+        total += wide * tl.where(is_lookup, score_of(word), 0.0)[:, None]
+        word, grads, product, next_word = next_word, next_grads, next_product, later_word
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _words_at(words, places, last):
+    """Return the words at places up to `last`, or that one."""
+    return tl.load(words + tl.minimum(places, last))
+
+
+@triton.jit
+def _tile_of(
+    grad_output, grad_scores, word, first_column, is_column, D,
+    K: tl.constexpr, COLUMNS: tl.constexpr, IS_BEGUN: tl.constexpr, IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Return the grad_output [LOOKUPS, COLUMNS] of lookups, and their score gradients so far."""
+    lookup = lookup_of(word)
+    c = first_column + tl.arange(0, COLUMNS)
+    places = grad_output + ((lookup // K).to(OFFSET)[:, None] * D + c[None, :])
+    grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column[None, :], other=0.0)
+    product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
+    return grads, product

@@ -69,7 +69,7 @@ def update_run(
         accumulated = tl.load(first + row)
     cut = cut_pieces(start, end, PIECE)
     gradient = sum_lookups(
-        grad_output, words, grad_scores, values, c, is_column,
+        grad_output, words, grad_scores, values, first_column, is_column,
         cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
     )  # fmt: skip
     gradient = add_pieces(gradient, pieces, start, cut, PIECE, COLUMNS)
