@@ -16,7 +16,7 @@ from torch import Tensor
 from mfdist.errors import ConfigError
 from mfdist.kernels.row_gradient.triton_sort import sort_by_bits, take_places
 from mfdist.kernels.triton_ids import checked
-from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, next_power_of_2
 
 _MAX_LOOKUPS: Final = 2**32 - 1
 _INT32_MAX: Final = torch.iinfo(torch.int32).max
@@ -33,8 +33,9 @@ _MIN_BINS: Final = 128
 #: So many counters a warp keeps in its registers.
 _MAX_HELD: Final = 256
 #: Tokens placed at a time, each compared with each, with counters in registers or in memory.
-_PLACED_TOGETHER_HELD: Final = 32
-_PLACED_TOGETHER: Final = 64
+_PLACED_TOGETHER: Final = 32
+#: Registers to a thread that places tokens: all programs of a usual layer run at once.
+_PLACING_REGISTERS: Final = 64
 _TURNED_TOKENS: Final = 128
 _TURNED_LOOKUPS: Final = 32
 _KEYS_TOGETHER: Final = 1024
@@ -178,13 +179,13 @@ def _by_counting(
     chunks_up = next_power_of_2(chunks)
     together = min(bins, max(1, _CODES_TOGETHER * _WANTED_CHUNKS // max(chunks_up, _WANTED_CHUNKS)))
     _bound[(num_lookups,)](counts, starts, ends, *sizes, chunks, chunks_up, together, num_warps=8, **LAUNCH_OPTIONS)
-    is_held = bins <= _MAX_HELD
     words = row_ids.new_empty(row_ids.numel(), dtype=torch.int64)
     if is_checked:
         words.fill_(-1)
     _place[(num_lookups, chunks)](
         codes, counts, turned, words, *sizes, chunks,
-        chunk, bins, _PLACED_TOGETHER_HELD if is_held else _PLACED_TOGETHER, is_held, num_warps=1, **LAUNCH_OPTIONS,
+        chunk, bins, _PLACED_TOGETHER, bins <= _MAX_HELD,
+        num_warps=1, **at_most_registers(_PLACING_REGISTERS), **LAUNCH_OPTIONS,
     )  # fmt: skip
     return Order(words, starts, ends)
 
@@ -322,7 +323,7 @@ def _place(
         upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
         upcoming_score = tl.load(turned + k * N + n, mask=n < N, other=0.0)
         if IS_HELD:
-            place, held = take_places(held, tl.maximum(code, 0), is_code, BINS, TOKENS)
+            place, held = take_places(held, code, BINS, TOKENS)
         else:
             is_same = code[:, None] == code[None, :]
             # How many of these tokens have the token's code, and, in the high half, how many of them come earlier.

@@ -79,7 +79,7 @@ def _place(
         # The next ones are under way while these are placed.
         i += TOGETHER
         upcoming = tl.load(words + segment * M + i, mask=i < M, other=0)
-        place, begins = take_places(begins, _digit_of(word, BIT, BINS), is_word, BINS, TOGETHER)
+        place, begins = take_places(begins, tl.where(is_word, _digit_of(word, BIT, BINS), -1), BINS, TOGETHER)
         tl.store(sorted_words + place, word, mask=is_word)
 
 
@@ -89,16 +89,16 @@ def _digit_of(words, BIT, BINS: tl.constexpr):
 
 
 @triton.jit
-def take_places(begins, digits, is_taken, BINS: tl.constexpr, TOGETHER: tl.constexpr):
+def take_places(begins, digits, BINS: tl.constexpr, TOGETHER: tl.constexpr):
     """Return where a block of items goes, in their order, and where the next ones of each digit begin.
 
     Args:
         begins: [BINS], where those of each digit begin.
-        digits: [TOGETHER] in int32, in [0, BINS).
-        is_taken: [TOGETHER]; the others get no place.
+        digits: [TOGETHER] in int32, in [0, BINS), or negative for an item that gets no place.
     """
     i = tl.arange(0, TOGETHER)
-    own = tl.where(is_taken, digits, -1)
-    is_earlier = (own[:, None] == own[None, :]) & (i[:, None] < i[None, :])
-    place = tl.gather(begins, digits, 0) + tl.sum(is_earlier.to(tl.int32), axis=0)
-    return place, begins + tl.histogram(digits, BINS, mask=is_taken).to(begins.dtype)
+    # No bit is left for an earlier item of the same digit.
+    others = (digits[:, None] ^ digits[None, :]) | tl.where(i[:, None] < i[None, :], 0, 1)
+    known = tl.maximum(digits, 0)
+    place = tl.gather(begins, known, 0) + tl.sum((others == 0).to(tl.int32), axis=0)
+    return place, begins + tl.histogram(known, BINS, mask=digits >= 0).to(begins.dtype)

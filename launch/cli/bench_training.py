@@ -24,7 +24,7 @@ def bench_training(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")] = "auto",
     at_least: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", help="Fail unless the faster MemoryFormer has so much of its twin's tokens/s."),
+        typer.Option(metavar="RATIO", help="Fail unless the fastest MemoryFormer has so much of its twin's tokens/s."),
     ] = None,
     json_file: JsonFile = None,
 ) -> int:
@@ -35,7 +35,7 @@ def bench_training(
     Example: mfdist bench training base --set training.batch_size=16 --json base.json
 
     Steps are those of `mfdist train`. A MemoryFormer is measured with the preset's rule for tables, and with rows in
-    bf16 and row-wise Adagrad. "Bytes" are those of a table's parameter with its gradient and states. That the
+    bf16 by row-wise Adagrad, and by Adam with moments in a byte each. "Bytes" are those of a table's parameter with its gradient and states. That the
     loss on the tokens falls is checked for each.
     """
     import torch

@@ -29,6 +29,12 @@ CONTENDERS = {
     "MemoryFormer, bf16 rows, row-wise Adagrad": {
         "model.table_dtype": "bf16",
         "optimizer.tables.rule": "rowwise_adagrad",
+        "optimizer.tables.state_dtype": "fp32",
+    },
+    "MemoryFormer, bf16 rows, Adam in bytes": {
+        "model.table_dtype": "bf16",
+        "optimizer.tables.rule": "adam",
+        "optimizer.tables.state_dtype": "fp8",
     },
 }
 #: Steps that compile, fill caches, make the optimiser's states, and record a graph; the profiled one is among them.

@@ -65,7 +65,7 @@ def lookups() -> None:
     gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32
     gradients.PIECE = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
-    ordering._PLACED_TOGETHER_HELD = ordering._PLACED_TOGETHER = 8
+    ordering._PLACED_TOGETHER = 8
     check_lookup(make_lookup(70, 2, 8, 40))
     check_lookup(make_lookup(70, 3, 2, 70, is_compact=False))
     check_lookup(equal)

@@ -157,6 +157,7 @@ def test_attention_adds_a_residual():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of inductor's own
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # too
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("kind", ["memory", "dense"])
 def test_decoding_on_a_gpu_gives_the_logits_of_the_whole_sequence(kind, activation):

@@ -16,13 +16,14 @@ def test_models_are_timed_beside_their_twin(mfdist, tmp_path):
         "bench", "training", TINY, "--steps", "3", "--device", "cpu", "--at-least", "0.001", "--json", file
     )
     assert (code, err) == (0, "")
-    assert [line.startswith(name) for line, name in zip(out.splitlines()[2:], CONTENDERS, strict=True)] == [True] * 3
-    twin, memory, narrow = json.loads(file.read_text("utf-8"))["results"]
+    assert all(line.startswith(name) for line, name in zip(out.splitlines()[2:], CONTENDERS, strict=True))
+    twin, memory, narrow, in_bytes = json.loads(file.read_text("utf-8"))["results"]
     assert twin["table_bytes"] is None and "lookups" not in twin["shares"]
     assert memory["shares"]["lookups"] > 0
     assert memory["table_bytes"] == 16.0  # fp32: rows, gradient, two moments
     assert 2.0 < narrow["table_bytes"] < 4.0
-    for each in (twin, memory, narrow):
+    assert in_bytes["table_bytes"] == 4.0
+    for each in (twin, memory, narrow, in_bytes):
         assert sum(each["shares"].values()) == pytest.approx(1.0)
         assert each["last_loss"] < each["first_loss"]
     assert memory["ratio"] == pytest.approx(memory["tokens_per_s"] / twin["tokens_per_s"])
