@@ -37,7 +37,6 @@ PIECE = 128
 _NARROW_BYTES = 2
 #: Elements of grad_output that a warp's program takes at a time: of narrower slices, several lookups together.
 _ELEMENTS: tl.constexpr = tl.constexpr(512)
-_CACHE: tl.constexpr = tl.constexpr("")
 
 
 def row_gradient(
@@ -291,15 +290,13 @@ def _parts_of(
     # One address, from which those of all threads and of their columns lie at distances that are constants.
     part = grad_output + ((lookup // K).to(OFFSET) * D + first_column).to(tl.int64)
     places = part + tl.arange(0, COLUMNS)
-    grads = tl.load(places, cache_modifier=_CACHE) if IS_WHOLE else tl.load(places, mask=is_column, other=0.0)
+    grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column, other=0.0)
     product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
     return grads, product
 
 
 @triton.jit
-def _add_lookup(
-    total, word, grads, values, product, grad_scores, IS_BEGUN: tl.constexpr, HAS_PRODUCTS: tl.constexpr
-):
+def _add_lookup(total, word, grads, values, product, grad_scores, IS_BEGUN: tl.constexpr, HAS_PRODUCTS: tl.constexpr):
     """Return the total with one lookup added, and write its score gradient."""
     wide = as_fp32(grads)
     if HAS_PRODUCTS:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfdist.errors import ConfigError
-from mfdist.kernels.row_gradient.triton_sort import sort_by_bits, take_places
+from mfdist.kernels.row_gradient.triton_sort import sort_by_bits
 from mfdist.kernels.triton_ids import checked
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, next_power_of_2
 
@@ -30,9 +30,7 @@ _MAX_CHUNK: Final = 8192
 _WANTED_CHUNKS: Final = 64
 _CODES_TOGETHER: Final = 1024
 _MIN_BINS: Final = 128
-#: So many counters a warp keeps in its registers.
-_MAX_HELD: Final = 256
-#: Tokens placed at a time, each compared with each, with counters in registers or in memory.
+#: Tokens placed at a time, each compared with each.
 _PLACED_TOGETHER: Final = 32
 #: Registers to a thread that places tokens: all programs of a usual layer run at once.
 _PLACING_REGISTERS: Final = 64
@@ -184,8 +182,7 @@ def _by_counting(
         words.fill_(-1)
     _place[(num_lookups, chunks)](
         codes, counts, turned, words, *sizes, chunks,
-        chunk, bins, _PLACED_TOGETHER, bins <= _MAX_HELD,
-        num_warps=1, **at_most_registers(_PLACING_REGISTERS), **LAUNCH_OPTIONS,
+        chunk, _PLACED_TOGETHER, num_warps=1, **at_most_registers(_PLACING_REGISTERS), **LAUNCH_OPTIONS,
     )  # fmt: skip
     return Order(words, starts, ends)
 
@@ -296,19 +293,15 @@ def _bound(counts, starts, ends, N, K, S, CHUNKS, CHUNKS_UP: tl.constexpr, CODES
 def _place(
     codes, counts, turned, words,
     N, K, S, CHUNKS,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr, IS_HELD: tl.constexpr,
+    CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Write the words of lookups k of one chunk of tokens to their places, counting up from where codes begin.
 
-    The counters are held in registers, or lie in memory, where this program alone uses them and barriers keep its own
-    threads in step.
+    The counters lie in memory, where this program alone uses them and barriers keep its own threads in step.
     """
     k = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     counters = counts + (k * CHUNKS + chunk) * S
-    if IS_HELD:
-        bins = tl.arange(0, BINS)
-        held = tl.load(counters + bins, mask=bins < S, other=0)
     i = tl.arange(0, TOKENS)
     n = chunk * CHUNK + i
     upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
@@ -322,18 +315,15 @@ def _place(
         n += TOKENS
         upcoming = tl.load(codes + k * N + n, mask=n < N, other=-1)
         upcoming_score = tl.load(turned + k * N + n, mask=n < N, other=0.0)
-        if IS_HELD:
-            place, held = take_places(held, code, BINS, TOKENS)
-        else:
-            is_same = code[:, None] == code[None, :]
-            # How many of these tokens have the token's code, and, in the high half, how many of them come earlier.
-            weight = tl.where(i[:, None] < i[None, :], 65537, 1)
-            found = tl.sum(tl.where(is_same, weight, 0), axis=0)
-            before = found >> 16
-            same = found & 65535
-            begin = tl.load(counters + code, mask=is_code, other=0)
-            tl.debug_barrier()
-            tl.store(counters + code, begin + same, mask=is_code & (before == same - 1))
-            tl.debug_barrier()
-            place = begin + before
+        is_same = code[:, None] == code[None, :]
+        # How many of these tokens have the token's code, and, in the high half, how many of them come earlier.
+        weight = tl.where(i[:, None] < i[None, :], 65537, 1)
+        found = tl.sum(tl.where(is_same, weight, 0), axis=0)
+        before = found >> 16
+        same = found & 65535
+        begin = tl.load(counters + code, mask=is_code, other=0)
+        tl.debug_barrier()
+        tl.store(counters + code, begin + same, mask=is_code & (before == same - 1))
+        tl.debug_barrier()
+        place = begin + before
         tl.store(words + place, _word_of(lookup, score), mask=is_code)

@@ -79,7 +79,7 @@ def _place(
         # The next ones are under way while these are placed.
         i += TOGETHER
         upcoming = tl.load(words + segment * M + i, mask=i < M, other=0)
-        place, begins = take_places(begins, tl.where(is_word, _digit_of(word, BIT, BINS), -1), BINS, TOGETHER)
+        place, begins = _take_places(begins, tl.where(is_word, _digit_of(word, BIT, BINS), -1), BINS, TOGETHER)
         tl.store(sorted_words + place, word, mask=is_word)
 
 
@@ -89,7 +89,7 @@ def _digit_of(words, BIT, BINS: tl.constexpr):
 
 
 @triton.jit
-def take_places(begins, digits, BINS: tl.constexpr, TOGETHER: tl.constexpr):
+def _take_places(begins, digits, BINS: tl.constexpr, TOGETHER: tl.constexpr):
     """Return where a block of items goes, in their order, and where the next ones of each digit begin.
 
     Args:

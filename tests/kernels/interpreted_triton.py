@@ -71,9 +71,6 @@ def lookups() -> None:
     check_lookup(equal)
     few_rows = make_lookup(70, 2, 2, 33, id_dtype=torch.int32)
     check_lookup(few_rows)
-    ordering._MAX_HELD = 0  # as for more counters than registers hold
-    check_lookup(make_lookup(70, 2, 8, 40))
-    check_lookup(few_rows)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check_lookup(few_rows)
     check_lookup(make_lookup(35, 2, 3, 20, id_dtype=torch.uint16))

@@ -83,6 +83,8 @@ def test_on_a_gpu(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> 
     for has_residual in (False, True):
         made = make_attention(*shape, dtype, has_residual=has_residual, device="cuda")
         assert_attends(made)
+        if not shape[0]:  # a graph of no kernels is warned of
+            continue
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = one_token_attention(*made)

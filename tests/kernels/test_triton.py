@@ -144,11 +144,7 @@ KERNELS = {
     ),
     "row_gradient.triton_order._count": (COUNTING, {"CHUNK": 1024, "BINS": 256}),
     "row_gradient.triton_order._bound": (COUNTING, {"CHUNKS_UP": 16, "CODES": 256}),
-    "row_gradient.triton_order._place": (COUNTING, {"CHUNK": 1024, "BINS": 256, "TOKENS": 32, "IS_HELD": True}),
-    "row_gradient.triton_order._place of many codes": (
-        COUNTING,
-        {"CHUNK": 1024, "BINS": 1024, "TOKENS": 64, "IS_HELD": False},
-    ),
+    "row_gradient.triton_order._place": (COUNTING, {"CHUNK": 1024, "TOKENS": 32}),
     "ragged_gradient.triton_impl._sum_piece": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
