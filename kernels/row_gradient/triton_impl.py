@@ -9,6 +9,7 @@ Rows wider than a warp's registers, or far from a power of two, are taken one sl
 No atomics: every sum has one program and a fixed order, so results repeat bit for bit.
 """
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ _COLUMNS_OF_SHORT_RUNS = 512
 #: A pass takes about as long for columns past the last as for others: less than a quarter may be that, but that a slice
 #: of so many columns is not cut further, because every pass reads all words.
 _LEAST_COLUMNS = 256
+#: Triton knows of a number whether it divides by so much, and what is aligned from that.
+_ALIGNED = 16
 #: Registers to a thread of so many columns in bf16 or fp16; more would leave room for fewer warps.
 _REGISTERS = {1024: 96, 512: 64}
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
@@ -73,7 +76,7 @@ def _sum(
     num_rows, dim = table.shape
     parts = slices(dim, widest(is_short=has_short_runs(row_ids, num_rows, grad_output)))
     num_pieces = row_ids.numel() // PIECE
-    pieces = grad_scores.new_empty(num_pieces * parts[0].columns)
+    pieces = grad_scores.new_empty(num_pieces * max(part.columns for part in parts))
     for first, columns in parts:
         options = warp_options(columns, grad_output)
         constants = (row_ids.shape[1], PIECE, columns, first > 0, True, *reach(grad_output, first + columns))
@@ -105,17 +108,23 @@ def widest(*, is_short: bool) -> int:
 
 
 def slices(dim: int, most: int) -> list[Slice]:
-    """Return the slices of rows `dim` wide, the widest first."""
-    found: list[Slice] = []
-    first = 0
-    while first < dim:
-        left = dim - first
+    """Return the slices of rows `dim` wide.
+
+    The narrowest comes first, and so the widest last, which is the one that row-wise Adagrad need not keep sums of; but
+    a slice with columns past the row's end is the last, and so is one that would leave others at places whose
+    addresses are not known to be aligned.
+    """
+    widths: list[int] = []
+    left = dim
+    while left > 0:
         columns = min(most, next_power_of_2(left))
         if columns > _LEAST_COLUMNS and 4 * left <= 3 * columns:
             columns //= 2
-        found.append(Slice(first, columns))
-        first += columns
-    return found
+        widths.append(columns)
+        left -= columns
+    if not left and not widths[-1] % _ALIGNED:
+        widths.reverse()
+    return [Slice(first, columns) for first, columns in zip(accumulate(widths, initial=0), widths, strict=False)]
 
 
 def reach(grad_output: Tensor, end: int) -> tuple[bool, Any]:

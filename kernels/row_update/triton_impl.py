@@ -82,7 +82,7 @@ def fused_row_update(
         sums = scores.new_empty(num_rows * num_kept if is_kept else 0)
         squares = scores.new_empty(num_rows if len(parts) > 1 else 0)
         num_pieces = row_ids.numel() // PIECE
-        pieces = scores.new_empty(num_pieces * parts[0].columns)
+        pieces = scores.new_empty(num_pieces * max(part.columns for part in parts))
         states = two_states(state, table)
         for part in plan[: len(parts)] if is_kept else plan:
             ways = reach(grad_output, part.first_column + part.columns)

@@ -49,7 +49,7 @@ def update_by_windows(
     num_ids, needs_squares = grad_scores.numel(), rule == ROWWISE_ADAGRAD.value
     parts = slices(dim, _WHOLE_COLUMNS if needs_squares else _COLUMNS)
     num_pieces = num_ids // PIECE
-    pieces = grad_scores.new_empty(num_pieces * parts[0].columns)
+    pieces = grad_scores.new_empty(num_pieces * max(part.columns for part in parts))
     plan = passes(parts, needs_squares=needs_squares)
     # In several passes: score gradients so far, and squares of rows at their last lookups.
     products = grad_scores.new_empty(num_ids if len(plan) > 1 else 0)

@@ -31,6 +31,8 @@ _ACCUMULATED = "optimizer.tables.accumulator_decay"
 _RULE, _DECAY = "optimizer.tables.rule", "optimizer.tables.weight_decay"
 _DENSE_DECAY = "optimizer.dense.weight_decay"
 _MOMENTS = "optimizer.tables.state_dtype"
+_BETAS = "optimizer.tables.betas"
+_PAIRS = ((0.8, 0.9), (0.8, 0.95), (0.9, 0.9), (0.9, 0.99))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,11 @@ def _rates(dense: str, tables: str) -> Variant:
     return Variant(name=f"rates-{dense}-{tables}", question="learning rate", settings=settings)
 
 
+def _dense(lr: str, embedding_multiple: str) -> Variant:
+    settings = {_RATE: lr, _EMBEDDING_MULTIPLE: embedding_multiple}
+    return Variant(name=f"dense-{lr}-embedding-{embedding_multiple}", question="learning rate", settings=settings)
+
+
 def _decays(tables_lr: str, tables: str, dense: str) -> Variant:
     """The rate of tables, their decay, and that of everything dense."""
     name = f"tables-{tables_lr}-decay-{tables}-{dense}"
@@ -83,26 +90,28 @@ def _one(name: str, question: str, key: str, value: str) -> Variant:
     return Variant(name=name, question=question, settings={key: value})
 
 
-#: Of the tiny preset, whose rates are 72e-3 for the embedding, 24e-3 for what else is dense, and 48e-3 for tables, and
+#: Of the tiny preset, whose rates are 72e-3 for the embedding, 6e-3 for what else is dense, and 48e-3 for tables, and
 #: whose decays are 0.02 and 0.2; the first answer the main question.
 VARIANTS = (
     Variant(name="memory", question="memory", settings={}),
     *(_twin(*how) for how in (("2e-3",), ("2e-3", "10"), ("2e-3", "10", "0.5"))),
     *(_twin(*how) for how in (("2e-3", "1", "0.5"), ("2e-3", "30"), ("1e-3",), ("3e-3",))),
     _one("released-score", "score", "model.score", "released"),
-    _one("temperature-0.5", "score", "model.score_temperature", "0.5"),
-    _one("temperature-2", "score", "model.score_temperature", "2.0"),
+    *(_one(f"temperature-{t}", "score", "model.score_temperature", t) for t in ("0.5", "0.75", "2")),
     *(_rates(rate, rate) for rate in ("1e-3", "2e-3", "3e-3", "4e-3", "6e-3", "9e-3")),
     *(_rates(*rates) for rates in (("2e-3", "6e-3"), ("2e-3", "12e-3"), ("6e-3", "12e-3"), ("12e-3", "12e-3"))),
     *(_rates(*rates) for rates in (("6e-3", "24e-3"), ("12e-3", "24e-3"), ("24e-3", "12e-3"), ("48e-3", "12e-3"))),
-    *(_one(f"embedding-{multiple}", "learning rate", _EMBEDDING_MULTIPLE, multiple) for multiple in ("1", "10")),
+    *(_dense(*rates) for rates in (("3e-3", "24"), ("12e-3", "6"), ("24e-3", "3"), ("24e-3", "10"))),
     _one("bits-4", "bits", "model.bits", "4"),
     *(_one(f"extra-bits-{bits}", "extra bits", "model.extra_bits", bits) for bits in ("0", "1", "3")),
     _one("gelu", "activation", "model.activation", "gelu"),
     *(_one(f"init-{scale}", "initialisation", "model.init_scale", scale) for scale in ("0.3", "3.0")),
+    *(_one(f"betas-{one}-{two}", "betas", _BETAS, f"[{one}, {two}]") for one, two in _PAIRS),
+    _one("tables-linear", "schedule", "optimizer.tables.schedule", "linear"),
     *(_decays("12e-3", tables, "0.1") for tables in ("0.0", "0.1", "0.3", "1.0")),
     *(_decays("24e-3", *both) for both in (("0.3", "0.1"), ("0.3", "0.02"), ("1.0", "0.1"))),
-    *(_decays(*both, "0.02") for both in (("48e-3", "0.3"), ("96e-3", "0.1"), ("48e-3", "0.1"))),
+    *(_decays(*both, "0.02") for both in (("48e-3", "0.3"), ("96e-3", "0.1"), ("48e-3", "0.15"))),
+    _decays("48e-3", "0.2", "0.005"),
     _adagrad("50e-3", weight_decay="0.012"),
     _adagrad("100e-3", weight_decay="0.006"),
     *(_adagrad(lr, decay="0.95") for lr in ("1.5e-3", "3e-3", "6e-3", "12e-3")),

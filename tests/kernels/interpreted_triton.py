@@ -56,7 +56,7 @@ def lookups() -> None:
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
     check_lookup(equal)
-    check_lookup(make_lookup(6, 2, 2, 1000, dtype=torch.bfloat16))  # slices that go through shared memory
+    check_lookup(make_lookup(6, 2, 2, 1000, dtype=torch.bfloat16))  # a slice with columns past the last
     check_lookup(make_lookup(6, 2, 2, 640))  # slices of two widths
     sums._SLICE_BYTES = 0  # as for a table whose slices fit no cache
     check_lookup(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32))

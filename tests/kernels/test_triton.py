@@ -324,7 +324,8 @@ def test_sizes_of_tiles() -> None:
     assert [can_be_bad(codes, limit) for limit in (16, 255, 256)] == [True, True, False]
     assert [can_be_bad(codes.to(torch.uint16), limit) for limit in (65_535, 65_536)] == [True, False]
     assert can_be_bad(codes.int(), 1 << 20)
-    widths = {1: [1], 40: [64], 160: [256], 640: [512, 128], 960: [1024], 1280: [1024, 256], 1536: [1024, 512]}
+    widths = {1: [1], 40: [64], 160: [256], 640: [128, 512], 960: [1024], 1280: [256, 1024], 1536: [512, 1024]}
+    widths |= {520: [512, 8], 700: [512, 256], 1792: [256, 512, 1024]}
     for dim, expected in widths.items():
         found = slices(dim, 1024)
         assert [part.columns for part in found] == expected
