@@ -35,8 +35,8 @@ def bench_training(
     Example: mfdist bench training base --set training.batch_size=16 --json base.json
 
     Steps are those of `mfdist train`. A MemoryFormer is measured with the preset's rule for tables, and with rows in
-    bf16 by row-wise Adagrad, and by Adam with moments in a byte each. "Bytes" are those of a table's parameter with its gradient and states. That the
-    loss on the tokens falls is checked for each.
+    bf16 by row-wise Adagrad, and by Adam with moments in a byte each. "Bytes" are those of a table's parameter with
+    its gradient and states. That the loss on the tokens falls is checked for each.
     """
     import torch
 
