@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def bench_learning(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs; what has finished there is kept.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the runs; what has finished there is kept.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="A preset, or a TOML file, that all variants start from.")] = "tiny",
     only: Annotated[
         list[str] | None,
@@ -46,26 +48,36 @@ def bench_learning(
     the MemoryFormer has, or more decay besides; --at-least is asked of the best of them. A bench that was cut short
     goes on where it was.
     """
+    import torch
+
     from mfdist.benchmarks.learning import VARIANTS, gaps, measure
+    from mfdist.config import load_config
+    from mfdist.training.device import choose_device, describe_device
 
     chosen = [each for each in VARIANTS if any(fnmatch(each.name, one) for one in only or _MAIN)]
     if is_listed:
         for each in VARIANTS:
             typer.echo(f"{each.name:<34}{each.question:<18}{_changes(each.settings)}")
         return failures.DONE
+    if out is None:
+        raise ConfigError("a bench must have a folder for its runs; got none; give --out FOLDER")
     if not chosen:
         raise ConfigError(f"--only must name variants; got {', '.join(only or ())}; see mfdist bench learning --list")
+    numbers = _seeds(seeds)
+    trained_on = load_config(preset, settings or ()).training.device
+    here = describe_device(choose_device(trained_on))
     began = time.monotonic()
 
     def may_begin() -> bool:
         return minutes is None or time.monotonic() - began < minutes * 60
 
     found: list[Learned] = []
+    typer.echo(f"{here}, torch {torch.__version__}, {preset} {' '.join(settings or ())}")
     typer.echo(_HEADER)
     try:
-        for learned in measure(out, preset, chosen, _seeds(seeds), settings or (), may_begin=may_begin, tell=_said):
+        for learned in measure(out, preset, chosen, numbers, settings or (), may_begin=may_begin, tell=_said):
             found.append(learned)
-            typer.echo(_line(learned))
+            typer.echo(_line(learned) + (f"  on {learned.device}" if learned.device != here else ""))
     finally:
         if json_file is not None:
             document = {
@@ -76,7 +88,7 @@ def bench_learning(
                 "results": [asdict(learned) for learned in found],
             }
             json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
-    missing = len(chosen) * len(_seeds(seeds)) - len(found)
+    missing = len(chosen) * len(numbers) - len(found)
     if missing:
         typer.echo(
             f"{missing} runs are missing, for want of time or because the bench was told to stop; the same command "
@@ -87,8 +99,8 @@ def bench_learning(
         typer.echo(_told(one))
     # Without all of its runs, the better twin may be the one that is missing.
     if at_least is not None and (missing or not ahead or ahead[0].at_tokens < at_least):
-        is_known = ahead and not missing
-        got = f"got {ahead[0].at_tokens:.3f} for {ahead[0].twin}" if is_known else "not all of them were trained"
+        got = f"got {ahead[0].at_tokens:.3f} for {ahead[0].twin}" if ahead else "--only must name memory and a twin"
+        got = "not all of them were trained" if missing else got
         return failures.fail(f"the MemoryFormer must be ahead of its twin by {at_least:g} nats a token; {got}")
     return failures.DONE
 
@@ -108,6 +120,8 @@ def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
         raise ConfigError(f"--seeds takes numbers, such as 0,1,2; got {text}")
+    if len(set(map(int, parts))) < len(parts):
+        raise ConfigError(f"--seeds must be different numbers; got {text}; name each once")
     return [int(part) for part in parts]
 
 
@@ -121,13 +135,14 @@ def _line(learned: "Learned") -> str:
     losses = " ".join(f"{point.loss:.3f}" for point in (*quarters, last))
     return (
         f"{learned.variant:<34}{learned.seed:>5}{losses:>34}{last.bits_per_byte:>11.4f}{learned.tokens_per_s:>11,.0f}"
-        f"{last.flops / last.tokens / 1e9:>14.3f}{last.seconds:>9.1f}{learned.peak_memory_bytes / 1e9:>7.2f}"
+        f"{last.flops / last.tokens / 1e9:>14.3g}{last.seconds:>9.1f}{learned.peak_memory_bytes / 1e9:>7.2f}"
     )
 
 
 def _told(ahead: "Gap") -> str:
-    at_seconds = "unknown" if ahead.at_seconds is None else f"{ahead.at_seconds:+.3f}"
+    at_seconds = "no validation came so early" if ahead.at_seconds is None else f"by {ahead.at_seconds:+.3f}"
+    seeds = "one seed each" if ahead.spread is None else f"seeds differ by up to {ahead.spread:.3f}"
     return (
-        f"the MemoryFormer is ahead of {ahead.twin} by {ahead.at_tokens:+.3f} nats a token at equal tokens, by "
-        f"{at_seconds} at equal seconds; seeds differ by up to {ahead.spread:.3f}"
+        f"the MemoryFormer is ahead of {ahead.twin} by {ahead.at_tokens:+.3f} nats a token at equal tokens; at equal "
+        f"seconds {at_seconds}; {seeds}"
     )

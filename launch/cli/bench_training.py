@@ -1,5 +1,6 @@
 """`mfdist bench training`: tokens a second, memory and the parts of a step, beside the dense twin."""
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,8 +36,9 @@ def bench_training(
     Example: mfdist bench training base --set training.batch_size=16 --json base.json
 
     Steps are those of `mfdist train`. A MemoryFormer is measured with the preset's rule for tables, and with rows in
-    bf16 by row-wise Adagrad, and by Adam with moments in a byte each. "Bytes" are those of a table's parameter with
-    its gradient and states. That the loss on the tokens falls is checked for each.
+    bf16 by row-wise Adagrad, and by Adam with moments in a byte each. "Spread" is how far apart the quartiles
+    of a step's times are. "Bytes" are those of a table's parameter with its gradient and states. That the loss on the
+    tokens falls is checked for each.
     """
     import torch
 
@@ -45,7 +47,8 @@ def bench_training(
 
     where = choose_device(device)
     typer.echo(f"{describe_device(where)}, torch {torch.__version__}, {config} {' '.join(settings or ())}")
-    typer.echo(f"{'':<42}{'tokens/s':>10}{'ms/step':>9}{'of twin':>9}{'peak':>10}{'bytes':>7}  where the time goes")
+    columns = f"{'tokens/s':>10}{'ms/step':>9}{'spread':>8}{'of twin':>9}{'peak':>10}{'bytes':>7}"
+    typer.echo(f"{'':<42}{columns}  where the time goes")
     found: list[TrainingSpeed] = []
     for speed in measure_training(config, settings or (), where, steps=steps):
         found.append(speed)
@@ -77,5 +80,7 @@ def _line(speed: "TrainingSpeed") -> str:
         for kind, share in sorted(speed.shares.items(), key=lambda item: -item[1])
         if share > 0.005
     )
+    spread = "" if math.isnan(speed.spread) else f"{speed.spread:.0%}"
     rate = quantities.count(speed.tokens_per_s)
-    return f"{speed.contender:<42}{rate:>10}{speed.step_s * 1e3:>9.1f}{speed.ratio:>9.2f}{peak:>10}{size:>7}  {shares}"
+    figures = f"{rate:>10}{speed.step_s * 1e3:>9.1f}{spread:>8}{speed.ratio:>9.2f}{peak:>10}{size:>7}"
+    return f"{speed.contender:<42}{figures}  {shares}"

@@ -4,6 +4,7 @@ A variant is a preset with some keys changed; each is trained once a seed by the
 its own. A variant that has finished is not trained again, so a bench that was cut short goes on where it was.
 """
 
+import contextlib
 import gc
 import itertools
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from mfdist.checkpoint.lock import WriterLock
 from mfdist.config import load_config
 from mfdist.errors import ConfigError
 from mfdist.models.count import flops_per_token
@@ -23,6 +25,7 @@ from mfdist.training.loop import train
 from mfdist.training.metrics import read_metrics
 from mfdist.training.run import RunDirectory, with_absolute_paths
 from mfdist.training.state import flat
+from mfdist.training.writing import writing
 
 _KIND, _DTYPE = "model.kind", "model.table_dtype"
 _RATE, _TABLE_RATE = "optimizer.dense.lr", "optimizer.tables.lr"
@@ -146,6 +149,7 @@ class Learned:
     variant: str
     question: str
     seed: int
+    device: str  # that it was trained on, which may be another than this process has
     tokens_per_s: float  # median over steps
     peak_memory_bytes: int
     points: list[Point]
@@ -173,12 +177,16 @@ def measure(
         tell: told of what begins.
 
     Raises:
-        ConfigError: a run that is kept was trained with other settings, or a setting for all is one that a variant has
-            itself.
+        ConfigError: a run that is kept was trained with other settings; a setting for all is one that a variant has
+            itself; or what they all start from is no MemoryFormer.
+        UnavailableError: another process trains in the folder, and there is something to train.
     """
     _check_not_overridden(variants, settings)
-    for seed in seeds:
-        for variant in variants:
+    if (kind := load_config(preset, [*_OF_ALL, *settings]).model.kind) != "memory":
+        raise ConfigError(f"variants must start from a MemoryFormer; got {_KIND}={kind}; its twins are variants too")
+    with contextlib.ExitStack() as held:
+        is_ours = False
+        for seed, variant in itertools.product(seeds, variants):
             path = folder / f"{variant.name}-seed-{seed}"
             own = [f"{key}={value}" for key, value in variant.settings.items()]
             overrides = [*_OF_ALL, *settings, *own, f"training.seed={seed}"]
@@ -187,11 +195,20 @@ def measure(
             else:
                 if not may_begin():
                     continue
+                if not is_ours:  # two at a time would take each other's runs for some that were cut short
+                    held.callback(_locked(folder).release)
+                    is_ours = True
                 tell(f"training {path.name}")
                 _train(path, preset, overrides)
                 if not _is_finished(path):  # it was told to stop, and so are the others
                     return
             yield _learned(path, variant, seed)
+
+
+def _locked(folder: Path) -> WriterLock:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return WriterLock(folder)
 
 
 #: Every validation takes the whole text, so that all are alike; no saves, no sample, no timed twin.
@@ -276,6 +293,7 @@ def _learned(path: Path, variant: Variant, seed: int) -> Learned:
         variant=variant.name,
         question=variant.question,
         seed=seed,
+        device=started["device"],
         tokens_per_s=statistics.median(each["tokens_per_s"] for each in steps),
         peak_memory_bytes=max(each["peak_memory_bytes"] for each in steps),
         points=points,
@@ -301,13 +319,13 @@ class Gap:
         at_tokens: the mean of the twin's last losses less that of the memory's.
         at_seconds: the same, where both have trained as long as the faster of them; None where their validations do not
             reach there.
-        spread: the largest difference between seeds of one of the two.
+        spread: the largest difference between seeds of one of the two; None where each has one.
     """
 
     twin: str
     at_tokens: float
     at_seconds: float | None
-    spread: float
+    spread: float | None
 
 
 def gaps(found: Sequence[Learned]) -> list[Gap]:
@@ -333,7 +351,7 @@ def _gap(memory: Sequence[Learned], twin: Sequence[Learned]) -> Gap:
         twin=twin[0].variant,
         at_tokens=statistics.mean(ends[1]) - statistics.mean(ends[0]),
         at_seconds=statistics.mean(known[1]) - statistics.mean(known[0]) if is_known else None,
-        spread=max(max(losses) - min(losses) for losses in ends),
+        spread=max(max(losses) - min(losses) for losses in ends) if max(map(len, ends)) > 1 else None,
     )
 
 

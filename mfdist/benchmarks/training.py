@@ -25,13 +25,15 @@ from mfdist.training.stepping import Stepping
 #: Contender → what is changed in the preset; the one that all are compared with comes first.
 CONTENDERS = {
     "dense twin": {"model.kind": "dense"},
-    "MemoryFormer": {},
+    "MemoryFormer": {"model.kind": "memory"},
     "MemoryFormer, bf16 rows, row-wise Adagrad": {
+        "model.kind": "memory",
         "model.table_dtype": "bf16",
         "optimizer.tables.rule": "rowwise_adagrad",
         "optimizer.tables.state_dtype": "fp32",
     },
     "MemoryFormer, bf16 rows, Adam in bytes": {
+        "model.kind": "memory",
         "model.table_dtype": "bf16",
         "optimizer.tables.rule": "adam",
         "optimizer.tables.state_dtype": "fp8",
@@ -52,6 +54,7 @@ class TrainingSpeed:
         contender: a name in CONTENDERS.
         note: why it was not measured.
         step_s: median.
+        spread: how far apart the quartiles of the steps' times are, a share of the median; NaN for a single step.
         tokens_per_s: at that.
         ratio: to the first contender's tokens a second.
         peak_memory_bytes: on a GPU, of all steps; None on a CPU, where it cannot be told from the others'.
@@ -63,6 +66,7 @@ class TrainingSpeed:
     contender: str
     note: str = ""
     step_s: float = math.nan
+    spread: float = math.nan
     tokens_per_s: float = math.nan
     ratio: float = math.nan
     peak_memory_bytes: int | None = None
@@ -87,10 +91,16 @@ def measure_training(
         settings: `section.key=value` changes for all.
         device: where they train.
         steps: that are timed.
+
+    Raises:
+        ConfigError: some contender cannot be trained with these settings; none was.
     """
     first: float | None = None
-    for contender, changes in CONTENDERS.items():
-        config = load_config(preset, [*settings, *(f"{key}={value}" for key, value in changes.items())])
+    configs = {
+        contender: load_config(preset, [*settings, *(f"{key}={value}" for key, value in changes.items())])
+        for contender, changes in CONTENDERS.items()
+    }
+    for contender, config in configs.items():
         _release(device)
         try:
             with deterministic(config.training.is_deterministic):
@@ -142,10 +152,12 @@ def _measured(
             shares = shares or told.time_shares or {}
     seconds = stepping.seconds[_WARMUP_STEPS - 1 :]  # the profiled step is not among them
     peak = peak_memory_bytes(device) if device.type == "cuda" else None
-    tokens_per_s = training.batch_size * training.seq_len / statistics.median(seconds)
+    step_s = statistics.median(seconds)
+    tokens_per_s = training.batch_size * training.seq_len / step_s
     return TrainingSpeed(
         contender=contender,
-        step_s=statistics.median(seconds),
+        step_s=step_s,
+        spread=_spread(seconds),
         tokens_per_s=tokens_per_s,
         ratio=tokens_per_s / (first or tokens_per_s),
         peak_memory_bytes=peak,
@@ -154,6 +166,13 @@ def _measured(
         first_loss=losses[0],
         last_loss=losses[_BATCHES * ((len(losses) - 1) // _BATCHES)],
     )
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    if len(seconds) < 2:
+        return math.nan
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / middle
 
 
 def _in_two(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from mfdist.benchmarks.learning import VARIANTS, Gap, Learned, Point, _without_compiling, gaps
+from mfdist.checkpoint.lock import WriterLock
 from mfdist.config import load_config
 
 from .conftest import TINY
@@ -26,7 +28,11 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     names = ["memory", "twin-2e-3", "twin-2e-3-embedding-10", "twin-2e-3-embedding-10-decay-0.5"]
     assert (code, err.split("\n")[:-1]) == (0, [f"training {name}-seed-0" for name in names])
     assert all(f"ahead of {name} by" in out for name in names[1:])
-    results = json.loads(found.read_text("utf-8"))["results"]
+    assert out.splitlines()[0].startswith(f"CPU, {torch.get_num_threads()} thread") and torch.__version__ in out
+    assert out.count("; one seed each") == 3
+    document = json.loads(found.read_text("utf-8"))
+    assert document["versions"]["torch"] == torch.__version__ and document["machine"]["cpu"]
+    results = document["results"]
     assert [result["variant"] for result in results] == names
     for result in results:
         assert [point["step"] for point in result["points"]] == [5, 10, 12]
@@ -41,10 +47,15 @@ def test_memory_and_twin_are_trained_once_and_compared(mfdist, workplace, tmp_pa
     assert code == 1
     assert "training memory" not in err and "training twin-2e-3-seed-0" in err  # the one that was cut short
     assert "must be ahead of its twin by 1000 nats" in err
-    assert again.splitlines()[1] == out.splitlines()[1]
+    assert again.splitlines()[2] == out.splitlines()[2]
     (tmp_path / "runs" / "twin-2e-3-embedding-10-seed-0" / "metrics.jsonl").unlink()
     code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--at-least", "-1000", "--minutes", "0")
     assert code == 1 and "1 runs are missing" in out and "not all of them were trained" in err
+    metrics = tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text("utf-8").replace('"device": "CPU', '"device": "NVIDIA CPU'), "utf-8")
+    code, out, err = bench(mfdist, tmp_path / "runs", "--seeds", "0", "--only", "memory", "--at-least", "-9")
+    assert out.splitlines()[2].endswith(f"  on NVIDIA {out.split(', torch')[0]}")
+    assert code == 1 and "nats a token; --only must name memory and a twin" in err
 
 
 def test_a_run_that_is_kept_is_not_taken_for_one_of_other_settings(mfdist, workplace, tmp_path):
@@ -54,6 +65,29 @@ def test_a_run_that_is_kept_is_not_taken_for_one_of_other_settings(mfdist, workp
     assert code == 2 and "has training.steps=12, not 5; move it away" in err
     assert "memory " not in out
     assert (tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_another_bench_trains_in_is_left_alone(mfdist, workplace, tmp_path):
+    cut_short = tmp_path / "runs" / "memory-seed-0" / "metrics.jsonl"
+    cut_short.parent.mkdir(parents=True)
+    cut_short.write_text("", "utf-8")
+    only = ("--seeds", "0", "--only", "memory")
+    other = WriterLock(tmp_path / "runs")
+    try:
+        code, _, err = bench(mfdist, tmp_path / "runs", *only)
+        assert code == 1 and f"may use {tmp_path / 'runs'}; pid {os.getpid()}" in err and cut_short.exists()
+        code, out, err = bench(mfdist, tmp_path / "runs", *only, "--minutes", "0")  # nothing is trained
+        assert (code, err) == (0, "") and "1 runs are missing" in out
+    finally:
+        other.release()
+    assert bench(mfdist, tmp_path / "runs", *only)[0] == 0
+    WriterLock(tmp_path / "runs").release()
+
+
+def test_variants_start_from_a_memoryformer(mfdist, workplace, tmp_path):
+    code, _, err = bench(mfdist, tmp_path / "runs", "--only", "memory", "--set", "model.kind=dense")
+    assert code == 2 and "must start from a MemoryFormer; got model.kind=dense" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_setting_that_a_variant_would_not_follow_is_refused(mfdist, workplace, tmp_path):
@@ -83,24 +117,33 @@ def test_a_run_that_is_told_to_stop_is_no_result_and_ends_the_bench(mfdist, work
         stopper.join()
     assert (code, err.splitlines()[0]) == (0, "training memory-seed-0")
     assert "training twin" not in err
-    assert len(out.splitlines()) == 2 and out.splitlines()[1].startswith("4 runs are missing")
+    assert len(out.splitlines()) == 3 and out.splitlines()[2].startswith("4 runs are missing")
 
 
 def test_every_variant_is_a_configuration(mfdist):
     for variant in VARIANTS:
         settings = [f"{key}={value}" for key, value in variant.settings.items()]
         assert load_config("tiny", settings).training.steps > 0
-    code, out, _ = mfdist("bench", "learning", "--out", "unused", "--list")
+    code, out, _ = mfdist("bench", "learning", "--list")
     assert (code, len(out.splitlines())) == (0, len(VARIANTS))
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--only", "nothing"), ("--seeds", "one"), ("--json", "no/such/file.json"), ("--preset", "tny")]
+    "wrong",
+    [
+        ("--only", "nothing"),
+        ("--seeds", "one"),
+        ("--seeds", "1,01"),
+        ("--json", "no/such/file.json"),
+        ("--preset", "tny"),
+    ],
 )
 def test_misuse_trains_nothing(mfdist, workplace, tmp_path, wrong):
     code, _, err = mfdist("bench", "learning", "--out", tmp_path / "runs", *wrong)
     assert (code, err.splitlines()[-1].startswith("mfdist: ")) == (2, True)
     assert not (tmp_path / "runs").exists()
+    code, _, err = mfdist("bench", "learning")
+    assert (code, len(err.splitlines())) == (2, 1) and "give --out FOLDER" in err
 
 
 def test_time_spent_compiling_is_not_trained():
@@ -112,7 +155,15 @@ def learned(variant, question, seed, *curve):
         Point(step=n, tokens=n, flops=n, seconds=seconds, loss=loss, bits_per_byte=0.0)
         for n, (seconds, loss) in enumerate(curve)
     ]
-    return Learned(variant=variant, question=question, seed=seed, tokens_per_s=1.0, peak_memory_bytes=1, points=points)
+    return Learned(
+        variant=variant,
+        question=question,
+        seed=seed,
+        device="CPU",
+        tokens_per_s=1.0,
+        peak_memory_bytes=1,
+        points=points,
+    )
 
 
 def test_gaps_are_to_all_twins_the_best_first_at_equal_tokens_and_at_equal_seconds():
@@ -130,3 +181,4 @@ def test_gaps_are_to_all_twins_the_best_first_at_equal_tokens_and_at_equal_secon
     )
     assert (other.twin, other.at_tokens) == ("twin-b", pytest.approx(0.8))
     assert gaps(found[:2]) == gaps(found[2:]) == []
+    assert [gap.spread for gap in gaps([found[0], found[2]])] == [None]  # of one seed each nothing is known

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mfdist.benchmarks.training import CONTENDERS, TrainingSpeed
+from mfdist.config import load_config
 from mfdist.launch.cli.bench_training import _line as line_of
 
 from .conftest import TINY
@@ -26,6 +27,7 @@ def test_models_are_timed_beside_their_twin(mfdist, tmp_path):
     for each in (twin, memory, narrow, in_bytes):
         assert sum(each["shares"].values()) == pytest.approx(1.0)
         assert each["last_loss"] < each["first_loss"]
+        assert each["spread"] >= 0
     assert memory["ratio"] == pytest.approx(memory["tokens_per_s"] / twin["tokens_per_s"])
 
 
@@ -33,6 +35,18 @@ def test_too_slow_is_a_failure(mfdist):
     code, _, err = mfdist("bench", "training", TINY, "--steps", "1", "--device", "cpu", "--at-least", "1000")
     assert code == 1
     assert "must train at 1000 of its twin's speed; got" in err
+
+
+def test_a_contender_is_what_it_is_called(mfdist, tmp_path):
+    for contender, changes in CONTENDERS.items():
+        settings = [f"{key}={value}" for key, value in {"model.kind": "dense", **changes}.items()]
+        assert load_config(TINY, settings).model.kind == ("dense" if contender == "dense twin" else "memory")
+
+
+def test_what_one_contender_cannot_follow_is_told_before_any_is_measured(mfdist):
+    code, out, err = mfdist("bench", "training", TINY, "--device", "cpu", "--set", "training.micro_batches=2")
+    assert code == 2 and "training.micro_batches must be 1 where tables are fused" in err
+    assert "dense twin" not in out
 
 
 def test_what_does_not_fit_has_a_note_and_is_not_wrong():
