@@ -8,6 +8,7 @@ import typer
 from mfdist import quantities
 from mfdist.errors import ConfigError
 from mfdist.launch import machine
+from mfdist.launch.cli import failures
 from mfdist.launch.cli.bench_layers import HEADER, line
 from mfdist.launch.cli.json_output import JsonFile, to_json
 
@@ -31,8 +32,12 @@ def bench_decode(
         typer.Option(min=1, metavar="N", help="Layers with weights of their own; the others take theirs in turn."),
     ] = None,
     is_compiled: Annotated[bool, typer.Option("--compile", help="Compile both by torch.compile, on a GPU.")] = False,
+    at_least: Annotated[
+        float | None,
+        typer.Option(metavar="RATIO", help="Fail unless the MemoryFormer has so much of its twin's tokens/s."),
+    ] = None,
     json_file: JsonFile = None,
-) -> None:
+) -> int:
     """Let a model of random weights and its dense twin write, in turns; speed does not depend on weights.
 
     Example: mfdist bench decode tiny --threads 1
@@ -42,7 +47,8 @@ def bench_decode(
     Example: mfdist bench decode base --device cuda --dtype bf16 --batch 8 --compile
 
     One layer of each, by itself, comes after them; `mfdist bench layers` has more of that. A model whose vocabulary is
-    its tokenizer's gets data.vocab_size tokens. Tables take all their memory; with --distinct, that of N layers.
+    its tokenizer's gets data.vocab_size tokens. "In turns" is the least and the most of any turn. Tables take all
+    their memory; with --distinct, that of N layers.
     """
     import torch
 
@@ -75,11 +81,14 @@ def bench_decode(
     how = ", compiled" if is_compiled else ""
     typer.echo(f"{name}, {describe_device(where)}, torch {torch.__version__}, batch {batch}, {dtype}{how}")
     counts = {name: count(random_model(each, dtype=FLOATS[dtype], device="meta")) for name, each in shapes.items()}
-    typer.echo(f"{'':<14}{'tokens/s':>10}{'ms/token':>10}{'of twin':>9}{'read a token':>14}{'parameters':>12}")
+    typer.echo(
+        f"{'':<14}{'tokens/s':>10}{'ms/token':>10}{'of twin':>9}{'in turns':>12}{'read a token':>14}{'parameters':>12}"
+    )
     for name, speed in found.items():
+        turns = "–".join(f"{ratio:.2f}" for ratio in speed.ratio_range) if name != "dense twin" else ""
         read, size = counts[name].bytes_read_per_token, counts[name].num_parameters
         typer.echo(
-            f"{name:<14}{speed.tokens_per_s:>10.1f}{1e3 / speed.tokens_per_s:>10.2f}{speed.ratio:>9.2f}"
+            f"{name:<14}{speed.tokens_per_s:>10.1f}{1e3 / speed.tokens_per_s:>10.2f}{speed.ratio:>9.2f}{turns:>12}"
             f"{quantities.num_bytes(read):>14}{quantities.count(size):>12}"
         )
     typer.echo("one layer by itself:")
@@ -116,3 +125,9 @@ def bench_decode(
             "layers": [asdict(layer) for layer in layers],
         }
         json_file.write_text(to_json(document, indent=1) + "\n", "utf-8")
+    if any(layer.is_wrong for layer in layers):
+        return failures.fail("every layer's result must be float64's within its dtype; those marked WRONG are not")
+    ratio = found["MemoryFormer"].ratio
+    if at_least is not None and not ratio >= at_least:
+        return failures.fail(f"the MemoryFormer must write at {at_least:g} of its twin's speed; got {ratio:.2f}")
+    return failures.DONE

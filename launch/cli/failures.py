@@ -60,8 +60,8 @@ def run(command: Callable[[], object], *, wants_traceback: bool = False) -> int:
     except MemoryError as error:
         return fail(_out_of_memory(error))
     except Exception as error:  # noqa: BLE001 - the last resort of a process: it is reported with its traceback
-        # torch's own class, known by its name because importing torch takes seconds.
-        if type(error).__name__ == "OutOfMemoryError":
+        # torch's, known by its name and its words because importing torch takes seconds.
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return fail(_out_of_memory(error))
         traceback.print_exc()
         return fail(f"{type(error).__name__}: {error}; this is a defect in mfdist, please report the lines above")
@@ -114,7 +114,7 @@ def _misuse(error: Exception) -> int:
 def _out_of_memory(error: BaseException) -> str:
     return (
         f"there must be memory for the model and a batch; got: {str(error) or 'no more from the system'}; "
-        "raise training.micro_batches or lower training.batch_size"
+        "in training raise training.micro_batches or lower training.batch_size"
     )
 
 

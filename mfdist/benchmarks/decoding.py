@@ -24,6 +24,7 @@ class Decoding:
 
     tokens_per_s: float  # median over the rounds
     ratio: float  # of this speed to the first model's, median over the rounds
+    ratio_range: tuple[float, float]  # the least and the most of any round
 
 
 def random_model(
@@ -85,11 +86,16 @@ def measure_decoding(
         is_compiled: what a token takes is compiled by torch.compile.
 
     Raises:
+        ConfigError: no token fits behind the prompt.
         InternalError: a CUDA graph did not give the logits of the model.
 
     Cost: on a CPU with one thread time is processor time, which is right on a busy machine too. On a GPU a token is one
         replay of a CUDA graph, always at the prompt's end: a graph has one shape.
     """
+    if (most := min(model.config.max_seq_len for model in models.values())) <= _PROMPT_TOKENS:
+        raise ConfigError(
+            f"model.max_seq_len must be more than the {_PROMPT_TOKENS} tokens of the prompt; got {most}; raise it"
+        )
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     calls: dict[str, _Call] = {
@@ -106,9 +112,10 @@ def measure_decoding(
             if number:
                 seconds[name].append(taken / batch)
     first = next(iter(seconds.values()))
+    ratios = {name: [base / mine for base, mine in zip(first, own, strict=True)] for name, own in seconds.items()}
     return {
         name: Decoding(
-            1 / statistics.median(own), statistics.median(base / mine for base, mine in zip(first, own, strict=True))
+            1 / statistics.median(own), statistics.median(ratios[name]), (min(ratios[name]), max(ratios[name]))
         )
         for name, own in seconds.items()
     }

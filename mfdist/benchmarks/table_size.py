@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfdist import quantities
+from mfdist.benchmarks.timing import quartile_spread
 from mfdist.optim import RowAdagrad
 from mfdist.spec import TableSpec
 from mfdist.tables.local import LocalTable
-from mfdist.training.device import synchronize
+from mfdist.training.device import is_out_of_memory, synchronize
 
 _LR = 0.1
 #: Of a bf16 weight that was rounded up or down, and of fp32 sums.
@@ -32,6 +34,7 @@ class SizeSpeed:
         num_rows, row_dim: of the table.
         table_bytes: of its rows.
         forward_s, step_s: medians of a lookup, and of a lookup with backward and update.
+        step_spread: how far apart the quartiles of steps' times are, a share of the median; NaN for a single step.
         forward_bytes_per_s: rows read, each as often as it is looked up.
         step_bytes_per_s: those; output gradients read once a lookup; and each row that is looked up, read and written.
         peak_bytes: the most GPU memory at a time; None on a CPU.
@@ -43,6 +46,7 @@ class SizeSpeed:
     table_bytes: int
     forward_s: float
     step_s: float
+    step_spread: float
     forward_bytes_per_s: float
     step_bytes_per_s: float
     peak_bytes: int | None
@@ -73,7 +77,7 @@ def measure_sizes(
         turns: that are timed.
 
     Raises:
-        torch.OutOfMemoryError: a table does not fit.
+        MemoryError: a table does not fit; those before were yielded.
     """
     for size in sizes:
         gc.collect()
@@ -81,9 +85,15 @@ def measure_sizes(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         spec = TableSpec(name="sized", num_rows=size // (2 * row_dim), row_dim=row_dim, dtype=torch.bfloat16)
-        yield _measured(
-            LocalTable(spec, device=device, fuse=RowAdagrad(lr=_LR)), device, num_tokens, num_lookups, turns
-        )
+        try:
+            speed = _measured(
+                LocalTable(spec, device=device, fuse=RowAdagrad(lr=_LR)), device, num_tokens, num_lookups, turns
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(f"{quantities.num_bytes(size)} with what a step needs do not") from error
+        yield speed
 
 
 def _measured(table: LocalTable, device: torch.device, num_tokens: int, num_lookups: int, turns: int) -> SizeSpeed:
@@ -102,7 +112,9 @@ def _measured(table: LocalTable, device: torch.device, num_tokens: int, num_look
         table(ids, scores).backward(grad)
 
     error = _error(table, ids, scores, grad)
-    forward_s, step_s = _median_s(forward, device, turns), _median_s(step, device, turns)
+    forward_s = statistics.median(_taken_s(forward, device, turns))
+    steps_s = _taken_s(step, device, turns)
+    step_s = statistics.median(steps_s)
     read = ids.numel() * spec.row_dim * 2
     touched = int(torch.unique(ids).numel()) * spec.row_dim * 2
     return SizeSpeed(
@@ -111,6 +123,7 @@ def _measured(table: LocalTable, device: torch.device, num_tokens: int, num_look
         table_bytes=table.weight.nbytes,
         forward_s=forward_s,
         step_s=step_s,
+        step_spread=quartile_spread(steps_s),
         forward_bytes_per_s=read / forward_s,
         step_bytes_per_s=(2 * read + 2 * touched) / step_s,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -139,7 +152,7 @@ def _distance(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
-def _median_s(work: Callable[[], None], device: torch.device, turns: int) -> float:
+def _taken_s(work: Callable[[], None], device: torch.device, turns: int) -> list[float]:
     taken = []
     for _ in range(turns + 1):  # the first compiles
         synchronize(device)
@@ -147,4 +160,4 @@ def _median_s(work: Callable[[], None], device: torch.device, turns: int) -> flo
         work()
         synchronize(device)
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+    return taken[1:]

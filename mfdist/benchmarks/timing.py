@@ -3,6 +3,7 @@
 With one CPU thread it is processor time, which is right also on a machine that is busy with other things.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +47,14 @@ def medians_us(works: Sequence[Work], device: str, seconds: float) -> list[float
         for work, count, taken in zip(works, calls, times, strict=True):
             taken.append(_clocked_us(work.call, count))
     return [statistics.median(taken) for taken in times]
+
+
+def quartile_spread(times: Sequence[float]) -> float:
+    """Return how far apart the quartiles of some times are, as a share of their median; NaN for a single one."""
+    if len(times) < 2:
+        return math.nan
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle
 
 
 def extra_bytes(step: Callable[[], tuple[Tensor, ...]]) -> int:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mfdist.benchmarks.timing import quartile_spread
 from mfdist.config import RunConfig, load_config
 from mfdist.models import Transformer, build_model
-from mfdist.training.device import deterministic, peak_memory_bytes
+from mfdist.training.device import deterministic, is_out_of_memory, peak_memory_bytes
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.step import TrainStep
 from mfdist.training.step_graph import EAGER_STEPS
@@ -105,7 +106,9 @@ def measure_training(
         try:
             with deterministic(config.training.is_deterministic):
                 speed = _measured(contender, config, device, steps, first)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             speed = TrainingSpeed(contender=contender, note="needs more memory than there is")
         first = first or speed.tokens_per_s
         yield speed
@@ -157,7 +160,7 @@ def _measured(
     return TrainingSpeed(
         contender=contender,
         step_s=step_s,
-        spread=_spread(seconds),
+        spread=quartile_spread(seconds),
         tokens_per_s=tokens_per_s,
         ratio=tokens_per_s / (first or tokens_per_s),
         peak_memory_bytes=peak,
@@ -166,13 +169,6 @@ def _measured(
         first_loss=losses[0],
         last_loss=losses[_BATCHES * ((len(losses) - 1) // _BATCHES)],
     )
-
-
-def _spread(seconds: Sequence[float]) -> float:
-    if len(seconds) < 2:
-        return math.nan
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return (high - low) / middle
 
 
 def _in_two(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,8 +115,19 @@ def test_decoding_is_timed_beside_the_twin(mfdist, tmp_path):
     document = json.loads((tmp_path / "found.json").read_text())
     assert document["model"]["vocab_size"] == 300 and document["machine"]["threads"] == 1
     twin, memory = document["results"]
-    assert twin["ratio"] == 1.0
+    assert twin["ratio"] == 1.0 and twin["ratio_range"] == [1.0, 1.0]
+    assert memory["ratio_range"] == [memory["ratio"]] * 2  # of one turn
     assert memory["bytes_read_per_token"] < twin["bytes_read_per_token"]
+
+
+def test_a_decode_that_is_too_slow_is_a_failure(mfdist):
+    sizes = ["--set", "model.num_layers=1", "--set", "model.hidden_dim=32", "--set", "data.vocab_size=300"]
+    code, _, err = mfdist("bench", "decode", "demo", *sizes, "--tokens", 2, "--rounds", 2, "--at-least", 1000)
+    assert code == 1 and "must write at 1000 of its twin's speed; got" in err
+    code, _, err = mfdist(
+        "bench", "decode", "demo", *sizes, "--set", "model.max_seq_len=16", "--set", "training.seq_len=16"
+    )
+    assert code == 2 and "model.max_seq_len must be more than the 16 tokens of the prompt; got 16" in err
 
 
 def test_layers_are_timed_over_numbers_of_tokens_and_the_crossover_is_told(mfdist, tmp_path):

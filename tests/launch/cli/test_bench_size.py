@@ -18,7 +18,7 @@ def test_tables_of_two_sizes_are_trained(mfdist, tmp_path):
     small, large = json.loads(file.read_text("utf-8"))["results"]
     assert (small["num_rows"], large["num_rows"]) == (1000, 15625)
     assert 0 < small["error"] < 2**-7 and 0 < large["error"] < 2**-7
-    assert small["step_s"] > small["forward_s"] > 0
+    assert small["step_s"] > small["forward_s"] > 0 and small["step_spread"] >= 0
 
 
 def test_rows_that_were_not_updated_as_they_should_be_are_found(monkeypatch):
@@ -43,6 +43,14 @@ def test_misuse_is_one_line(mfdist, arguments, message):
     code, out, err = mfdist("bench", "size", *arguments)
     assert (code, out) == (2, "")
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_table_larger_than_memory_is_told_after_what_was_found(mfdist, tmp_path):
+    file = tmp_path / "found.json"
+    code, out, err = mfdist("bench", "size", "--size", "128KB", "--size", "9000TB", *SMALL, "--json", file)
+    assert code == 1 and len(out.splitlines()) == 3 and len(err.splitlines()) == 1
+    assert "tables must fit into memory; 8.0 PiB with what a step needs do not; give a smaller --size" in err
+    assert len(json.loads(file.read_text("utf-8"))["results"]) == 1
 
 
 def test_too_slow_is_a_failure(mfdist):
