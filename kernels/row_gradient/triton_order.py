@@ -20,6 +20,8 @@ from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, next
 
 _MAX_LOOKUPS: Final = 2**32 - 1
 _INT32_MAX: Final = torch.iinfo(torch.int32).max
+#: Places of so many lookups are counted in int32: who sums a run looks up to three blocks of 512 past its last place.
+_MOST_INT32_PLACES: Final = _INT32_MAX - (1 << 12)
 _WORD_BITS: Final = 63
 #: Above it, counters outgrow the lookups.
 _MAX_COUNTED: Final = 4096
@@ -81,7 +83,7 @@ def order_by_row(
         is_checked: ids may be bad.
 
     Returns:
-        Starts and ends are in int32, or int64 where N · K needs it.
+        Starts and ends are in `place_dtype`.
 
     Raises:
         ConfigError: there are 2**32 lookups or more.
@@ -89,7 +91,7 @@ def order_by_row(
     if 0 < code_stride <= _MAX_COUNTED:
         return _by_counting(row_ids, scores, grad_scores, error_word, code_stride, is_checked=is_checked)
     rows, words = sort_by_row(row_ids, scores, grad_scores, error_word, num_rows, code_stride, is_checked=is_checked)
-    kind = _place_dtype(row_ids.numel())
+    kind = place_dtype(row_ids.numel())
     bounds = words.new_zeros(num_rows + 1, dtype=kind)
     numbers = torch.arange(num_rows, dtype=rows.dtype, device=rows.device)
     torch.searchsorted(rows, numbers, right=True, out_int32=kind == torch.int32, out=bounds[1:])
@@ -145,8 +147,9 @@ def _checked_count(row_ids: Tensor) -> int:
     return row_ids.numel()
 
 
-def _place_dtype(num_ids: int) -> torch.dtype:
-    return torch.int32 if num_ids <= _INT32_MAX else torch.int64
+def place_dtype(num_ids: int) -> torch.dtype:
+    """Return int32, or int64 where so many lookups need it, for places in their order."""
+    return torch.int32 if num_ids <= _MOST_INT32_PLACES else torch.int64
 
 
 def _by_counting(
@@ -159,7 +162,7 @@ def _by_counting(
     is_checked: bool,
 ) -> Order:
     num_tokens, num_lookups = row_ids.shape
-    kind = _place_dtype(_checked_count(row_ids))
+    kind = place_dtype(_checked_count(row_ids))
     bins = max(_MIN_BINS, next_power_of_2(code_stride))
     chunk = min(_MAX_CHUNK, next_power_of_2(triton.cdiv(num_tokens, _WANTED_CHUNKS)))
     chunk = max(_MIN_CHUNK, bins, chunk)

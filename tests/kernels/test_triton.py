@@ -13,6 +13,7 @@ import torch
 from mfdist.errors import ConfigError
 from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
 from mfdist.kernels.row_gradient.triton_impl import slices
+from mfdist.kernels.row_gradient.triton_order import place_dtype
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
@@ -324,6 +325,8 @@ def test_sizes_of_tiles() -> None:
     assert [can_be_bad(codes, limit) for limit in (16, 255, 256)] == [True, True, False]
     assert [can_be_bad(codes.to(torch.uint16), limit) for limit in (65_535, 65_536)] == [True, False]
     assert can_be_bad(codes.int(), 1 << 20)
+    assert [place_dtype(1 << bits) for bits in (30, 31)] == [torch.int32, torch.int64]
+    assert place_dtype((1 << 31) - 3 * 512) == torch.int64  # places past the last, which are computed too, fit
     widths = {1: [1], 40: [64], 160: [256], 640: [128, 512], 960: [1024], 1280: [256, 1024], 1536: [512, 1024]}
     widths |= {520: [512, 8], 700: [512, 256], 1792: [256, 512, 1024]}
     for dim, expected in widths.items():
