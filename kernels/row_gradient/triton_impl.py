@@ -31,14 +31,14 @@ _COLUMNS_OF_SHORT_RUNS = 512
 #: A pass takes about as long for columns past the last as for others: less than a quarter may be that, but that a slice
 #: of so many columns is not cut further, because every pass reads all words.
 _LEAST_COLUMNS = 256
-#: Triton knows of a number whether it divides by so much, and what is aligned from that.
+#: Triton knows of a number whether it is a multiple of this, and from that what is aligned.
 _ALIGNED = 16
 #: Registers to a thread of so many columns in bf16 or fp16; more would leave room for fewer warps.
 _REGISTERS = {1024: 96, 512: 64}
 #: Lookups of a piece: without pieces one frequent row's program would outlast all others.
 PIECE = 128
 _NARROW_BYTES = 2
-#: Elements of grad_output that a warp's program takes at a time: of narrower slices, several lookups together.
+#: Slices of so many columns or more are summed two lookups at a time; narrower ones by tiles of so many elements.
 _ELEMENTS: tl.constexpr = tl.constexpr(512)
 
 
@@ -238,7 +238,8 @@ def sum_lookups(
     """Return the sum [COLUMNS] of score · grad_output over [start, end) of the order.
 
     Each lookup's ⟨grad_output, values⟩ is written to grad_scores if HAS_PRODUCTS, or added to what an earlier slice
-    left there.
+    left there. The row's pieces may leave nothing to sum, but the word before `end` is always one of the row's, and is
+    read in place of any past it.
     """
     IS_BEGUN: tl.constexpr = HAS_PRODUCTS and IS_ADDED
     if COLUMNS >= _ELEMENTS:
@@ -266,7 +267,7 @@ def _sum_pairs(
     Two are what registers hold, and their chains of additions, which have to wait for each step, go on side by side.
     """
     total = tl.zeros([COLUMNS], tl.float32)
-    last = tl.maximum(end - 1, 0)  # which may be read though the run is empty
+    last = tl.maximum(end - 1, 0)  # `end` is positive: told so, the compiler's loop is shorter
     word = _words_at(words, start, last)
     other = _words_at(words, start + 1, last)
     for place in range(start, end - 1, 2):
@@ -324,7 +325,7 @@ def _sum_tiles(
     """Sum narrow slices LOOKUPS at a time; while some are summed, what belongs to the next ones is on its way."""
     i = tl.arange(0, LOOKUPS)
     total = tl.zeros([LOOKUPS, COLUMNS], tl.float32)
-    last = tl.maximum(end - 1, 0)  # which may be read though the run is empty
+    last = tl.maximum(end - 1, 0)
     word = _words_at(words, start + i, last)
     next_word = _words_at(words, start + LOOKUPS + i, last)
     grads, product = _tile_of(

@@ -175,11 +175,15 @@ def _by_counting(
         _TURNED_TOKENS, _TURNED_LOOKUPS, is_checked, **LAUNCH_OPTIONS,
     )  # fmt: skip
     counts = row_ids.new_empty(num_lookups, chunks, code_stride, dtype=kind)
-    _count[(num_lookups, chunks)](codes, counts, *sizes, chunks, chunk, bins, num_warps=2, **LAUNCH_OPTIONS)
+    _count[(num_lookups, chunks)](
+        codes, counts, num_tokens, code_stride, chunks, chunk, bins, num_warps=2, **LAUNCH_OPTIONS
+    )
     starts, ends = row_ids.new_empty(2, num_lookups * code_stride, dtype=kind)
     chunks_up = next_power_of_2(chunks)
     together = min(bins, max(1, _CODES_TOGETHER * _WANTED_CHUNKS // max(chunks_up, _WANTED_CHUNKS)))
-    _bound[(num_lookups,)](counts, starts, ends, *sizes, chunks, chunks_up, together, num_warps=8, **LAUNCH_OPTIONS)
+    _bound[(num_lookups,)](
+        counts, starts, ends, num_tokens, code_stride, chunks, chunks_up, together, num_warps=8, **LAUNCH_OPTIONS
+    )
     words = row_ids.new_empty(row_ids.numel(), dtype=torch.int64)
     if is_checked:
         words.fill_(-1)
@@ -262,7 +266,7 @@ def _turn(
 
 
 @triton.jit
-def _count(codes, counts, N, K, S, CHUNKS, CHUNK: tl.constexpr, BINS: tl.constexpr):
+def _count(codes, counts, N, S, CHUNKS, CHUNK: tl.constexpr, BINS: tl.constexpr):
     """Count the codes of lookup k in one chunk of tokens."""
     k = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -274,7 +278,7 @@ def _count(codes, counts, N, K, S, CHUNKS, CHUNK: tl.constexpr, BINS: tl.constex
 
 
 @triton.jit
-def _bound(counts, starts, ends, N, K, S, CHUNKS, CHUNKS_UP: tl.constexpr, CODES: tl.constexpr):
+def _bound(counts, starts, ends, N, S, CHUNKS, CHUNKS_UP: tl.constexpr, CODES: tl.constexpr):
     """Turn the counts of lookup k into where each chunk's tokens of a code begin, and write the bounds of its rows."""
     k = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS_UP)
