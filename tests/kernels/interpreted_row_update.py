@@ -7,6 +7,7 @@ rounding is integer arithmetic: bf16 rows and states must have the very bits of 
 import sys
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from mfdist.errors import RowIdError
@@ -15,7 +16,7 @@ from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.row_update import RowRule, reference, triton_impl, triton_windows
 from mfdist.testing.tolerances import TOLERANCES, relative_error
-from tests.kernels.lookups import Lookup, make_lookup
+from tests.kernels.lookups import RUNS_BY_EIGHT, Lookup, make_lookup, make_runs
 from tests.kernels.row_moments import assert_rounds_as_the_reference
 from tests.kernels.updates import ADAGRAD, LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
 
@@ -84,6 +85,13 @@ def updates() -> None:
     check(make_lookup(36, 2, 2, 40, is_compact=False), adagrad)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check(make_lookup(36, 2, 2, 40), sgd)
+    # Slices of 16, 32 and 32 columns, the wide ones two lookups at a time.
+    gradients._COLUMNS_EACH, gradients._ELEMENTS = 32, tl.constexpr(32)
+    gradients._COLUMNS_OF_SHORT_RUNS = 32
+    check(make_runs(RUNS_BY_EIGHT, 10, 80, dtype=torch.bfloat16), adagrad)
+    triton_impl._MOST_KEPT_BYTES, triton_impl._KEPT_COLUMNS = 1 << 20, 32  # of the 48 that are kept
+    for rule in RULES:
+        check(make_runs(RUNS_BY_EIGHT, 10, 80), rule)
 
 
 def windows() -> None:
@@ -103,12 +111,15 @@ def windows() -> None:
     check(make_lookup(20, 2, 40, 24, dtype=torch.bfloat16), adagrad, torch.bfloat16)
     triton_windows.PIECE = 8
     for counts in ([80], [1, 16, 15, 33, 14, 1], [7, 40, 1, 1, 31], [17] * 4, [1] * 20 + [60]):
-        lookup = make_lookup(sum(counts) // 2, 2, 40, 20, is_compact=False, id_dtype=torch.int64)
-        rows = torch.randperm(80)[: len(counts)]
-        ids = rows.repeat_interleave(torch.tensor(counts))[: lookup.row_ids.numel()]
-        lookup.row_ids.copy_(ids[torch.randperm(ids.numel())].view(-1, 2))
+        lookup = make_runs(counts, 80, 20)
         for rule in (sgd, adagrad) if len(counts) > 1 else (adam,):
             check(lookup, rule)
+    # Slices of 16, 32 and 32 columns, or of 16 and 32; long runs take the wide ones two lookups at a time.
+    triton_windows._COLUMNS = triton_windows._WHOLE_COLUMNS = 32
+    gradients._ELEMENTS = tl.constexpr(32)
+    for rule in RULES:
+        check(make_runs([1, 16, 15, 35, 12, 1], 80, 80), rule)
+    check(make_runs([1, 2, 27, 18], 80, 48, dtype=torch.bfloat16), adagrad)
 
 
 def rounding() -> None:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import torch
+import triton.language as tl
 
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
@@ -25,7 +26,7 @@ from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.attentions import Attention, expected_attention, make_attention
-from tests.kernels.lookups import Lookup, expected_gradients, expected_sum, make_lookup
+from tests.kernels.lookups import RUNS_BY_EIGHT, Lookup, expected_gradients, expected_sum, make_lookup, make_runs
 from tests.kernels.ragged_lookups import expected_of_list, make_list
 
 
@@ -69,6 +70,9 @@ def lookups() -> None:
     check_lookup(make_lookup(70, 2, 8, 40))
     check_lookup(make_lookup(70, 3, 2, 70, is_compact=False))
     check_lookup(equal)
+    gradients._ELEMENTS = tl.constexpr(32)  # slices of 32 columns go two lookups at a time, narrower ones more
+    check_lookup(make_runs(RUNS_BY_EIGHT, 10, 80))  # 16, 32 and 32
+    check_lookup(make_runs(RUNS_BY_EIGHT, 10, 60, dtype=torch.bfloat16))  # 32 and 28
     few_rows = make_lookup(70, 2, 2, 33, id_dtype=torch.int32)
     check_lookup(few_rows)
     ordering._MAX_COUNTED = 1  # as for codes too many to count
@@ -259,6 +263,15 @@ def bad_ids() -> None:
             # A part of the table without columns has nothing to sum, and tells of the id all the same.
             assert sums.gather_sum(table[:, :0], ids, scores, 0, "narrow").shape == (num_tokens, 0)
             expect_error(f'row id {bad} is outside table "narrow" (num_rows=12)')
+    gradients.PIECE = 8  # of which one ends where the order has a gap, within it and at its end
+    for k in (0, 1):
+        codes = torch.zeros(40, 2, dtype=torch.int32)
+        codes[1, k] = 6
+        grads = gradients.row_gradient(table, codes, torch.ones(40, 2), torch.ones(40, 8), 6, "codes")
+        assert grads[0][:, 0].nonzero().flatten().tolist() == [0, 6]
+        assert grads[0][[0, 6], 0].tolist() == [40.0 - (k == 0), 40.0 - (k == 1)]
+        assert grads[1].isnan().nonzero().tolist() == [[1, k]]
+        expect_error('code 6 is outside its part of table "codes"')
     codes = torch.tensor([[3, 6]], dtype=torch.uint16)
     sums.gather_sum(table[:, :0], codes, torch.ones(1, 2), 6, "narrow")
     expect_error('code 6 is outside its part of table "narrow"')

@@ -1,5 +1,6 @@
 """Random lookups to test with, and the check of a whole lookup, forward and backward, against the oracle."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from mfdist.kernels import gather_sum, row_gradient
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
+
+#: Runs of odd and even length, around the ends of pieces of 8 lookups, which runs of 16 and more are cut into.
+RUNS_BY_EIGHT = (1, 2, 7, 15, 16, 17, 18, 24)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ def make_lookup(
         torch.randn(num_tokens, row_dim).to(dtype),
         rows_each if is_compact else 0,
     )
+
+
+def make_runs(counts: Sequence[int], num_rows: int, row_dim: int, *, dtype: torch.dtype = torch.float32) -> Lookup:
+    """Return a lookup of two ids a token that reads a row as often as each of `counts`, whose sum is even."""
+    lookup = make_lookup(
+        sum(counts) // 2, 2, num_rows // 2, row_dim, dtype=dtype, is_compact=False, id_dtype=torch.int64
+    )
+    ids = torch.randperm(num_rows)[: len(counts)].repeat_interleave(torch.tensor(counts))
+    lookup.row_ids.copy_(ids[torch.randperm(ids.numel())].view(-1, 2))
+    return lookup
 
 
 def assert_matches_oracle(lookup: Lookup) -> None:
