@@ -45,8 +45,8 @@ def bench_learning(
 
     Validation loss is told against tokens, FLOPs and seconds of training; "ahead" is by how many nats a token the
     memory is below a twin. The twin has one learning rate, the best, or a higher one for its embedding as well, as
-    the MemoryFormer has, or more decay besides; --at-least is asked of the best of them. A bench that was cut short
-    goes on where it was.
+    the MemoryFormer has, or more decay besides; --at-least is asked of the best of them. A run whose loss is not finite
+    is told and compared with nothing. A bench that was cut short goes on where it was.
     """
     import torch
 
@@ -94,12 +94,14 @@ def bench_learning(
             f"{missing} runs are missing, for want of time or because the bench was told to stop; the same command "
             "goes on with them"
         )
+    ended = [learned for learned in found if learned.note]
     ahead = gaps(found)
     for one in ahead:
         typer.echo(_told(one))
     # Without all of its runs, the better twin may be the one that is missing.
     if at_least is not None and (missing or not ahead or ahead[0].at_tokens < at_least):
         got = f"got {ahead[0].at_tokens:.3f} for {ahead[0].twin}" if ahead else "--only must name memory and a twin"
+        got = f"{ended[0].variant} ended early" if not ahead and ended else got
         got = "not all of them were trained" if missing else got
         return failures.fail(f"the MemoryFormer must be ahead of its twin by {at_least:g} nats a token; {got}")
     return failures.DONE
@@ -130,6 +132,8 @@ def _changes(settings: dict[str, str]) -> str:
 
 
 def _line(learned: "Learned") -> str:
+    if learned.note:
+        return f"{learned.variant:<34}{learned.seed:>5}  {'; '.join(learned.note.split('; ')[:2])}"
     points, last = learned.points, learned.points[-1]
     quarters = [min(points, key=lambda point: abs(point.tokens - last.tokens * part / 4)) for part in (1, 2, 3)]
     losses = " ".join(f"{point.loss:.3f}" for point in (*quarters, last))

@@ -7,6 +7,7 @@ its own. A variant that has finished is not trained again, so a bench that was c
 import contextlib
 import gc
 import itertools
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 
 from mfdist.checkpoint.lock import WriterLock
 from mfdist.config import load_config
-from mfdist.errors import ConfigError
+from mfdist.errors import ConfigError, NonFiniteError
 from mfdist.models.count import flops_per_token
 from mfdist.training.data.tokenizer import load_tokenizer
 from mfdist.training.events import ignore
@@ -153,6 +154,7 @@ class Learned:
     tokens_per_s: float  # median over steps
     peak_memory_bytes: int
     points: list[Point]
+    note: str = ""  # why it ended before its last step; points are those until then
 
 
 def measure(
@@ -190,7 +192,7 @@ def measure(
             path = folder / f"{variant.name}-seed-{seed}"
             own = [f"{key}={value}" for key, value in variant.settings.items()]
             overrides = [*_OF_ALL, *settings, *own, f"training.seed={seed}"]
-            if _is_finished(path):
+            if _is_finished(path) or _diverged(path):
                 _check_same(path, preset, overrides)
             else:
                 if not may_begin():
@@ -199,8 +201,9 @@ def measure(
                     held.callback(_locked(folder).release)
                     is_ours = True
                 tell(f"training {path.name}")
-                _train(path, preset, overrides)
-                if not _is_finished(path):  # it was told to stop, and so are the others
+                with contextlib.suppress(NonFiniteError):  # which its metrics have, and others may not
+                    _train(path, preset, overrides)
+                if not (_is_finished(path) or _diverged(path)):  # it was told to stop, and so are the others
                     return
             yield _learned(path, variant, seed)
 
@@ -244,6 +247,12 @@ def _number(text: str) -> float | str:
 def _is_finished(path: Path) -> bool:
     stops = read_metrics(path / "metrics.jsonl", "stopped") if (path / "metrics.jsonl").exists() else []
     return bool(stops) and stops[-1]["reason"] == "finished"
+
+
+def _diverged(path: Path) -> str:
+    """Return how a run ended whose loss was not finite; empty for others. Training it again would end alike."""
+    failed = read_metrics(path / "metrics.jsonl", "failed")
+    return next((str(each["message"]) for each in failed if each["kind"] == NonFiniteError.kind), "")
 
 
 def _check_same(path: Path, preset: str, overrides: Sequence[str]) -> None:
@@ -294,15 +303,16 @@ def _learned(path: Path, variant: Variant, seed: int) -> Learned:
         question=variant.question,
         seed=seed,
         device=started["device"],
-        tokens_per_s=statistics.median(each["tokens_per_s"] for each in steps),
-        peak_memory_bytes=max(each["peak_memory_bytes"] for each in steps),
+        tokens_per_s=statistics.median([each["tokens_per_s"] for each in steps] or [math.nan]),
+        peak_memory_bytes=max((each["peak_memory_bytes"] for each in steps), default=0),
         points=points,
+        note=_diverged(path),
     )
 
 
 def _without_compiling(seconds: Sequence[float]) -> list[float]:
     """Return how long steps took, the first few and others that took three times the median as long as that."""
-    usual = statistics.median(seconds)
+    usual = statistics.median(seconds or [0.0])
     return [each if index >= _COMPILING_STEPS and each < 3 * usual else usual for index, each in enumerate(seconds)]
 
 
@@ -329,10 +339,14 @@ class Gap:
 
 
 def gaps(found: Sequence[Learned]) -> list[Gap]:
-    """Return how far `memory` is ahead of every `twin`, the best of these first; empty where one is missing."""
+    """Return how far `memory` is ahead of every `twin`, the best of these first; empty where one is missing.
+
+    A model of which some run's loss was not finite is left out.
+    """
     runs: dict[str, list[Learned]] = {}
+    left_out = {each.variant for each in found if each.note}
     for each in found:
-        if each.question in ("memory", "twin") and each.points:
+        if each.question in ("memory", "twin") and each.points and each.variant not in left_out:
             runs.setdefault(each.variant, []).append(each)
     memory = runs.pop("memory", None)
     if memory is None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,22 @@ def test_a_folder_that_another_bench_trains_in_is_left_alone(mfdist, workplace, 
         other.release()
     assert bench(mfdist, tmp_path / "runs", *only)[0] == 0
     WriterLock(tmp_path / "runs").release()
+
+
+def test_a_run_that_is_not_finite_is_told_once_and_others_go_on(mfdist, workplace, tmp_path):
+    found = tmp_path / "found.json"
+    only = ("--seeds", "0", "--only", "memory", "--only", "twin-2e-3", "--set", "optimizer.tables.lr=1e38")
+    for trained in (["memory", "twin-2e-3"], []):
+        code, out, err = bench(mfdist, tmp_path / "runs", *only, "--at-least", "-9", "--json", found)
+        assert code == 1
+        assert err.splitlines()[:-1] == [f"training {name}-seed-0" for name in trained]
+        assert "ahead of its twin by -9 nats a token; memory ended early" in err
+        assert out.splitlines()[2].split(maxsplit=2)[2].startswith("the loss must stay finite; got ")
+        assert out.splitlines()[3].startswith("twin-2e-3") and "ahead" not in out
+        memory, twin = json.loads(found.read_text("utf-8"))["results"]
+        assert memory["note"] and not twin["note"] and twin["points"][-1]["step"] == 12
+    code, _, err = bench(mfdist, tmp_path / "runs", *only[:-1], "optimizer.tables.lr=1e-3")
+    assert code == 2 and "has optimizer.tables.lr=1e+38, not 0.001" in err
 
 
 def test_variants_start_from_a_memoryformer(mfdist, workplace, tmp_path):
@@ -181,4 +198,5 @@ def test_gaps_are_to_all_twins_the_best_first_at_equal_tokens_and_at_equal_secon
     )
     assert (other.twin, other.at_tokens) == ("twin-b", pytest.approx(0.8))
     assert gaps(found[:2]) == gaps(found[2:]) == []
+    assert not gaps([*found[:3], replace(found[3], note="diverged")])  # the mean would be of other seeds
     assert [gap.spread for gap in gaps([found[0], found[2]])] == [None]  # of one seed each nothing is known
