@@ -152,7 +152,7 @@ class Learned:
     seed: int
     device: str  # that it was trained on, which may be another than this process has
     tokens_per_s: float  # median over steps
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of a GPU; on a CPU of the process, runs before it included
     points: list[Point]
     note: str = ""  # why it ended before its last step; points are those until then
 
@@ -272,12 +272,13 @@ def _train(path: Path, preset: str, overrides: Sequence[str]) -> None:
     if path.exists():  # cut short; nothing of it was saved
         shutil.rmtree(path)
     torch.compiler.reset()  # which gives up compiling after a few models in one process
-    torch.manual_seed(0)
-    run = RunDirectory.create(path, load_config(preset, overrides))
-    train(run, observer=ignore)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # a run's peak is its own
+    torch.manual_seed(0)
+    run = RunDirectory.create(path, load_config(preset, overrides))
+    train(run, observer=ignore)
 
 
 def _learned(path: Path, variant: Variant, seed: int) -> Learned:
