@@ -137,7 +137,8 @@ def reach(grad_output: Tensor, end: int) -> tuple[bool, Any]:
 
 def warp_options(columns: int, grad_output: Tensor) -> dict[str, Any]:
     """Return the launch options of programs of one warp that sum so many columns."""
-    is_capped = columns in _REGISTERS and grad_output.itemsize == _NARROW_BYTES
+    is_aligned = grad_output.shape[1] % _ALIGNED == 0  # else addresses take what the cap leaves
+    is_capped = columns in _REGISTERS and grad_output.itemsize == _NARROW_BYTES and is_aligned
     return {"num_warps": 1, **LAUNCH_OPTIONS, **(at_most_registers(_REGISTERS[columns]) if is_capped else {})}
 
 
