@@ -14,7 +14,7 @@ from mfdist.kernels.sign_hash import reference
 
 _BITS = 8
 _SCORE = "paper"
-_CODE_BYTES, _SCORE_BYTES = 1, 4
+_SCORE_BYTES = 4
 
 #: Shapes [N, d] of the activations.
 CASES = {
@@ -26,6 +26,7 @@ CASES = {
 class _Arguments(NamedTuple):
     x: Tensor
     grad_scores: Tensor
+    bits: int
 
 
 def comparisons(name: str, shape: tuple[int, int], device: str) -> Iterator[Comparison]:
@@ -39,40 +40,46 @@ def comparisons(name: str, shape: tuple[int, int], device: str) -> Iterator[Comp
         yield Comparison(op=op, case=name, ceiling="copy", contenders=contenders)
 
 
-def _make(shape: tuple[int, int], dtype: torch.dtype, device: str) -> _Arguments:
+def forward_and_backward(shape: tuple[int, int], bits: int, dtype: torch.dtype, device: str) -> list[Contender]:
+    """Return mfdist's kernels that hash activations [N, d] and take the gradient back to them."""
+    arguments = _make(shape, dtype, device, bits)
+    return [_hash(arguments), _gradient(arguments)]
+
+
+def _make(shape: tuple[int, int], dtype: torch.dtype, device: str, bits: int = _BITS) -> _Arguments:
     generator = torch.Generator(device).manual_seed(5)
     x = torch.randn(shape, device=device, generator=generator).to(dtype)
-    return _Arguments(x, torch.randn(shape[0], shape[1] // _BITS, device=device, generator=generator))
+    return _Arguments(x, torch.randn(shape[0], shape[1] // bits, device=device, generator=generator), bits)
 
 
 def _hash(arguments: _Arguments) -> Contender:
     def call() -> Outputs:
-        return sign_hash(arguments.x, _BITS, _SCORE)
+        return sign_hash(arguments.x, arguments.bits, _SCORE)
 
     return Contender(
         work=Work(lambda _: call()),
         outputs=call,
-        distances=lambda outputs: _hash_distances(arguments.x, outputs, torch.float32),
-        num_bytes=_hash_bytes(arguments.x),
+        distances=lambda outputs: _hash_distances(arguments, outputs, torch.float32),
+        num_bytes=_hash_bytes(arguments),
         repeats=True,
     )
 
 
 def _plain_hash(arguments: _Arguments) -> Contender:
     def call() -> Outputs:
-        return reference.sign_hash(arguments.x, _BITS, _SCORE, 1.0)
+        return reference.sign_hash(arguments.x, arguments.bits, _SCORE, 1.0)
 
     return Contender(
         work=Work(lambda _: call()),
         outputs=call,
-        distances=lambda outputs: _hash_distances(arguments.x, outputs, None),
-        num_bytes=_hash_bytes(arguments.x),
+        distances=lambda outputs: _hash_distances(arguments, outputs, None),
+        num_bytes=_hash_bytes(arguments),
     )
 
 
 def _gradient(arguments: _Arguments) -> Contender:
     def call() -> Tensor:
-        made: Tensor = torch.ops.mfdist.sign_hash_gradient(*arguments, _BITS, _SCORE, 1.0)
+        made: Tensor = torch.ops.mfdist.sign_hash_gradient(*arguments, _SCORE, 1.0)
         return made
 
     return Contender(
@@ -86,7 +93,7 @@ def _gradient(arguments: _Arguments) -> Contender:
 
 def _plain_gradient(arguments: _Arguments) -> Contender:
     def call() -> Tensor:
-        return reference.sign_hash_gradient(*arguments, _BITS, _SCORE, 1.0)
+        return reference.sign_hash_gradient(*arguments, _SCORE, 1.0)
 
     return Contender(
         work=Work(lambda _: call()),
@@ -96,12 +103,13 @@ def _plain_gradient(arguments: _Arguments) -> Contender:
     )
 
 
-def _hash_bytes(x: Tensor) -> int:
-    return x.nbytes + x.numel() // _BITS * (_CODE_BYTES + _SCORE_BYTES)
+def _hash_bytes(arguments: _Arguments) -> int:
+    code_bytes = 1 if arguments.bits <= 8 else 2
+    return arguments.x.nbytes + arguments.grad_scores.numel() * (code_bytes + _SCORE_BYTES)
 
 
-def _hash_distances(x: Tensor, outputs: Outputs, dtype: torch.dtype | None) -> list[Distance]:
-    codes, scores = reference.sign_hash(x.double(), _BITS, _SCORE, 1.0)
+def _hash_distances(arguments: _Arguments, outputs: Outputs, dtype: torch.dtype | None) -> list[Distance]:
+    codes, scores = reference.sign_hash(arguments.x.double(), arguments.bits, _SCORE, 1.0)
     return [
         Distance(torch.float64, [(outputs[0], codes)]),  # whole numbers, which must be the same
         Distance(dtype or outputs[1].dtype, [(outputs[1], scores)]),
@@ -110,5 +118,5 @@ def _hash_distances(x: Tensor, outputs: Outputs, dtype: torch.dtype | None) -> l
 
 def _gradient_distances(arguments: _Arguments, outputs: Outputs) -> list[Distance]:
     wide = (arguments.x.double(), arguments.grad_scores.double())
-    expected = reference.sign_hash_gradient(*wide, _BITS, _SCORE, 1.0)
+    expected = reference.sign_hash_gradient(*wide, arguments.bits, _SCORE, 1.0)
     return [Distance(outputs[0].dtype, [(outputs[0], expected)])]

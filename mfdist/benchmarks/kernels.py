@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from mfdist.benchmarks import block_contenders, hash_contenders, lookup_case, lookup_contenders, update_contenders
+from mfdist.benchmarks import (
+    block_contenders,
+    block_step_contenders,
+    hash_contenders,
+    lookup_case,
+    lookup_contenders,
+    update_contenders,
+)
 from mfdist.benchmarks.ceilings import Ceilings
 from mfdist.benchmarks.contender import DIFFERS, Comparison, Contender, Distance, Outputs, Result
 from mfdist.benchmarks.timing import extra_bytes, medians_us
@@ -83,6 +90,8 @@ def _comparisons(device: str) -> Iterator[Comparison]:
             yield from update_contenders.comparisons(name, case, device)
     for block_name, block in block_contenders.CASES[device].items():
         yield from block_contenders.comparisons(block_name, block, device)
+    for step_name, lookups in block_step_contenders.CASES[device].items():
+        yield from block_step_contenders.comparisons(step_name, lookups, device)
 
 
 def _compare(

@@ -25,7 +25,7 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
     def offer(make: Callable[..., Contender], *arguments: object) -> Callable[[], Contender]:
         return lambda: make(tensors, *arguments)
 
-    forward = {f"mfdist-{kind}": offer(_sum, dtype) for kind, dtype in floats.items()}
+    forward = {f"mfdist-{kind}": offer(sums, dtype) for kind, dtype in floats.items()}
     out_dtype = next(iter(floats.values())) if device == "cpu" else torch.bfloat16
     forward |= {f"mfdist-{kind}": offer(_quantized_sum, dtype, out_dtype) for kind, dtype in quantised.items()}
     if has_baseline:
@@ -40,7 +40,8 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
     yield Comparison(op="row_gradient", case=name, ceiling="copy", contenders=backward)
 
 
-def _sum(tensors: LookupTensors, dtype: torch.dtype) -> Contender:
+def sums(tensors: LookupTensors, dtype: torch.dtype) -> Contender:
+    """Return mfdist's lookup."""
     table, ids, scores, stride = _arguments(tensors, dtype)
 
     def call(number: int) -> Tensor:

@@ -21,7 +21,7 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
     tensors = LookupTensors(case, device)
     for op, rule in RULES.items():
         contenders: dict[str, Callable[[], Contender]] = {
-            f"mfdist-{kind}": functools.partial(_fused, tensors, FLOATS[kind], rule)
+            f"mfdist-{kind}": functools.partial(fused, tensors, FLOATS[kind], rule)
             for kind in case.dtypes
             if kind in FLOATS
         }
@@ -30,7 +30,8 @@ def comparisons(name: str, case: LookupCase, device: str) -> Iterator[Comparison
         yield Comparison(op=op, case=name, ceiling="copy", contenders=contenders)
 
 
-def _fused(tensors: LookupTensors, dtype: torch.dtype, rule: RowRule) -> Contender:
+def fused(tensors: LookupTensors, dtype: torch.dtype, rule: RowRule) -> Contender:
+    """Return mfdist's update in backward, with the gradients of the scores."""
     rows, ids, scores = tensors.table(dtype), tensors.row_ids[0], tensors.scores
     grad, stride = tensors.grad_output(dtype), tensors.case.code_stride
     step = torch.ones((), dtype=torch.int64, device=rows.device)

@@ -82,7 +82,7 @@ def test_a_distance_adds_parts_up() -> None:
     assert Distance(torch.float32).is_close
 
 
-@pytest.mark.parametrize("name", ["demo-ffn2", "base-decode", "block-base"])
+@pytest.mark.parametrize("name", ["demo-ffn2", "base-decode", "block-base", "demo-block"])
 def test_a_whole_case_is_right(name: str) -> None:
     """Everything that is offered for a case is made, checked and not timed."""
     results = list(measure("cpu", CEILINGS, Selection(cases=(name,)), seconds=0.0, repeats=1))
