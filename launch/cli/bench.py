@@ -123,15 +123,18 @@ def _told(memory: "Ceilings") -> str:
     return f"copy {memory.copy_bytes_per_s / 1e9:.0f} GB/s, read {memory.read_bytes_per_s / 1e9:.0f} GB/s"
 
 
-_HEADER = f"{'op':<19}{'case':<16}{'impl':<13}{'median':>11}{'GB/s':>9}{'of ceiling':>11}{'error':>9}  remarks"
+_HEADER = (
+    f"{'op':<19}{'case':<16}{'impl':<13}{'median':>11}{'spread':>8}{'GB/s':>9}{'of ceiling':>11}{'error':>9}  remarks"
+)
 
 
 def _line(result: "Result") -> str:
     line = f"{result.op:<19}{result.case:<16}{result.impl:<13}"
     if result.median_us is not None and result.bytes_per_s is not None and result.share_of_ceiling is not None:
-        line += f"{result.median_us:>8.1f} µs{result.bytes_per_s / 1e9:>9.0f}{result.share_of_ceiling:>11.2f}"
+        line += f"{result.median_us:>8.1f} µs{result.spread or 0:>8.1%}"
+        line += f"{result.bytes_per_s / 1e9:>9.0f}{result.share_of_ceiling:>11.2f}"
     else:
-        line += f"{'-':>11}{'-':>9}{'-':>11}"
+        line += f"{'-':>11}{'-':>8}{'-':>9}{'-':>11}"
     line += f"{result.error:>9.1e}" if result.error is not None else f"{'-':>9}"
     remarks = [result.note] if result.note else []
     if result.is_wrong:

@@ -19,7 +19,9 @@ _WIDTHS = (512, 1024, 2048)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 _SECONDS = 0.5
 
-HEADER = f"{'layer':<14}{'tokens':>8}{'MemoryLayer':>15}{'nn.Linear':>15}{'times as fast':>15}"
+HEADER = (
+    f"{'layer':<14}{'tokens':>8}{'MemoryLayer':>15}{'spread':>8}{'nn.Linear':>15}{'spread':>8}{'times as fast':>15}"
+)
 
 
 def bench_layers(
@@ -92,10 +94,10 @@ def bench_layers(
 def line(speed: "LayerSpeed") -> str:
     """Return what was found at one number of tokens as a line."""
     layer = f"{speed.in_features} → {speed.out_features}"
-    return (
-        f"{layer:<14}{speed.num_tokens:>8}{speed.memory_us:>12.1f} µs{speed.linear_us:>12.1f} µs{speed.ratio:>15.2f}"
-        f"{'  WRONG' if speed.is_wrong else ''}"
+    times = (
+        f"{speed.memory_us:>12.1f} µs{speed.memory_spread:>8.1%}{speed.linear_us:>12.1f} µs{speed.linear_spread:>8.1%}"
     )
+    return f"{layer:<14}{speed.num_tokens:>8}{times}{speed.ratio:>15.2f}{'  WRONG' if speed.is_wrong else ''}"
 
 
 def _told(tokens: float | None, most: int) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mfdist.benchmarks.timing import Work, medians_us
+from mfdist.benchmarks.timing import Work, timings
 
 _BUFFER_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 
@@ -31,5 +31,5 @@ def measure(device: str, seconds: float) -> Ceilings:
     works = [*copies, Work(lambda _: source.sum())]
     for work in works:
         work.call(0)
-    *copies_us, read_us = medians_us(works, device, seconds)
+    *copies_us, read_us = (each.median_us for each in timings(works, device, seconds))
     return Ceilings(copy_bytes_per_s=2e6 * size / min(copies_us), read_bytes_per_s=1e6 * size / read_us)

@@ -77,6 +77,8 @@ class Result:
     case: str
     impl: str
     median_us: float | None = None
+    #: How far apart the quartiles of the calls' times are, as a share of the median.
+    spread: float | None = None
     bytes_per_s: float | None = None
     share_of_ceiling: float | None = None
     #: ‖got − expected‖ / ‖expected‖ of the output that is furthest from its tolerance.

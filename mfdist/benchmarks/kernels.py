@@ -18,7 +18,7 @@ from mfdist.benchmarks import (
 )
 from mfdist.benchmarks.ceilings import Ceilings
 from mfdist.benchmarks.contender import DIFFERS, Comparison, Contender, Distance, Outputs, Result
-from mfdist.benchmarks.timing import extra_bytes, medians_us
+from mfdist.benchmarks.timing import extra_bytes, timings
 from mfdist.errors import ConfigError
 from mfdist.kernels import check_errors
 
@@ -111,12 +111,13 @@ def _compare(
                 right.append((len(results), contender))
         results.append(result)
     with torch.inference_mode(comparison.is_inference):
-        medians = medians_us([contender.work for _, contender in right], device, seconds)
-    for (index, contender), median_us in zip(right, medians, strict=True):
+        timed = timings([contender.work for _, contender in right], device, seconds)
+    for (index, contender), (median_us, spread) in zip(right, timed, strict=True):
         rate = 1e6 * contender.num_bytes / median_us
         results[index] = replace(
             results[index],
             median_us=median_us,
+            spread=spread,
             bytes_per_s=rate,
             share_of_ceiling=rate / ceilings.of(comparison.ceiling),
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mfdist.benchmarks import exact
 from mfdist.benchmarks.contender import Distance
 from mfdist.benchmarks.lookup_case import num_variants
-from mfdist.benchmarks.timing import Work, medians_us
+from mfdist.benchmarks.timing import Work, timings
 from mfdist.kernels.sign_hash import reference
 from mfdist.layers import MemoryLayer
 
@@ -25,13 +25,15 @@ _CHECKED_TOKENS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpeed:
-    """What one call of either layer took."""
+    """What one call of either layer took: medians, and how far apart the quartiles are as shares of them."""
 
     in_features: int
     out_features: int
     num_tokens: int
     memory_us: float
     linear_us: float
+    memory_spread: float
+    linear_spread: float
     #: ‖got − expected‖ / ‖expected‖ of the memory layer and of the linear one, and what it may be.
     memory_error: float
     linear_error: float
@@ -81,13 +83,15 @@ def measure_layers(
         shape = (num_variants(count * rows_bytes), count, in_features)
         inputs = torch.randn(shape, dtype=dtype, device=device, generator=generator)
         errors = [_memory_distance(memory, inputs[0]), _linear_distance(linears[0], inputs[0])]
-        memory_us, linear_us = medians_us(_works(memory, linears, inputs), device, seconds)
+        remembered, multiplied = timings(_works(memory, linears, inputs), device, seconds)
         yield LayerSpeed(
             in_features=in_features,
             out_features=out_features,
             num_tokens=count,
-            memory_us=memory_us,
-            linear_us=linear_us,
+            memory_us=remembered.median_us,
+            linear_us=multiplied.median_us,
+            memory_spread=remembered.spread,
+            linear_spread=multiplied.spread,
             memory_error=errors[0].relative,
             linear_error=errors[1].relative,
             tolerance=errors[0].tolerance,

@@ -112,6 +112,11 @@ VARIANTS = (
     *(_one(f"init-{scale}", "initialisation", "model.init_scale", scale) for scale in ("0.3", "3.0")),
     *(_one(f"betas-{one}-{two}", "betas", _BETAS, f"[{one}, {two}]") for one, two in _PAIRS),
     _one("tables-linear", "schedule", "optimizer.tables.schedule", "linear"),
+    Variant(
+        name="warm-up-0.05",
+        question="schedule",
+        settings={f"optimizer.{group}.warmup_fraction": "0.05" for group in ("dense", "tables")},
+    ),
     *(_decays("12e-3", tables, "0.1") for tables in ("0.0", "0.1", "0.3", "1.0")),
     *(_decays("24e-3", *both) for both in (("0.3", "0.1"), ("0.3", "0.02"), ("1.0", "0.1"))),
     *(_decays(*both, "0.02") for both in (("48e-3", "0.3"), ("96e-3", "0.1"), ("48e-3", "0.15"))),

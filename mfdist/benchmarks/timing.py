@@ -29,8 +29,15 @@ class Work(NamedTuple):
     is_capturable: bool = True
 
 
-def medians_us(works: Sequence[Work], device: str, seconds: float) -> list[float]:
-    """Return the median time of a call of each.
+class Timing(NamedTuple):
+    """How long a call took: the median, and how far apart the quartiles are as a share of it; see `quartile_spread`."""
+
+    median_us: float
+    spread: float
+
+
+def timings(works: Sequence[Work], device: str, seconds: float) -> list[Timing]:
+    """Return how long a call of each takes.
 
     Args:
         works: called at least once before, because a first call compiles.
@@ -46,7 +53,7 @@ def medians_us(works: Sequence[Work], device: str, seconds: float) -> list[float
     while works and _goes_on(len(times[0]), until):
         for work, count, taken in zip(works, calls, times, strict=True):
             taken.append(_clocked_us(work.call, count))
-    return [statistics.median(taken) for taken in times]
+    return [_timing(taken) for taken in times]
 
 
 def quartile_spread(times: Sequence[float]) -> float:
@@ -67,16 +74,20 @@ def extra_bytes(step: Callable[[], tuple[Tensor, ...]]) -> int:
     return torch.cuda.max_memory_allocated() - before - sum(output.nbytes for output in outputs)
 
 
-def _on_gpu(work: Work, seconds: float) -> float:
+def _timing(times: Sequence[float]) -> Timing:
+    return Timing(statistics.median(times), quartile_spread(times))
+
+
+def _on_gpu(work: Work, seconds: float) -> Timing:
     if not work.is_capturable:
-        return _device_median_us(work.call, _calls(_device_us(work.call, 1), "cuda"), seconds)
+        return _timing(_device_times_us(work.call, _calls(_device_us(work.call, 1), "cuda"), seconds))
     calls = work.num_variants
     graph = _captured(work.call, calls)
-    rounds = _calls(_device_median_us(lambda _: graph.replay(), 1, 0.0), "cuda")
+    rounds = _calls(statistics.median(_device_times_us(lambda _: graph.replay(), 1, 0.0)), "cuda")
     if rounds > 1:
         calls *= rounds
         graph = _captured(work.call, calls)
-    return _device_median_us(lambda _: graph.replay(), 1, seconds) / calls
+    return _timing([each / calls for each in _device_times_us(lambda _: graph.replay(), 1, seconds)])
 
 
 def _captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
@@ -92,12 +103,12 @@ def _captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph
     return graph
 
 
-def _device_median_us(call: Callable[[int], object], calls: int, seconds: float) -> float:
+def _device_times_us(call: Callable[[int], object], calls: int, seconds: float) -> list[float]:
     times: list[float] = []
     until = time.perf_counter() + seconds
     while _goes_on(len(times), until):
         times.append(_device_us(call, calls))
-    return statistics.median(times)
+    return times
 
 
 def _device_us(call: Callable[[int], object], calls: int) -> float:

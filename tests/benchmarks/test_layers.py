@@ -17,6 +17,8 @@ def speeds(**ratios: float) -> list[LayerSpeed]:
             num_tokens=int(name[1:]),
             memory_us=10.0,
             linear_us=10.0 * ratio,
+            memory_spread=0.01,
+            linear_spread=0.01,
             memory_error=0.0,
             linear_error=0.0,
             tolerance=1e-6,

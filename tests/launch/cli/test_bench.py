@@ -14,6 +14,7 @@ FIELDS = {
     "case": str,
     "impl": str,
     "median_us": float,
+    "spread": float,
     "bytes_per_s": float,
     "share_of_ceiling": float,
     "error": float,
@@ -37,7 +38,7 @@ def test_a_run_writes_the_document_that_the_reference_describes(mfdist, tmp_path
     for result in document["results"]:
         assert list(result) == list(FIELDS)
         assert all(isinstance(result[field], kind) for field, kind in FIELDS.items()), result
-        assert result["median_us"] > 0 and 0 <= result["error"] <= result["tolerance"]
+        assert result["median_us"] > 0 and result["spread"] >= 0 and 0 <= result["error"] <= result["tolerance"]
     ops = {(result["op"], result["impl"]) for result in document["results"]}
     assert {("gather_sum", "mfdist-fp32"), ("gather_sum", "torch-bf16"), ("row_gradient", "torch-fp32")} <= ops
     lines = out.splitlines()
