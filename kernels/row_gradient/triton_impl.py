@@ -296,11 +296,15 @@ def _parts_of(
     grad_output, grad_scores, word, first_column, is_column, D,
     K: tl.constexpr, COLUMNS: tl.constexpr, IS_BEGUN: tl.constexpr, IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Return the grad_output [COLUMNS] of one lookup, and its score gradient so far."""
+    """Return the grad_output [COLUMNS] of one lookup, or [LOOKUPS, COLUMNS] of several, and score gradients so far."""
     lookup = lookup_of(word)
-    # One address, from which those of all threads and of their columns lie at distances that are constants.
-    part = grad_output + ((lookup // K).to(OFFSET) * D + first_column).to(tl.int64)
-    places = part + tl.arange(0, COLUMNS)
+    token = (lookup // K).to(OFFSET)
+    c = tl.arange(0, COLUMNS)
+    if len(word.shape) == 0:
+        # One address, from which those of all threads and of their columns lie at distances that are constants.
+        places = grad_output + (token * D + first_column).to(tl.int64) + c
+    else:
+        places = grad_output + (token[:, None] * D + (first_column + c)[None, :])
     grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column, other=0.0)
     product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
     return grads, product
@@ -329,13 +333,14 @@ def _sum_tiles(
     last = tl.maximum(end - 1, 0)
     word = _words_at(words, start + i, last)
     next_word = _words_at(words, start + LOOKUPS + i, last)
-    grads, product = _tile_of(
-        grad_output, grad_scores, word, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
+    grads, product = _parts_of(
+        grad_output, grad_scores, word, first_column, is_column[None, :], D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
     )
     for place in range(start, end, LOOKUPS):
-        next_grads, next_product = _tile_of(
-            grad_output, grad_scores, next_word, first_column, is_column, D, K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET
-        )
+        next_grads, next_product = _parts_of(
+            grad_output, grad_scores, next_word, first_column, is_column[None, :], D,
+            K, COLUMNS, IS_BEGUN, IS_WHOLE, OFFSET,
+        )  # fmt: skip
         later_word = _words_at(words, place + 2 * LOOKUPS + i, last)
         is_lookup = place + i < end
         wide = as_fp32(grads)
@@ -351,17 +356,3 @@ def _sum_tiles(
 def _words_at(words, places, last):
     """Return the words at places up to `last`, or that one."""
     return tl.load(words + tl.minimum(places, last))
-
-
-@triton.jit
-def _tile_of(
-    grad_output, grad_scores, word, first_column, is_column, D,
-    K: tl.constexpr, COLUMNS: tl.constexpr, IS_BEGUN: tl.constexpr, IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """Return the grad_output [LOOKUPS, COLUMNS] of lookups, and their score gradients so far."""
-    lookup = lookup_of(word)
-    c = first_column + tl.arange(0, COLUMNS)
-    places = grad_output + ((lookup // K).to(OFFSET)[:, None] * D + c[None, :])
-    grads = tl.load(places) if IS_WHOLE else tl.load(places, mask=is_column[None, :], other=0.0)
-    product = tl.load(grad_scores + lookup) if IS_BEGUN else 0.0
-    return grads, product
