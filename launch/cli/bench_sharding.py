@@ -33,7 +33,10 @@ def bench_sharding(
 
     Example: mfdist bench sharding --world 2 --case 'ids*' --contender '*row_wise'
 
-    A step is lookup, backward and a plain SGD update. What is wrong is not timed, and the exit code is 1 then.
+    A step is lookup, backward and a plain SGD update: begun by all ranks together and waited for, and "in a row" as
+    the layers of a model follow each other, which tokens/s are of. "Of plain" is the time of one plain all-to-all of
+    as many bytes over that of the step's exchanges, on a GPU queued behind other work; "if idle" begun from rest.
+    What is wrong is not timed, and the exit code is 1 then.
     """
     import torch
 
@@ -79,18 +82,20 @@ def _told(device: str, contenders: list[str]) -> str:
 
 
 _HEADER = (
-    f"{'ranks':<6}{'case':<11}{'contender':<22}{'forward':>11}{'step':>11}{'tokens/s':>10}{'sent':>11}"
-    f"{'of plain':>9}{'error':>9}  remarks"
+    f"{'ranks':<6}{'case':<11}{'contender':<22}{'forward':>11}{'step':>11}{'in a row':>11}{'tokens/s':>10}{'sent':>11}"
+    f"{'of plain':>9}{'if idle':>8}{'error':>9}  remarks"
 )
 
 
 def _line(result: "ShardingResult", found: "list[ShardingResult]") -> str:
     line = f"{result.world_size:<6}{result.case:<11}{result.contender:<22}"
-    if result.forward_s is None or result.step_s is None or result.tokens_per_s is None:
+    times = (result.forward_s, result.step_s, result.in_a_row_s)
+    if result.tokens_per_s is None or None in times:
         return f"{line}{result.note}"
-    line += f"{result.forward_s * 1e3:>8.2f} ms{result.step_s * 1e3:>8.2f} ms{result.tokens_per_s:>10.0f}"
+    line += "".join(f"{(each or 0.0) * 1e3:>8.2f} ms" for each in times) + f"{result.tokens_per_s:>10.0f}"
     line += f"{'-':>11}" if result.sent_bytes is None else f"{result.sent_bytes / 1e6:>8.2f} MB"
     line += f"{'-':>9}" if result.share_of_plain is None else f"{result.share_of_plain:>9.2f}"
+    line += f"{'-':>8}" if result.share_if_idle is None else f"{result.share_if_idle:>8.2f}"
     line += f"{'-':>9}" if result.error is None else f"{result.error:>9.1e}"
     remarks = []
     if result.overlap is not None:
@@ -98,7 +103,7 @@ def _line(result: "ShardingResult", found: "list[ShardingResult]") -> str:
     if result.peak_bytes is not None:
         remarks.append(f"peak {result.peak_bytes / 1e9:.2f} GB")
     if (own := _own(result, found)) is not None:
-        remarks.append(f"{result.step_s / own:.2f} × ours")
+        remarks.append(f"{(result.step_s or 0.0) / own:.2f} × ours")
     return f"{line}  {', '.join(remarks)}".rstrip()
 
 
@@ -117,7 +122,12 @@ def _document(found: "list[ShardingResult]") -> dict[str, Any]:
         "machine": {"cpu": machine.cpu(), "gpus": machine.gpus()},
         "versions": machine.versions(),
         "results": [
-            {**asdict(result), "tokens_per_s": result.tokens_per_s, "share_of_plain": result.share_of_plain}
+            {
+                **asdict(result),
+                "tokens_per_s": result.tokens_per_s,
+                "share_of_plain": result.share_of_plain,
+                "share_if_idle": result.share_if_idle,
+            }
             for result in found
         ],
     }

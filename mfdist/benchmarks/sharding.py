@@ -57,11 +57,13 @@ class ShardingResult:
         case, contender: names.
         world_size, tokens_a_rank: how much there was to do.
         forward_s: of the slowest rank, the median of its turns.
-        step_s: likewise, of forward, backward and update.
+        step_s: likewise, of forward, backward and update; begun and waited for together, the host's time included.
+        in_a_row_s: seconds a step where steps follow each other without a wait, as the layers of a model do.
         num_turns: how often it was timed.
         sent_bytes: by the rank that sends most, forward and backward.
-        exchange_s: the same sends without the lookups.
-        plain_s: one all-to-all of as many bytes.
+        exchange_s: the same sends without the lookups, queued behind other work.
+        plain_s: one all-to-all of as many bytes, queued likewise.
+        started_s, plain_started_s: the same two, begun while the device is idle.
         overlap: on a GPU, the share of the time in NCCL during which other kernels ran.
         peak_bytes: on a GPU, the most memory held during a step, by all contenders of the case together.
         error: the largest distance from an unsharded table's sums; None where that is too large to be made.
@@ -74,10 +76,13 @@ class ShardingResult:
     tokens_a_rank: int
     forward_s: float | None = None
     step_s: float | None = None
+    in_a_row_s: float | None = None
     num_turns: int = 0
     sent_bytes: int | None = None
     exchange_s: float | None = None
     plain_s: float | None = None
+    started_s: float | None = None
+    plain_started_s: float | None = None
     overlap: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
@@ -86,13 +91,18 @@ class ShardingResult:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Return the tokens of all ranks trained a second."""
-        return None if self.step_s is None else self.tokens_a_rank * self.world_size / self.step_s
+        """Return the tokens of all ranks trained a second, in steps that follow each other."""
+        return None if self.in_a_row_s is None else self.tokens_a_rank * self.world_size / self.in_a_row_s
 
     @property
     def share_of_plain(self) -> float | None:
-        """Return the bandwidth of the exchange as a share of the plain all-to-all's."""
+        """Return the bandwidth of the exchange as a share of the plain all-to-all's, both queued."""
         return None if not self.exchange_s or self.plain_s is None else self.plain_s / self.exchange_s
+
+    @property
+    def share_if_idle(self) -> float | None:
+        """Return the same of both begun while the device is idle."""
+        return None if not self.started_s or self.plain_started_s is None else self.plain_started_s / self.started_s
 
 
 def chosen(device: str, cases: Sequence[str], contenders: Sequence[str]) -> tuple[list[ShardingCase], list[str]]:
@@ -148,10 +158,13 @@ def _result(case: ShardingCase, world_size: int, contender: str, ranks: Sequence
         tokens_a_rank=case.num_tokens,
         forward_s=None if note else max(found.forward_s for found in ranks),
         step_s=None if note else max(found.step_s for found in ranks),
+        in_a_row_s=None if note else max(found.in_a_row_s for found in ranks),
         num_turns=ranks[0].num_turns,
         sent_bytes=max((one.sent_bytes for one in alone), default=None),
         exchange_s=max((one.exchange_s for one in alone), default=None),
         plain_s=max((one.plain_s for one in alone), default=None),
+        started_s=max((one.started_s for one in alone), default=None),
+        plain_started_s=max((one.plain_started_s for one in alone), default=None),
         overlap=min(overlaps, default=None),
         peak_bytes=max((found.peak_bytes for found in ranks if found.peak_bytes is not None), default=None),
         error=max((found.error for found in ranks if found.error is not None), default=None),

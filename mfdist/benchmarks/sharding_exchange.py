@@ -16,6 +16,8 @@ from mfdist.sharding.tags import Call
 from mfdist.tables.sharded import ShardedTable
 
 _TURNS = 7
+#: Products of fp32 matrices that keep a GPU at work for some milliseconds, longer than a host takes to queue a step.
+_BUSY_SIZE, _BUSY_TIMES = 4096, 4
 _CALL = Call(table="", kind="bench", phase="check")
 
 
@@ -25,13 +27,17 @@ class Alone:
 
     Args:
         sent_bytes: what this rank sends to others.
-        exchange_s: the same messages once more, and nothing else.
-        plain_s: one plain all-to-all in which every rank sends as much as the one that sends most.
+        exchange_s: the same messages once more, and nothing else; on a GPU behind other work, as in a model, so that
+            they are there before it is their turn.
+        plain_s: likewise, one plain all-to-all in which every rank sends as much as the one that sends most.
+        started_s, plain_started_s: the same two begun while the device is idle, the host's calls included.
     """
 
     sent_bytes: int
     exchange_s: float
     plain_s: float
+    started_s: float
+    plain_started_s: float
 
 
 def exchange_alone(table: ShardedTable, step: Callable[[], object]) -> Alone:
@@ -51,11 +57,16 @@ def exchange_alone(table: ShardedTable, step: Callable[[], object]) -> Alone:
     num_bytes = sum(sum(exchange.traffic.num_bytes.values()) for exchange in exchanges.all)
     size = -(-num_bytes // (exchanges.world_size - 1))
     largest = max(line[0] for line in exchanges.everyone.open(_CALL, [size]).wait())
-    payload = torch.zeros(largest * exchanges.world_size, dtype=torch.uint8, device=exchanges.device)
+    device = exchanges.device
+    payload = torch.zeros(largest * exchanges.world_size, dtype=torch.uint8, device=device)
+    started_s, exchange_s = _median_s(lambda: _replay(sends), device)
+    plain_started_s, plain_s = _median_s(lambda: _plain(payload), device)
     return Alone(
         sent_bytes=num_bytes,
-        exchange_s=_median_s(lambda: _replay(sends), exchanges.device),
-        plain_s=_median_s(lambda: _plain(payload), exchanges.device),
+        exchange_s=exchange_s,
+        plain_s=plain_s,
+        started_s=started_s,
+        plain_started_s=plain_started_s,
     )
 
 
@@ -92,16 +103,41 @@ def _plain(payload: Tensor) -> None:
     dist.all_to_all_single(torch.empty_like(payload), payload)
 
 
-def _median_s(work: Callable[[], None], device: torch.device) -> float:
-    taken = []
+def _median_s(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Return how long work takes that begins while the device is idle, and how long behind other work."""
+    alone, behind = [], []
     for _ in range(_TURNS + 1):
-        dist.barrier()
-        _synchronize(device)
-        began = time.perf_counter()
-        work()
-        _synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+        alone.append(_timed_s(work, device))
+        behind.append(_behind_s(work, device) if device.type == "cuda" else alone[-1])
+    return statistics.median(alone[1:]), statistics.median(behind[1:])
+
+
+def _timed_s(work: Callable[[], None], device: torch.device) -> float:
+    _begin_together(device)
+    began = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - began
+
+
+def _behind_s(work: Callable[[], None], device: torch.device) -> float:
+    """Return what the GPU takes for work that is queued before it is its turn."""
+    factor = torch.ones(_BUSY_SIZE, _BUSY_SIZE, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    _begin_together(device)
+    for _ in range(_BUSY_TIMES):
+        factor @ factor
+    begin.record()
+    work()
+    end.record()
+    _synchronize(device)
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _begin_together(device: torch.device) -> None:
+    _synchronize(device)
+    dist.barrier()
+    _synchronize(device)
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

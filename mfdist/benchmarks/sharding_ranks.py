@@ -25,6 +25,8 @@ from mfdist.testing.tolerances import TOLERANCES
 #: The note of a contender that was not timed because its sums were wrong.
 WRONG = "wrong"
 _MIN_TURNS = 3
+#: Steps that follow each other without a wait, and how often.
+_IN_A_ROW, _ROWS_OF_STEPS = 8, 3
 #: Rows that one rank may fetch or sum in a step; with more, a contender takes minutes, or more memory than there is.
 _MOST_BYTES = {"cpu": 512 << 20, "cuda": 12 << 30}
 
@@ -45,6 +47,7 @@ class Measured:
 
     forward_s: float = 0.0
     step_s: float = 0.0
+    in_a_row_s: float = 0.0
     num_turns: int = 0
     alone: Alone | None = None
     overlap: float | None = None
@@ -101,6 +104,7 @@ def contest(rank: int, asked: Contest) -> dict[str, Measured]:
         found[name] = Measured(
             forward_s=statistics.median(forward_s for forward_s, _ in times[name]),
             step_s=statistics.median(step_s for _, step_s in times[name]),
+            in_a_row_s=_in_a_row_s(one, batch),
             num_turns=len(times[name]),
             alone=exchange_alone(one.table, step) if isinstance(one, OwnTable) and world_size > 1 else None,
             overlap=overlap(step) if device.type == "cuda" else None,
@@ -176,6 +180,21 @@ def _timed(
             spent[name] += _most(times[name][-1][1], device)
         under_way = [name for name in under_way if spent[name] < 4 * seconds or len(times[name]) < _MIN_TURNS]
     return times
+
+
+def _in_a_row_s(contender: Contender, batch: Batch) -> float:
+    """Return seconds a step, of steps that are queued one after the other, as the layers of a model are."""
+    taken = []
+    for _ in range(_ROWS_OF_STEPS):
+        _synchronize(batch.scores.device)
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(_IN_A_ROW):
+            batch.scores.grad = None
+            contender.forward(batch).backward(batch.grad_output)  # type: ignore[no-untyped-call]
+        _synchronize(batch.scores.device)
+        taken.append((time.perf_counter() - began) / _IN_A_ROW)
+    return statistics.median(taken)
 
 
 def _step(contender: Contender, batch: Batch) -> tuple[float, float]:

@@ -224,7 +224,7 @@ def _bench_line(result) -> str:
     if result.step_s is None:
         return f"         {result.contender}: {result.note}"
     line = f"         {result.contender}: forward {result.forward_s * 1e3:.2f} ms, step {result.step_s * 1e3:.2f} ms, "
-    line += f"{result.tokens_per_s:.3g} tokens/s"
+    line += f"in a row {result.in_a_row_s * 1e3:.2f} ms, {result.tokens_per_s:.3g} tokens/s"
     if result.sent_bytes is not None:
         line += f", {result.sent_bytes / 1e6:.1f} MB sent, {result.share_of_plain or 0:.2f} of a plain all-to-all"
         line += f" ({(result.sent_bytes / result.plain_s if result.plain_s else 0) / 1e9:.1f} GB/s)"
