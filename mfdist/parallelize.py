@@ -43,6 +43,7 @@ def shard(
     topology: Topology | None = None,
     deadline_s: float = 300.0,
     chunk_bytes: int | None = None,
+    uses_peer_memory: bool = True,
 ) -> nn.Module:
     """Replace a model's tables by sharded ones over all ranks of a mesh, in place; return the model.
 
@@ -58,7 +59,7 @@ def shard(
         workload, topology: what the planner plans for; by default a few thousand tokens a rank, and this machine's kind
             of processor.
         deadline_s: longest wait for the slowest rank, in every exchange.
-        chunk_bytes: see `mfdist.sharding.exchange.Exchange`.
+        chunk_bytes, uses_peer_memory: see `mfdist.sharding.exchange.Exchange`.
 
     Raises:
         ConfigError: the plan is for another model or mesh, the mesh is not the world, or a rank has another model, plan
@@ -75,7 +76,7 @@ def shard(
     plan.validate(specs, mesh.size())
     for table_plan in plan.tables:
         check_mesh(table_plan, shape)
-    exchanges = MeshExchanges(mesh, deadline_s=deadline_s, chunk_bytes=chunk_bytes)
+    exchanges = MeshExchanges(mesh, deadline_s=deadline_s, chunk_bytes=chunk_bytes, uses_peer_memory=uses_peer_memory)
     exchanges.everyone.agree("model, plan and mesh", f"mesh {shape}\n{_described(specs)}\n{plan.to_json()}")
     made = {id(table): _sharded(table, plan.table(table.spec.name), exchanges) for table in tables}
     ignored = []

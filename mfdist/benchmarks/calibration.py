@@ -223,7 +223,7 @@ def _sending(bench: _Bench, size: int) -> Callable[[], object]:
 
     def work() -> None:
         opened = bench.begin("payload")
-        exchange.send(opened, payload, sizes, sizes, size).wait()
+        exchange.swap(opened, payload, sizes, sizes, size)
         opened.wait()
 
     return work

@@ -112,7 +112,7 @@ def chosen(device: str, cases: Sequence[str], contenders: Sequence[str]) -> tupl
         ConfigError: a pattern matches nothing.
     """
     known = {case.name: case for case in CASES[device]}
-    everyone = (*CONTENDERS, *(TORCHREC if device == "cpu" else ()))
+    everyone = (*CONTENDERS, *(TORCHREC if device == "cpu" else ("column_wise-nccl",)))
     return (
         [known[name] for name in _matching("case", tuple(known), cases)],
         _matching("contender", everyone, contenders),

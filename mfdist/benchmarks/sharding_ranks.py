@@ -79,9 +79,12 @@ class OwnTable:
 def contest(rank: int, asked: Contest) -> dict[str, Measured]:
     """Return what this rank finds of each contender; called on all ranks."""
     case, world_size = asked.case, dist.get_world_size()
-    meshes = {1: MeshExchanges(init_device_mesh(asked.device, (world_size,)))}
+    mesh = init_device_mesh(asked.device, (world_size,))
+    meshes = {1: MeshExchanges(mesh)}
     if world_size >= 4 and world_size % 2 == 0 and "grid" in asked.contenders:
         meshes[2] = MeshExchanges(init_device_mesh(asked.device, (2, world_size // 2)))
+    if world_size > 1 and asked.device == "cuda" and "column_wise-nccl" in asked.contenders:
+        meshes[0] = MeshExchanges(mesh, uses_peer_memory=False)
     device = meshes[1].device
     wanted = expected_sums(case, rank, world_size, device)
     batch = make_batch(case, rank, device)
@@ -125,6 +128,10 @@ def _made(name: str, case: ShardingCase, meshes: dict[int, MeshExchanges]) -> Co
     match name:
         case "column_wise":
             return OwnTable(kinds.column_wise(spec, world_size), meshes[1])
+        case "column_wise-nccl":
+            if 0 not in meshes:
+                return "needs several GPUs"
+            return OwnTable(kinds.column_wise(spec, world_size), meshes[0])
         case "row_wise" | "row_wise-each-time":
             return OwnTable(kinds.row_wise(spec, world_size, deduplicate=name == "row_wise"), meshes[1])
         case "row_wise-pooled":

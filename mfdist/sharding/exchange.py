@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mfdist.errors import ConfigError, ConsistencyError, MfdistError
 from mfdist.sharding.packing import Part, pack, unpack
+from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
@@ -49,6 +50,8 @@ class Exchange:
         chunk_bytes: payload that is worth a chunk of its own, so that it travels while the next is computed; by default
             256 MiB on a GPU, whose links take longer for that than another collective takes to begin, and no chunks on
             a CPU, which has no cores to spare.
+        uses_peer_memory: GPUs of one host that reach each other read each other's memory where there is nothing to
+            compute meanwhile, up to `mfdist.sharding.peer_memory.MOST_BYTES`; otherwise NCCL carries it.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -60,6 +63,7 @@ class Exchange:
         *,
         deadline_s: float = 300.0,
         chunk_bytes: int | None = None,
+        uses_peer_memory: bool = True,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(dist.get_rank())
@@ -75,6 +79,9 @@ class Exchange:
         self._control = self._new_group("gloo", deadline_s)
         # NCCL's own deadline ends the process without a word; the tags' comes first and names who is late.
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
+        self._peers: PeerMemory | None = None
+        if uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
+            self._peers = PeerMemory(self._payload, self._control, device, 2 * deadline_s)
 
     def _new_group(self, backend: str, timeout_s: float) -> Any:
         is_part = self.world_size < dist.get_world_size()
@@ -216,8 +223,16 @@ class Exchange:
         if self.traffic.sends is not None:
             self.traffic.sends.append(Sent(payload.dtype, list(sizes), list(arriving), largest))
         received = payload.new_empty(sum(arriving))
-        step = max(1, _MAX_MESSAGE_BYTES // payload.element_size())
         pending = Pending(exchange=self, opened=opened, received=received, is_beside=is_beside)
+        if not is_beside and payload.is_cuda and self._peers is not None:
+            with _explained(opened):
+                is_carried = self._peers.has_room(largest * payload.element_size(), opened.wait)
+                if is_carried:
+                    self._peers.swap(received, payload, arriving, sizes, largest)
+                    opened.start()
+            if is_carried:
+                return pending
+        step = max(1, _MAX_MESSAGE_BYTES // payload.element_size())
         if largest <= step:
             pending.start(received, payload, arriving, sizes)
             return pending

@@ -18,7 +18,7 @@ class MeshExchanges:
 
     Args:
         mesh: of one axis, or of two: hosts × ranks of a host. It must hold every rank of the process group, in order.
-        deadline_s, chunk_bytes: see `Exchange`.
+        deadline_s, chunk_bytes, uses_peer_memory: see `Exchange`.
 
     Raises:
         ConfigError: the mesh leaves ranks out, permutes them, or has more than two axes; no rank was spoken to.
@@ -26,7 +26,14 @@ class MeshExchanges:
     Called on: all ranks of the mesh.
     """
 
-    def __init__(self, mesh: "DeviceMesh", *, deadline_s: float = 300.0, chunk_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        mesh: "DeviceMesh",
+        *,
+        deadline_s: float = 300.0,
+        chunk_bytes: int | None = None,
+        uses_peer_memory: bool = True,
+    ) -> None:
         check_ranks(mesh)
         shape = tuple(mesh.mesh.shape)
         self.shape = shape
@@ -36,7 +43,13 @@ class MeshExchanges:
         self.device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
         def exchange(among: Sequence[int]) -> Exchange:
-            return Exchange(among, self.device, deadline_s=deadline_s, chunk_bytes=chunk_bytes)
+            return Exchange(
+                among,
+                self.device,
+                deadline_s=deadline_s,
+                chunk_bytes=chunk_bytes,
+                uses_peer_memory=uses_peer_memory,
+            )
 
         self.everyone = exchange(range(world_size))
         self.across_hosts: Exchange | None = None

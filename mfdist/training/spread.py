@@ -50,7 +50,14 @@ def spread_tables(model: Transformer, config: RunConfig, world_size: int, num_ho
             forward_dtype=workload.forward_dtype,
             backward_dtype=workload.backward_dtype,
         )
-    shard(model, mesh, plan, workload=workload, deadline_s=sharding.deadline_s)  # type: ignore[arg-type]
+    shard(
+        model,
+        mesh,
+        plan,  # type: ignore[arg-type]
+        workload=workload,
+        deadline_s=sharding.deadline_s,
+        uses_peer_memory=sharding.peer_memory,
+    )
 
 
 def plan_of(model: Transformer, num_holders: int) -> ShardingPlan | None:

@@ -3,14 +3,14 @@
     python -m tests.distributed.nccl_suite                       # worlds 1, 2, 4, … up to all GPUs
     python -m tests.distributed.nccl_suite --device cpu --world 1,2,4
 
-It runs, for each world size: the conformance suite of every table for every kind of sharding; training under torchrun,
-saved midway and resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside torchrun; a
-comparison of each kind with one table on one device; the fullest moment of a rank's memory, against its share of the
-table and what the plan announced; plain all-to-alls of many sizes; a table larger than one GPU's memory, where there
-are several; `mfdist bench plan`, predicted beside measured; and `mfdist bench sharding`. What fails is told and the
-rest goes on; the exit code is 1 then. What cannot run here (`launch` without Ray) is told and named at the end.
-`--only` and `--kind` run some parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that
-hangs; `--json` writes everything found, after every stage.
+It runs, for each world size: many messages of all sizes between ranks that are late in turn; the conformance suite of
+every table for every kind of sharding; training under torchrun, saved midway and resumed on half the ranks; `mfdist
+launch` with as many trainers, step by step beside torchrun; a comparison of each kind with one table on one device; the
+fullest moment of a rank's memory, against its share of the table and what the plan announced; plain all-to-alls of many
+sizes; a table larger than one GPU's memory, where there are several; `mfdist bench plan`, predicted beside measured;
+and `mfdist bench sharding`. What fails is told and the rest goes on; the exit code is 1 then. What cannot run here
+(`launch` without Ray) is told and named at the end. `--only` and `--kind` run some parts and kinds, in the order they
+are named in; `--stage-seconds` ends a stage that hangs; `--json` writes everything found, after every stage.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
 from tests.distributed.suite_training import launched_and_trained, resumed_on_fewer
 
-PARTS = ("conformance", "train", "launch", "equality", "memory", "links", "large", "plan", "bench")
+PARTS = ("exchange", "conformance", "train", "launch", "equality", "memory", "links", "large", "plan", "bench")
 MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
 SUMS = ("column_wise", "table_wise")
 #: Of all GPUs' memory, what the table that one of them cannot hold takes.
@@ -93,6 +93,16 @@ class Suite:
             self._keep("links", world_size, bytes_to_each=num_bytes, seconds=seconds)
             rate = num_bytes * (world_size - 1) / seconds / 1e9
             self.tell(f"         {num_bytes:>10} bytes to each: {seconds * 1e6:.1f} us, {rate:.2f} GB/s a rank")
+
+    def exchange(self, world_size: int, options: argparse.Namespace) -> None:
+        with self._pool() as pool:
+            ranks = self._on_ranks(pool, f"exchange {world_size}", suite_ranks.exchanged, world_size)
+        if ranks:
+            wrong, by_peers = sum(each[0] for each in ranks), ranks[0][1]
+            self._keep("exchange", world_size, wrong=wrong, by_peers=by_peers)
+            if wrong:
+                self.fail(f"exchange {world_size}: {wrong} elements wrong")
+            self.tell(f"         {wrong} elements wrong, {'by peer memory' if by_peers else 'by collectives'}")
 
     def conformance(self, world_size: int, options: argparse.Namespace) -> None:
         with self._pool() as pool:

@@ -1,6 +1,7 @@
 """What ranks do in the suite of sharded tables on several GPUs; on CPUs the same over gloo."""
 
 import ctypes
+import random
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from mfdist.optim import RowAdam, RowSGD
 from mfdist.sharding import kinds
 from mfdist.sharding.cost import price_table
 from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.tags import Call
 from mfdist.sharding.topology import cpu
 from mfdist.sharding.workload import TableLoad, Workload
 from mfdist.spec import TableSpec
@@ -38,6 +40,8 @@ EXACT = ("row_wise", "uneven_rows", "some_rows", "column_wise", "uneven_columns"
 #: Codes, as many rows as a table of 256 MiB on a CPU and 2 GiB on a GPU has.
 _LOAD = TableLoad(num_lookups=32, code_stride=1024, id_bytes=4)
 _TOKENS = 256
+#: Messages of the exchange's part, and after how many of them each rank is late.
+_MESSAGES, _LATE = 256, 16
 _MMAP_THRESHOLD = -3  # of malloc.h
 
 
@@ -69,6 +73,34 @@ def links(rank, device):
         dist.all_reduce(median, dist.ReduceOp.MAX)
         found[size] = median.item()
     return found
+
+
+def exchanged(rank, device):
+    """Return how many elements of many messages arrived wrong, and whether GPUs read them in each other's memory.
+
+    Sizes differ from message to message and rank to rank, and ranks are late in turn; nobody waits for a device, so
+    that a message which is laid out too early spoils the one before.
+    """
+    world_size, same = dist.get_world_size(), random.Random(0)
+    exchange = exchanges_on(device, "").everyone
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+
+    def values(size, source, target, turn, dtype):
+        return (torch.arange(size, device=device) * (turn + 3 * source + 7 * target + 1) % 251).to(dtype)
+
+    for turn in range(_MESSAGES):
+        most, dtype = 1 << same.randrange(2, 21), same.choice((torch.uint8, torch.float32, torch.int64))
+        sizes = [[same.randrange(most + 1) for _ in range(world_size)] for _ in range(world_size)]
+        sent = torch.cat([values(size, rank, target, turn, dtype) for target, size in enumerate(sizes[rank])])
+        wanted = torch.cat([values(line[rank], source, rank, turn, dtype) for source, line in enumerate(sizes)])
+        opened = exchange.open(Call(table="", kind="suite", phase="check"), [turn])
+        arriving = [line[rank] for line in sizes]
+        wrong += (exchange.swap(opened, sent, sizes[rank], arriving, max(map(max, sizes))) != wanted).sum()
+        if turn % _LATE == rank:
+            time.sleep(0.02)
+        assert [line[0] for line in opened.wait()] == [turn] * world_size
+    peers = exchange._peers
+    return int(wrong), peers is not None and peers._works
 
 
 def finish(device):

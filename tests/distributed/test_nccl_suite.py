@@ -39,6 +39,12 @@ def test_kinds_equal_one_table(tmp_path):
         assert each["same_bits"] or kind not in suite_ranks.EXACT
 
 
+def test_messages_of_all_sizes_arrive(tmp_path):
+    code, out, document = suite(tmp_path, "--world", "3", "--only", "exchange")
+    assert code == 0, out
+    assert document["found"]["exchange"] == [{"wrong": 0, "by_peers": False, "world_size": 3}]
+
+
 def test_the_benchmark_is_part_of_it(tmp_path):
     options = ("--only", "bench", "--case", "ids", "--contender", "row_wise-pooled", "--seconds", "0")
     code, out, document = suite(tmp_path, "--world", "2", *options)
