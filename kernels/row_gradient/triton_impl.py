@@ -22,12 +22,13 @@ from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers, device_of, next_power_of_2
 from mfdist.kernels.triton_rows import as_fp32
 
-#: Columns to a warp: what its registers hold, and nothing waits for another warp.
-_COLUMNS_EACH = 1024
-#: Where runs are short, the rows themselves leave grad_output less of the second-level cache: half of it at a time,
-#: if it is in fp32.
+#: Columns to a warp, so that nothing waits for another warp: the most that its registers hold, for rows that are cut
+#: into nothing else, and half of it for others. A wide slice beside narrower ones takes longer than narrow ones alone.
+_MOST_COLUMNS = 1024
+_COLUMNS_EACH = 512
+#: Where runs are short, the rows themselves leave grad_output less of the second-level cache: fewer columns of it at a
+#: time, if it is in fp32.
 _SHORT_RUN = 32
-_COLUMNS_OF_SHORT_RUNS = 512
 #: A pass takes about as long for columns past the last as for others: less than a quarter may be that, but that a slice
 #: of so many columns is not cut further, because every pass reads all words.
 _LEAST_COLUMNS = 256
@@ -74,7 +75,7 @@ def _sum(
 ) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
-    parts = slices(dim, widest(is_short=has_short_runs(row_ids, num_rows, grad_output)))
+    parts = slices(dim, widest(dim, is_short=has_short_runs(row_ids, num_rows, grad_output)))
     num_pieces = row_ids.numel() // PIECE
     pieces = grad_scores.new_empty(num_pieces * max(part.columns for part in parts))
     for first, columns in parts:
@@ -102,13 +103,13 @@ class Slice(NamedTuple):
     columns: int
 
 
-def widest(*, is_short: bool) -> int:
-    """Return the most columns that one warp's program takes at a time."""
-    return _COLUMNS_OF_SHORT_RUNS if is_short else _COLUMNS_EACH
+def widest(dim: int, *, is_short: bool) -> int:
+    """Return the most columns that one warp's program takes at a time of rows `dim` wide."""
+    return _COLUMNS_EACH if is_short or dim % _MOST_COLUMNS else _MOST_COLUMNS
 
 
 def slices(dim: int, most: int) -> list[Slice]:
-    """Return the slices of rows `dim` wide.
+    """Return the slices of rows `dim` wide, none with more than `most` columns.
 
     The narrowest comes first, and so the widest last, which is the one that row-wise Adagrad need not keep sums of; but
     a slice with columns past the row's end is the last, and so is one that would leave others at places whose

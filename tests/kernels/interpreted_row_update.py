@@ -73,11 +73,11 @@ def updates() -> None:
     check(make_lookup(6, 2, 2, 640, dtype=torch.bfloat16), adagrad)  # slices of two widths
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
-    gradients._COLUMNS_OF_SHORT_RUNS = 16
+    gradients._COLUMNS_EACH = 16
     for rule in RULES:
         check(make_lookup(20, 2, 4, 40), rule)
     # Long runs, wide rows and few columns a warp, at small sizes.
-    triton_impl.PIECE, gradients._COLUMNS_EACH = 8, 16
+    triton_impl.PIECE, gradients._MOST_COLUMNS = 8, 16
     check(equal, adagrad)
     check(make_lookup(36, 2, 2, 40, is_compact=False), adagrad)
     check(make_lookup(36, 2, 2, 40, dtype=torch.bfloat16), adagrad)
@@ -86,8 +86,8 @@ def updates() -> None:
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check(make_lookup(36, 2, 2, 40), sgd)
     # Slices of 16, 32 and 32 columns, the wide ones two lookups at a time.
-    gradients._COLUMNS_EACH, gradients._ELEMENTS = 32, tl.constexpr(32)
-    gradients._COLUMNS_OF_SHORT_RUNS = 32
+    gradients._MOST_COLUMNS = gradients._COLUMNS_EACH = 32
+    gradients._ELEMENTS = tl.constexpr(32)
     check(make_runs(RUNS_BY_EIGHT, 10, 80, dtype=torch.bfloat16), adagrad)
     triton_impl._MOST_KEPT_BYTES, triton_impl._KEPT_COLUMNS = 1 << 20, 32  # of the 48 that are kept
     for rule in RULES:

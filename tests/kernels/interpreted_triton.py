@@ -63,7 +63,7 @@ def lookups() -> None:
     check_lookup(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32))
     # As for many tokens and long runs.
     sums._STREAMED_OF_FEW = ()
-    gradients._COLUMNS_EACH = gradients._COLUMNS_OF_SHORT_RUNS = 32
+    gradients._MOST_COLUMNS = gradients._COLUMNS_EACH = 32
     gradients.PIECE = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
     ordering._PLACED_TOGETHER = 8

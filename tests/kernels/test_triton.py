@@ -12,7 +12,7 @@ import torch
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
-from mfdist.kernels.row_gradient.triton_impl import slices
+from mfdist.kernels.row_gradient.triton_impl import slices, widest
 from mfdist.kernels.row_gradient.triton_order import place_dtype
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
@@ -334,6 +334,9 @@ def test_sizes_of_tiles() -> None:
         assert [part.columns for part in found] == expected
         assert [part.first for part in found] == [sum(expected[:index]) for index in range(len(expected))]
     assert [part.columns for part in slices(12288, 512)] == [512] * 24
+    for dim, columns in {40: 512, 960: 512, 1024: 1024, 1280: 512, 1536: 512, 3072: 1024}.items():
+        assert (widest(dim, is_short=False), widest(dim, is_short=True)) == (columns, 512)
+    assert [part.columns for part in slices(1536, widest(1536, is_short=False))] == [512] * 3
 
 
 @pytest.mark.gpu
