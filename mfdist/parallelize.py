@@ -15,6 +15,7 @@ from torch import nn
 from mfdist.errors import ConfigError
 from mfdist.models.loads import table_loads
 from mfdist.sharding import kinds
+from mfdist.sharding.agreement import agree
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges, check_ranks
 from mfdist.sharding.plan import ShardingPlan
@@ -77,7 +78,7 @@ def shard(
     for table_plan in plan.tables:
         check_mesh(table_plan, shape)
     exchanges = MeshExchanges(mesh, deadline_s=deadline_s, chunk_bytes=chunk_bytes, uses_peer_memory=uses_peer_memory)
-    exchanges.everyone.agree("model, plan and mesh", f"mesh {shape}\n{_described(specs)}\n{plan.to_json()}")
+    agree(exchanges.everyone, "model, plan and mesh", f"mesh {shape}\n{_described(specs)}\n{plan.to_json()}")
     made = {id(table): _sharded(table, plan.table(table.spec.name), exchanges) for table in tables}
     ignored = []
     for path, module in list(model.named_modules()):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mfdist.sharding.exchange import Exchange, Opened
+from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.tags import Call
+from mfdist.sharding.under_way import Opened
 
 #: What an accelerator does first while its host queues so many pieces of work behind it. Sixty-four copies of a GiB are
 #: 30 ms of an H200; a host takes 0.5 ms or less for a send.

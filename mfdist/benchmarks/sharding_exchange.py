@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -94,9 +95,25 @@ def shared_share(exchanging: Sequence[tuple[float, float]], computing: Sequence[
 def _replay(sends: Sequence[tuple[Exchange, Sent, Tensor]]) -> None:
     opened = {exchange: exchange.open(_CALL) for exchange, _, _ in sends}
     for exchange, sent, payload in sends:
-        exchange.swap(opened[exchange], payload, sent.sizes, sent.arriving, sent.largest)
+        if not sent.is_lent:
+            exchange.swap(opened[exchange], payload, sent.sizes, sent.arriving, sent.largest)
+            continue
+        parts = payload.split_with_sizes(sent.sizes)
+        exchange.lend(
+            opened[exchange],
+            partial(_write, parts),
+            sent.dtype,
+            sent.sizes,
+            sent.arriving,
+            sent.largest,
+            own=parts[exchange.rank] if sent.has_own else None,
+        )
     for each in opened.values():
         each.wait()
+
+
+def _write(parts: Sequence[Tensor], rank: int, part: Tensor) -> None:
+    part.copy_(parts[rank])
 
 
 def _plain(payload: Tensor) -> None:

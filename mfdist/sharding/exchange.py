@@ -7,6 +7,7 @@ Order of a call, on every rank of the group alike:
     pending = exchange.send(...)              # an all-to-all that is under way; compute meanwhile
     pending.wait()                            # → what arrived
     exchange.swap(...)                        # the same at once, where there is nothing to compute meanwhile
+    exchange.lend(...)                        # the same without copies: it is there until the next message
 
 A collective takes a start whatever it carries, so tensors that are there together go by one: `send_together`. Any
 number of sends may be under way; they end in the order they were begun. Every wait ends: after the deadline it raises
@@ -15,10 +16,7 @@ an error that names the ranks that are not there. After such an error the group 
 W ranks. All calls are for the thread that runs the model, forward or backward.
 """
 
-import hashlib
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,18 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfdist.errors import ConfigError, ConsistencyError, MfdistError
-from mfdist.sharding.packing import Part, pack, unpack
-from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
+from mfdist.errors import MfdistError
+from mfdist.sharding.packing import Part, pack
+from mfdist.sharding.peer_memory import Lent, PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
-from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
+from mfdist.sharding.tags import Call
+from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
 
 #: Numbers that travel with a tag besides it.
 NUM_COUNTS = 6
 #: A message to one rank is split into pieces of at most so many bytes, for libraries that count in 32 bits.
 _MAX_MESSAGE_BYTES = 1 << 30
-_REFUSED = TAG_SIZE
 
 
 class Exchange:
@@ -68,6 +66,7 @@ class Exchange:
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self.world_size = len(self.ranks)
+        self.device = device
         self.deadline_s = deadline_s
         self.traffic = Traffic()
         #: Payloads whose sizes are known, or as good as known, are queued first, and then the tags are sent: a GPU is
@@ -96,13 +95,18 @@ class Exchange:
         """Remember names of tables and kinds, so that errors can name what other ranks do."""
         self._names.update(dict.fromkeys(names))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names that `know` was given."""
+        return tuple(self._names)
+
     def num_chunks(self, num_bytes: int) -> int:
         """Return into how many chunks a payload of so many bytes is worth splitting."""
         return 1 if self._chunk_bytes is None else min(8, max(1, num_bytes // self._chunk_bytes))
 
     def open(
         self, call: Call, counts: Sequence[Sequence[int]] | Sequence[int] = (), *, refusal: MfdistError | None = None
-    ) -> "Opened":
+    ) -> Opened:
         """Tell all ranks what this one does, and how much.
 
         Args:
@@ -127,48 +131,16 @@ class Exchange:
             opened.start()
         return opened
 
-    def agree(self, what: str, text: str) -> None:
-        """Raise unless all ranks give the same text.
-
-        Args:
-            what: the text is, as the error names it.
-            text: compared by its digest; sent only where they differ, to show how.
-
-        Raises:
-            ConfigError: a rank has another one; the message shows the first line that differs.
-        """
-        digest = hashlib.blake2b(text.encode(), digest_size=32).digest()
-        words = [int.from_bytes(digest[start : start + 7], "little") for start in range(0, 28, 7)]
-        call = Call(table="", kind=what, phase="check")
-        everyones = [line[:4] for line in self.open(call, words).wait()]
-        if all(theirs == words for theirs in everyones):
-            return
-        payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        opened = self.open(call, [payload.numel()])
-        sizes = [line[0] for line in opened.wait()]
-        sent = [payload.numel()] * self.world_size
-        texts = (
-            self.send(opened, payload.repeat(self.world_size), sent, sizes, max(sizes)).wait().split_with_sizes(sizes)
-        )
-        rank = next(rank for rank, theirs in enumerate(everyones) if theirs != words)
-        theirs, own = (bytes(part.tolist()).decode().splitlines() for part in (texts[rank], payload))
-        pairs = itertools.zip_longest(own, theirs, fillvalue="nothing")
-        here, there = next(((one, other) for one, other in pairs if one != other), ("", ""))
-        raise ConfigError(
-            f"all ranks must have the same {what}; got {here.strip()!r} on rank {self.ranks[self.rank]} and "
-            f"{there.strip()!r} on rank {self.ranks[rank]}; start all ranks with one configuration"
-        )
-
     def send(
         self,
-        opened: "Opened",
+        opened: Opened,
         payload: Tensor,
         sizes: Sequence[int],
         arriving: Sequence[int],
         largest: int,
         *,
         is_beside: bool = True,
-    ) -> "Pending":
+    ) -> Pending:
         """Send each rank its part of a flat tensor, and get theirs.
 
         Args:
@@ -187,12 +159,69 @@ class Exchange:
         return self._send(opened, payload, sizes, arriving, largest, is_beside)
 
     def swap(
-        self, opened: "Opened", payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+        self, opened: Opened, payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
     ) -> Tensor:
         """Return what arrives; see `send`. On a GPU it runs in the stream itself, where it begins sooner."""
-        return self.send(opened, payload, sizes, arriving, largest, is_beside=False).wait()
+        payload = payload.reshape(-1)
+        self._count(opened.call.phase, [size * payload.element_size() for size in sizes])
+        return self._send(opened, payload, sizes, arriving, largest, is_beside=False).wait()
 
-    def send_together(self, opened: "Opened", parts: Sequence[Part], *, is_beside: bool = True) -> "PendingParts":
+    def lend(
+        self,
+        opened: Opened,
+        write: Callable[[int, Tensor], object],
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        arriving: Sequence[int],
+        largest: int,
+        *,
+        own: Tensor | None = None,
+    ) -> Lent:
+        """Send each rank what is written for it, and get theirs, which the exchange's next message may overwrite.
+
+        GPUs that reach each other write it where it is to be read; otherwise it is a `swap`.
+
+        Args:
+            opened: the call this belongs to; its tags may still be under way.
+            write: writes what a rank gets into a flat tensor of `dtype`.
+            dtype, sizes, arriving, largest: see `send`.
+            own: flat, what stays here, where it need not lie beside what arrives; otherwise it is written too.
+
+        Returns:
+            What arrived; it is to be used, or the use queued, before anything else is sent.
+        """
+        ranks = [rank for rank in range(self.world_size) if own is None or rank != self.rank]
+        self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
+        peers = self._peers_with_room(opened, largest * dtype.itemsize)
+        if peers is not None:
+            self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=own is not None))
+            lent = peers.lend(write, dtype, sizes, arriving, largest, ranks)
+            opened.start()
+            return lent if own is None else lent.with_part(self.rank, own)
+        sent = [size if rank in ranks else 0 for rank, size in enumerate(sizes)]
+        expected = [size if rank in ranks else 0 for rank, size in enumerate(arriving)]
+        payload = torch.empty(sum(sent), dtype=dtype, device=self.device)
+        for rank, part in enumerate(payload.split_with_sizes(sent)):
+            if part.numel():
+                write(rank, part)
+        received = self._send(opened, payload, sent, expected, largest, is_beside=False).wait()
+        lent = Lent(list(received.split_with_sizes(expected)), received)
+        return lent if own is None else lent.with_part(self.rank, own)
+
+    def lend_pieces(
+        self, opened: Opened, payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int
+    ) -> list[Tensor]:
+        """Send each rank its piece of a flat tensor; return theirs and this rank's own, each flat; see `lend`."""
+        pieces = payload.split_with_sizes(list(sizes))
+        if self._peers is None:
+            return list(self.swap(opened, payload, sizes, arriving, largest).split_with_sizes(list(arriving)))
+
+        def write(rank: int, part: Tensor) -> None:
+            part.copy_(pieces[rank])
+
+        return self.lend(opened, write, payload.dtype, sizes, arriving, largest, own=pieces[self.rank]).parts
+
+    def send_together(self, opened: Opened, parts: Sequence[Part], *, is_beside: bool = True) -> PendingParts:
         """Send each rank its pieces of several tensors in one message, and get theirs.
 
         Args:
@@ -213,25 +242,22 @@ class Exchange:
 
     def _send(
         self,
-        opened: "Opened",
+        opened: Opened,
         payload: Tensor,
         sizes: Sequence[int],
         arriving: Sequence[int],
         largest: int,
         is_beside: bool,
-    ) -> "Pending":
-        if self.traffic.sends is not None:
-            self.traffic.sends.append(Sent(payload.dtype, list(sizes), list(arriving), largest))
+    ) -> Pending:
+        self._note(Sent(payload.dtype, list(sizes), list(arriving), largest))
+        is_alone = not is_beside and payload.is_cuda
+        peers = self._peers_with_room(opened, largest * payload.element_size()) if is_alone else None
+        if peers is not None:
+            received = peers.swap(payload, sizes, arriving, largest)
+            opened.start()
+            return Pending(exchange=self, opened=opened, received=received, is_beside=False)
         received = payload.new_empty(sum(arriving))
         pending = Pending(exchange=self, opened=opened, received=received, is_beside=is_beside)
-        if not is_beside and payload.is_cuda and self._peers is not None:
-            with _explained(opened):
-                is_carried = self._peers.has_room(largest * payload.element_size(), opened.wait)
-                if is_carried:
-                    self._peers.swap(received, payload, arriving, sizes, largest)
-                    opened.start()
-            if is_carried:
-                return pending
         step = max(1, _MAX_MESSAGE_BYTES // payload.element_size())
         if largest <= step:
             pending.start(received, payload, arriving, sizes)
@@ -244,144 +270,37 @@ class Exchange:
             pending.scatter(into, pieces[1])
         return pending
 
+    def _peers_with_room(self, opened: Opened, num_bytes: int) -> PeerMemory | None:
+        """Return what carries a message of at most so many bytes to each; None: a collective."""
+        if self._peers is None:
+            return None
+        with explained(opened):
+            return self._peers if self._peers.has_room(num_bytes, opened.wait) else None
+
+    def _note(self, sent: Sent) -> None:
+        if self.traffic.sends is not None:
+            self.traffic.sends.append(sent)
+
     def _count(self, phase: str, sizes: Sequence[int]) -> None:
         others = [size for rank, size in enumerate(sizes) if rank != self.rank and size]
         self.traffic.num_bytes[phase] += sum(others)
         self.traffic.num_messages += sum(-(-size // _MAX_MESSAGE_BYTES) for size in others)
 
-    def _swap(
+    def start_swap(
         self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int], *, is_beside: bool = True
     ) -> Any:
+        """Begin an all-to-all of flat tensors; return its work."""
         group = self._payload if sent.is_cuda else self._control
         if sent.dtype == torch.uint16:  # which neither backend knows; nothing is computed with it
             received, sent = received.view(torch.float16), sent.view(torch.float16)
         return dist.all_to_all_single(received, sent, list(arriving), list(sizes), group=group, async_op=is_beside)
 
-    def _explain(self, told: str, cause: BaseException) -> MfdistError:
-        return explain_silence(told, self.ranks, cause, self.deadline_s)
-
-
-@dataclass(kw_only=True)
-class Opened:
-    """A call whose tags are under way."""
-
-    exchange: Exchange
-    call: Call
-    number: int
-    sent: Tensor
-    received: Tensor
-    refusal: MfdistError | None
-    _work: Any = None
-    _counts: list[list[int]] | None = None
-
-    def start(self) -> None:
-        """Send the tags, once; `wait` and the call's first payload do it too."""
-        if self._work is not None:
-            return
-        ones = [1] * self.exchange.world_size
-        with _explained(self):
-            self._work = self.exchange._swap(self.received, self.sent, ones, ones)
-
-    def wait(self) -> list[list[int]]:
-        """Return the counts of each rank; waiting again gives them again.
-
-        Raises:
-            MfdistError: the refusal this rank gave.
-            ConsistencyError: a rank does something else, or refused.
-            UnavailableError: a rank did not come before the deadline.
-        """
-        if self._counts is not None:
-            return self._counts
-        self.start()
-        with _explained(self):
-            self._work.wait()
-        lines = self.received.tolist()
-        exchange = self.exchange
-        tags = {exchange.ranks[index]: line[:TAG_SIZE] for index, line in enumerate(lines)}
-        check_tags(self.call, self.number, tags, exchange.ranks[exchange.rank], tuple(exchange._names))
-        if self.refusal is not None:
-            raise self.refusal
-        refused = [exchange.ranks[index] for index, line in enumerate(lines) if line[_REFUSED]]
-        if refused:
-            raise ConsistencyError(
-                f"all ranks must be able to make {self.told}; rank {refused[0]} refused it; see the error there"
-            )
-        self._counts = [line[_REFUSED + 1 :] for line in lines]
-        return self._counts
-
-    @property
-    def told(self) -> str:
-        """Return the call as messages name it."""
-        return self.call.told(self.number)
-
-
-@dataclass(kw_only=True)
-class Pending:
-    """A payload that is under way."""
-
-    exchange: Exchange
-    opened: Opened
-    received: Tensor
-    is_beside: bool
-    _works: list[Any] = field(default_factory=list)
-    _kept: list[Tensor] = field(default_factory=list)  # until it has been sent
-    _scattered: list[tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=list)
-
-    def start(self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int]) -> None:
-        """Begin one all-to-all."""
-        self._kept.append(sent)
-        with _explained(self.opened):
-            work = self.exchange._swap(received, sent, arriving, sizes, is_beside=self.is_beside)
-        if self.is_beside:
-            self._works.append(work)
-        self.opened.start()
-
-    def scatter(self, piece: Tensor, places: list[tuple[int, int]]) -> None:
-        """Remember where a piece belongs once it is there."""
-        self._scattered.append((piece, places))
-
-    def wait(self) -> Tensor:
-        """Return what arrived, once; on a GPU the stream waits and not the caller.
-
-        Raises:
-            UnavailableError, ConsistencyError: see `Opened.wait`.
-        """
-        with _explained(self.opened):
-            for work in self._works:
-                work.wait()
-        for piece, places in self._scattered:
-            for part, (begin, end) in zip(
-                piece.split_with_sizes([end - begin for begin, end in places]), places, strict=True
-            ):
-                self.received[begin:end] = part
-        self._kept.clear()
-        return self.received
-
-
-@dataclass(frozen=True)
-class PendingParts:
-    """Several tensors that are under way in one message."""
-
-    pending: Pending
-    parts: tuple[Part, ...]
-
-    def wait(self) -> list[Tensor]:
-        """Return what arrived of each part, once; see `Pending.wait`."""
-        return unpack(self.pending.wait(), self.parts, self.pending.exchange.rank)
-
-
-@dataclass(frozen=True)
-class _explained:
-    """Turns what torch.distributed raises into an error that names ranks and calls."""
-
-    opened: Opened
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and isinstance(error, RuntimeError) and not isinstance(error, MfdistError):
-            raise self.opened.exchange._explain(self.opened.told, error) from error
+    def explain(self, told: str, cause: BaseException) -> MfdistError:
+        """Return the error for what torch.distributed raised in a call; the group is of no further use."""
+        explained = explain_silence(told, self.ranks, cause, self.deadline_s)
+        if self._peers is not None:
+            self._peers.give_up()
+        return explained
 
 
 def _pieces(sizes: Sequence[int], first: int, step: int) -> list[tuple[int, int]]:

@@ -8,12 +8,17 @@ import torch
 
 @dataclass(frozen=True)
 class Sent:
-    """One all-to-all as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most."""
+    """One all-to-all as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most.
+
+    Or as `Exchange.lend` was; `has_own`: what stays on this rank was not written.
+    """
 
     dtype: torch.dtype
     sizes: list[int]
     arriving: list[int]
     largest: int
+    is_lent: bool = False
+    has_own: bool = False
 
 
 @dataclass(kw_only=True)

@@ -88,14 +88,24 @@ def exchanged(rank, device):
     def values(size, source, target, turn, dtype):
         return (torch.arange(size, device=device) * (turn + 3 * source + 7 * target + 1) % 251).to(dtype)
 
+    def writer(pieces):
+        return lambda to, part: part.copy_(pieces[to])
+
     for turn in range(_MESSAGES):
         most, dtype = 1 << same.randrange(2, 21), same.choice((torch.uint8, torch.float32, torch.int64))
         sizes = [[same.randrange(most + 1) for _ in range(world_size)] for _ in range(world_size)]
         sent = torch.cat([values(size, rank, target, turn, dtype) for target, size in enumerate(sizes[rank])])
         wanted = torch.cat([values(line[rank], source, rank, turn, dtype) for source, line in enumerate(sizes)])
         opened = exchange.open(Call(table="", kind="suite", phase="check"), [turn])
-        arriving = [line[rank] for line in sizes]
-        wrong += (exchange.swap(opened, sent, sizes[rank], arriving, max(map(max, sizes))) != wanted).sum()
+        numbers = (sizes[rank], [line[rank] for line in sizes], max(map(max, sizes)))
+        if turn % 2:
+            pieces = sent.split_with_sizes(sizes[rank])
+            got = exchange.lend(
+                opened, lambda to, part, pieces=pieces: part.copy_(pieces[to]), dtype, *numbers
+            ).joined()
+        else:
+            got = exchange.swap(opened, sent, *numbers)
+        wrong += (got != wanted).sum()
         if turn % _LATE == rank:
             time.sleep(0.02)
         assert [line[0] for line in opened.wait()] == [turn] * world_size

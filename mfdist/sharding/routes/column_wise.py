@@ -4,7 +4,7 @@ Forward: codes and scores go to all ranks in their compact form, sums of columns
 Backward: columns of the gradient go to their owners, shares of the score gradients come back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import RowState
-from mfdist.sharding.exchange import Exchange, Opened, Pending, PendingParts
+from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import note_ids, refusal_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.routes.token_counts import TokenCounts
 from mfdist.sharding.tags import Call
+from mfdist.sharding.under_way import Opened, PendingParts
 from mfdist.sharding.wire import Wire
 
 #: [begin, end) of each rank's tokens that travel together.
@@ -93,9 +94,9 @@ class ColumnWise(Route):
             everyones.append(everyone)
             returning.append(self._return(opened, wire.encode(sums), chunk, wire, is_beside=is_beside))
         out = weight.new_empty(lookup.num_tokens, sum(self._widths))
-        for chunk, pending in zip(chunks, returning, strict=True):
+        for chunk, arrived in zip(chunks, returning, strict=True):
             begin, end = chunk[exchange.rank]
-            self._place(pending.wait(), out[begin:end], wire)
+            self._place(arrived(), out[begin:end], wire)
         if len(chunks) > 1:
             kept = Kept(_in_rank_order(everyones, chunks), kept.others)
         return out, Kept(kept.tensors, (opened.call, num_tokens, kept.others))
@@ -128,32 +129,31 @@ class ColumnWise(Route):
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         own, most = num_tokens[exchange.rank], max(num_tokens)
         widths = [wire.width(each) for each in self._widths]
-        sizes = [own * width for width in widths]
-        payload = grad_output.new_empty(sum(sizes), dtype=wire.payload_dtype)
-        for (begin, end), part, width in zip(self._columns, payload.split_with_sizes(sizes), widths, strict=True):
-            wire.write(grad_output[:, begin:end], part.view(own, width))
-        grads = exchange.swap(
+
+        def write(rank: int, part: Tensor) -> None:
+            begin, end = self._columns[rank]
+            wire.write(grad_output[:, begin:end], part.view(own, widths[rank]))
+
+        grads = exchange.lend(
             opened,
-            payload,
-            sizes,
+            write,
+            wire.payload_dtype,
+            [own * width for width in widths],
             [count * widths[exchange.rank] for count in num_tokens],
             most * max(widths),
-        )
+        ).joined()
         return wire.decode(grads.view(sum(num_tokens), widths[exchange.rank])), Kept(kept.tensors, below)
 
     def _combine(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
         """Send each rank this rank's shares of its score gradients; return the sum of those for this rank."""
         call, num_tokens, _ = kept.others
         exchange, own = self._exchange, num_tokens[self._exchange.rank]
-        returned = exchange.swap(
-            opened,
-            shares,
-            [count * call.num_lookups for count in num_tokens],
-            [own * call.num_lookups] * exchange.world_size,
-            max(num_tokens) * call.num_lookups,
-        )
+        sizes = [count * call.num_lookups for count in num_tokens]
+        arriving = [own * call.num_lookups] * exchange.world_size
+        returned = exchange.lend_pieces(opened, shares.view(-1), sizes, arriving, max(sizes))
+        total = sum_in_order(returned).view(own, call.num_lookups)
         opened.wait()
-        return sum_in_order(returned.view(exchange.world_size, own, call.num_lookups))
+        return total
 
     def _sum_of_owners(self, call: Call, values: Tensor) -> Tensor:
         """Return the sum of [U] over the ranks that have columns; all have looked up the same rows."""
@@ -164,7 +164,7 @@ class ColumnWise(Route):
         payload = values.repeat(sum(count > 0 for count in counts))
         sizes = [values.numel() if count else 0 for count in counts]
         shares = exchange.swap(opened, payload, sizes, arriving, max(counts))
-        return sum_in_order(shares.view(-1, values.numel())) if values.numel() else values
+        return sum_in_order(shares.view(-1, values.numel()).unbind()) if values.numel() else values
 
     def _chunks(self, num_tokens: Sequence[int], lookup: LookupArguments, wire: Wire) -> list[_Chunk]:
         bytes_a_token = lookup.num_lookups * (lookup.row_ids.element_size() + lookup.scores.element_size())
@@ -184,19 +184,25 @@ class ColumnWise(Route):
         parts = [Part(pieces=[part] * exchange.world_size, arriving=arriving, largest=max(arriving)) for part in own]
         return exchange.send_together(opened, parts, is_beside=is_beside)
 
-    def _return(self, opened: Opened, sums: Tensor, chunk: _Chunk, wire: Wire, *, is_beside: bool) -> Pending:
-        """Send each rank the sums of its tokens in this rank's columns."""
+    def _return(
+        self, opened: Opened, sums: Tensor, chunk: _Chunk, wire: Wire, *, is_beside: bool
+    ) -> Callable[[], Sequence[Tensor]]:
+        """Send each rank the sums of its tokens in this rank's columns; return what gives those from all owners."""
         exchange = self._exchange
         counts = [last - first for first, last in chunk]
         widths = [wire.width(each) for each in self._widths]
         sizes = [count * widths[exchange.rank] for count in counts]
         arriving = [counts[exchange.rank] * width for width in widths]
-        return exchange.send(opened, sums, sizes, arriving, max(counts) * max(widths), is_beside=is_beside)
+        largest = max(counts) * max(widths)
+        if is_beside:
+            pending = exchange.send(opened, sums, sizes, arriving, largest)
+            return lambda: pending.wait().split_with_sizes(arriving)
+        parts = exchange.lend_pieces(opened, sums.view(-1), sizes, arriving, largest)
+        return lambda: parts
 
-    def _place(self, arrived: Tensor, out: Tensor, wire: Wire) -> None:
-        """Write the columns of all owners, which arrived one owner after the other, side by side."""
+    def _place(self, parts: Sequence[Tensor], out: Tensor, wire: Wire) -> None:
+        """Write the columns of all owners side by side."""
         widths = [wire.width(each) for each in self._widths]
-        parts = arrived.split_with_sizes([out.shape[0] * width for width in widths])
         columns = [wire.decode(parts[rank].view(out.shape[0], widths[rank])) for rank in self._in_order]
         torch.cat(columns, dim=1, out=out)
 
@@ -210,9 +216,9 @@ def _in_rank_order(everyones: Sequence[LookupArguments], chunks: Sequence[_Chunk
     return in_order[0], in_order[1]
 
 
-def sum_in_order(shares: Tensor) -> Tensor:
-    """Return the sum over dim 0 in its order, whichever order torch's own `sum` has; in fp32 for narrower dtypes."""
-    total = shares[0].to(torch.promote_types(shares.dtype, torch.float32), copy=True)
+def sum_in_order(shares: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors in their order, whichever order torch's own `sum` has; in fp32 for narrower dtypes."""
+    total = shares[0].to(torch.promote_types(shares[0].dtype, torch.float32), copy=True)
     for share in shares[1:]:
         total += share
-    return total.to(shares.dtype)
+    return total.to(shares[0].dtype)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
-from mfdist.sharding.exchange import Exchange, Opened
+from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
+from mfdist.sharding.under_way import Opened
 from mfdist.sharding.wire import Wire
 
 
@@ -76,7 +77,7 @@ class Replicated(Route):
         sizes, own_sizes = [count * width for count in counts], [own * width] * exchange.world_size
         arrived = exchange.swap(opened, wire.encode(values), sizes, own_sizes, max(sizes))
         shares = wire.decode(arrived.view(exchange.world_size * own, width)).view(exchange.world_size, own, row_dim)
-        total = sum_in_order(shares) if values.is_floating_point() else shares.amax(0)
+        total = sum_in_order(shares.unbind()) if values.is_floating_point() else shares.amax(0)
         repeated = wire.encode(total).repeat(exchange.world_size, 1)
         summed = exchange.swap(opened, repeated, own_sizes, sizes, max(sizes))
         return wire.decode(summed.view(num_rows, width))

@@ -17,7 +17,7 @@ from torch import Tensor
 from mfdist.kernels import gather_sum, ragged_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
-from mfdist.sharding.exchange import Exchange, Opened
+from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import id_refusal, refuse, shape_refusal
 from mfdist.sharding.routes.local import summed_dtype
@@ -25,6 +25,7 @@ from mfdist.sharding.routes.rank_rows import RankRows
 from mfdist.sharding.routes.requests import Requests, Returns, requested
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
+from mfdist.sharding.under_way import Opened
 from mfdist.sharding.wire import Wire
 
 

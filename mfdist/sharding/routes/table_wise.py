@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from mfdist.optim import RowState
-from mfdist.sharding.exchange import Exchange, Opened
+from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import note_ids, refusal_of
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.routes.token_counts import TokenCounts
+from mfdist.sharding.under_way import Opened
 from mfdist.sharding.wire import Wire
 
 
@@ -87,15 +88,15 @@ class TableWise(Route):
         width = wire.width(self._row_dim)
         owners = self._owners
         is_owner = owners[exchange.rank]
-        returned = exchange.swap(
+        returned = exchange.lend_pieces(
             opened,
-            wire.encode(sums),
+            wire.encode(sums).view(-1),
             [count * width * is_owner for count in num_tokens],
             [lookup.num_tokens * width * each for each in owners],
             max(num_tokens) * width,
         )
-        shares = wire.decode(returned.view(sum(owners) * lookup.num_tokens, width))
-        out = sum_in_order(shares.view(sum(owners), lookup.num_tokens, self._row_dim))
+        shares = [part.view(lookup.num_tokens, width) for part, each in zip(returned, owners, strict=True) if each]
+        out = sum_in_order([wire.decode(share) for share in shares])
         return out, Kept(kept.tensors, (opened.call, num_tokens, slots, kept.others))
 
     def backward(
@@ -126,13 +127,15 @@ class TableWise(Route):
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         own, width, owners = num_tokens[exchange.rank], wire.width(self._row_dim), self._owners
         is_owner = owners[exchange.rank]
-        arrived = exchange.swap(
+        encoded = wire.encode(grad_output)
+        arrived = exchange.lend(
             opened,
-            wire.encode(grad_output).repeat(sum(owners), 1),
+            lambda rank, part: part.copy_(encoded.view(-1)),
+            wire.payload_dtype,
             [own * width * each for each in owners],
             [count * width * is_owner for count in num_tokens],
             max(num_tokens) * width,
-        )
+        ).joined()
         return wire.decode(arrived.view(sum(num_tokens) * is_owner, width)), Kept(kept.tensors, stride)
 
     def _combine(self, opened: Opened, kept: Kept, slot_gradients: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from mfdist.sharding.exchange import Opened
 from mfdist.sharding.routes.route import LookupArguments
+from mfdist.sharding.under_way import Opened
 
 _Made = TypeVar("_Made")
 
