@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfdist.errors import MfdistError
+from mfdist.sharding.mailboxes import Lent, Mailboxes
 from mfdist.sharding.packing import Part, pack
-from mfdist.sharding.peer_memory import Lent, PeerMemory, reach_each_other
+from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tags import Call
@@ -192,10 +193,10 @@ class Exchange:
         """
         ranks = [rank for rank in range(self.world_size) if own is None or rank != self.rank]
         self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
-        peers = self._peers_with_room(opened, largest * dtype.itemsize)
-        if peers is not None:
+        boxes = self._boxes(opened, largest * dtype.itemsize)
+        if boxes is not None:
             self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=own is not None))
-            lent = peers.lend(write, dtype, sizes, arriving, largest, ranks)
+            lent = boxes.lend(write, dtype, sizes, arriving, largest, ranks)
             opened.start()
             return lent if own is None else lent.with_part(self.rank, own)
         sent = [size if rank in ranks else 0 for rank, size in enumerate(sizes)]
@@ -251,9 +252,9 @@ class Exchange:
     ) -> Pending:
         self._note(Sent(payload.dtype, list(sizes), list(arriving), largest))
         is_alone = not is_beside and payload.is_cuda
-        peers = self._peers_with_room(opened, largest * payload.element_size()) if is_alone else None
-        if peers is not None:
-            received = peers.swap(payload, sizes, arriving, largest)
+        boxes = self._boxes(opened, largest * payload.element_size()) if is_alone else None
+        if boxes is not None:
+            received = boxes.swap(payload, sizes, arriving, largest)
             opened.start()
             return Pending(exchange=self, opened=opened, received=received, is_beside=False)
         received = payload.new_empty(sum(arriving))
@@ -270,12 +271,12 @@ class Exchange:
             pending.scatter(into, pieces[1])
         return pending
 
-    def _peers_with_room(self, opened: Opened, num_bytes: int) -> PeerMemory | None:
+    def _boxes(self, opened: Opened, num_bytes: int) -> Mailboxes | None:
         """Return what carries a message of at most so many bytes to each; None: a collective."""
         if self._peers is None:
             return None
         with explained(opened):
-            return self._peers if self._peers.has_room(num_bytes, opened.wait) else None
+            return self._peers.boxes(num_bytes, opened.wait)
 
     def _note(self, sent: Sent) -> None:
         if self.traffic.sends is not None:

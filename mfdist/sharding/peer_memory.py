@@ -1,12 +1,9 @@
 """Peer memory: GPUs of one host write into each other's memory, with nothing in between but NVLink or PCIe.
 
-A message goes in two steps, both queued in the stream: each rank writes what it has for the others where they will
-read it, and all wait for each other. No kernel of NCCL's has to start, and nothing is copied on the way.
+Messages go by mailboxes in torch's symmetric memory, all of it queued in the stream. No kernel of NCCL's has to start,
+and nothing is copied on the way.
 
-Two halves of the memory take turns, so that one wait a message is enough: who has come to the wait of a message has
-used what the one before brought, whose half the next is written to.
-
-W ranks. All calls are for the thread that runs the model, on all ranks alike.
+All calls are for the thread that runs the model, on all ranks alike.
 """
 
 import atexit
@@ -15,20 +12,20 @@ import logging
 import socket
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mfdist.sharding.mailboxes import Mailboxes, slot_bytes
+
 _log = logging.getLogger(__name__)
 #: Of all ranks' parts for a rank together; a longer message is not worth memory twice its size.
 MOST_BYTES = 256 << 20
 #: What a GPU's memory is mapped by.
 _GRANULE_BYTES = 2 << 20
-_ALIGNMENT = 16
 #: How long a GPU may go on with what is queued, once its host leaves, before the others are taken not to come.
 _GRACE_S = 3.0
 
@@ -57,7 +54,7 @@ def reach_each_other(device: torch.device, control: Any) -> bool:
 
 
 class PeerMemory:
-    """What ranks that reach each other (`reach_each_other`) read each other's messages in.
+    """Mailboxes in the memory of GPUs that reach each other (`reach_each_other`), as large as messages need.
 
     Args:
         payload, control: process groups of the same ranks, NCCL's and the CPU's.
@@ -69,94 +66,48 @@ class PeerMemory:
         self._payload, self._control, self._device = payload, control, device
         self._rank, self._world_size = dist.get_rank(payload), dist.get_world_size(payload)
         self._timeout_ms = int(timeout_s * 1e3)
+        self._boxes: Mailboxes | None = None
         self._half_bytes = 0
-        self._turn = 0
-        self._handle: Any = None
-        self._memory: list[Tensor] = []  # [W] uint8, of each rank
         self._works = True
+        self._handle: Any = None
         self._stream: torch.cuda.Stream | None = None  # of the last message
         atexit.register(_give_up, weakref.ref(self))  # or the process could not end before the wait's time is out
 
-    def has_room(self, num_bytes: int, agree: Callable[[], object]) -> bool:
-        """Return whether messages of at most so many bytes to each go this way; the same on all ranks.
+    def boxes(self, num_bytes: int, agree: Callable[[], object]) -> Mailboxes | None:
+        """Return mailboxes with room for messages of at most so many bytes to each; None: they do not go this way.
 
         Args:
-            num_bytes: known to all ranks alike.
+            num_bytes: known to all ranks alike; all get the same answer.
             agree: raises unless all ranks are doing the same; called before more memory is taken, by all together.
         """
-        needed = self._slot_bytes(num_bytes) * self._world_size
-        if needed > MOST_BYTES or not self._works:
-            return False
-        if needed <= self._half_bytes:
-            return True
-        agree()
-        return self._grow(max(needed, min(self._half_bytes * 3 // 2, MOST_BYTES)))
+        needed = slot_bytes(num_bytes) * self._world_size
+        if not 0 < needed <= MOST_BYTES or not self._works:
+            return None
+        if self._boxes is None or not self._boxes.have_room(num_bytes):
+            agree()
+            self._grow(max(needed, min(self._half_bytes * 3 // 2, MOST_BYTES)))
+        return self._boxes
 
-    def _grow(self, half_bytes: int) -> bool:
-        """Take memory twice, or return False because a rank could not, and then for good."""
+    def _grow(self, half_bytes: int) -> None:
+        """Take memory for both halves; or none, and then for good, because a rank could not."""
         half_bytes = -(-half_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
-        torch.cuda.synchronize(self._device)  # nobody reads the old memory any more once all have come here
-        error = ""
+        torch.cuda.synchronize(self._device)  # nobody uses the old memory any more once all have come here
+        error, made = "", None
         try:
-            handle, memory = self._rendezvous(2 * half_bytes)
+            made = self._rendezvous(2 * half_bytes)
         except (ImportError, RuntimeError) as cause:
             error = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         errors = [each for each in _gathered(error, self._control) if each]
-        if errors:
-            self._works = False
-            _log.warning("GPUs do not read each other's memory; NCCL carries everything (%s)", errors[0])
-            return False
-        self._handle, self._memory, self._half_bytes = handle, memory, half_bytes
-        return True
+        if made is None or errors:
+            self._works, self._boxes = False, None
+            _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
+            return
+        self._handle, memory = made
+        self._boxes, self._half_bytes = Mailboxes(self._rank, memory, self._wait), half_bytes
 
-    def lend(
-        self,
-        write: Callable[[int, Tensor], object],
-        dtype: torch.dtype,
-        sizes: Sequence[int],
-        arriving: Sequence[int],
-        largest: int,
-        ranks: Sequence[int],
-    ) -> "Lent":
-        """Queue an all-to-all in the current stream; what arrives is there until the next one.
-
-        Args:
-            write: writes what a rank gets into a flat tensor of `dtype`, which lies in that rank's memory.
-            dtype, sizes, arriving: of the elements for each rank, and from each, [W].
-            largest: the most elements any rank sends to any other, known to all ranks alike; `has_room` for them.
-            ranks: those that `write` is called for, and whose parts are of use afterwards.
-        """
-        item, rank, world_size = dtype.itemsize, self._rank, self._world_size
-        if not largest:
-            nothing = torch.empty(0, dtype=dtype, device=self._device)
-            return Lent([nothing] * world_size, nothing)
-        slot = self._slot_bytes(largest * item)
-        self._turn = 1 - self._turn
-        begin = self._turn * self._half_bytes
-        for step in range(1, world_size + 1):
-            peer = (rank + step) % world_size
-            if peer in ranks and sizes[peer]:
-                start = begin + rank * slot
-                write(peer, self._memory[peer][start : start + sizes[peer] * item].view(dtype))
+    def _wait(self) -> None:
         self._stream = torch.cuda.current_stream(self._device)
         self._handle.barrier(channel=0, timeout_ms=self._timeout_ms)
-        own = self._memory[rank][begin : begin + world_size * slot]
-        parts = [own[source * slot : source * slot + size * item].view(dtype) for source, size in enumerate(arriving)]
-        return Lent(parts, own.view(dtype) if all(size * item == slot for size in arriving) else None)
-
-    def swap(self, payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> Tensor:
-        """Queue an all-to-all of a flat tensor in the current stream; return what arrives; see `lend`."""
-        dtype = payload.dtype
-        if dtype == torch.uint16:  # which not all kernels know; nothing is computed with it
-            payload = payload.view(torch.float16)
-        pieces = payload.split_with_sizes(list(sizes))
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-
-        def write(rank: int, part: Tensor) -> None:
-            part.copy_(pieces[rank])
-
-        lent = self.lend(write, payload.dtype, sizes, arriving, largest, others)
-        return torch.cat(lent.with_part(self._rank, pieces[self._rank]).parts).view(dtype)
 
     def give_up(self) -> None:
         """Let this GPU past its waits for the others, which nobody may end any more; what it computes is of no use."""
@@ -179,31 +130,6 @@ class PeerMemory:
         handle = symmetric_memory.rendezvous(own, self._payload.group_name)
         get_buffer: Callable[..., Tensor] = handle.get_buffer
         return handle, [get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(self._world_size)]
-
-    @staticmethod
-    def _slot_bytes(num_bytes: int) -> int:
-        return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Lent:
-    """What arrived, in memory that the next message may overwrite.
-
-    Args:
-        parts: [W] flat, of each rank.
-        whole: all of them, one after the other, where they lie so.
-    """
-
-    parts: list[Tensor]
-    whole: Tensor | None
-
-    def joined(self) -> Tensor:
-        """Return all parts in one tensor, in the order of the ranks."""
-        return torch.cat(self.parts) if self.whole is None else self.whole
-
-    def with_part(self, rank: int, part: Tensor) -> "Lent":
-        """Return these with another part of one rank."""
-        return Lent([*self.parts[:rank], part, *self.parts[rank + 1 :]], None)
 
 
 def _is_done(stream: torch.cuda.Stream, within_s: float = 0.0) -> bool:

@@ -1,0 +1,110 @@
+"""Mailboxes: memory of each rank that all ranks write to. Pure; the memory, and how ranks wait, are the caller's.
+
+A message goes in two steps: each rank writes what it has for the others where they will read it, and all wait for each
+other. Two halves of the memory take turns, so that one wait a message is enough: who has come to the wait of a message
+has used what the one before brought, whose half the next is written to.
+
+W ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16
+
+
+def slot_bytes(num_bytes: int) -> int:
+    """Return what a part of at most so many bytes takes in a half."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What arrived, in memory that the next message may overwrite.
+
+    Args:
+        parts: [W] flat, of each rank.
+        whole: all of them, one after the other, where they lie so.
+    """
+
+    parts: list[Tensor]
+    whole: Tensor | None
+
+    def joined(self) -> Tensor:
+        """Return all parts in one tensor, in the order of the ranks."""
+        return torch.cat(self.parts) if self.whole is None else self.whole
+
+    def with_part(self, rank: int, part: Tensor) -> "Lent":
+        """Return these with another part of one rank."""
+        return Lent([*self.parts[:rank], part, *self.parts[rank + 1 :]], None)
+
+
+class Mailboxes:
+    """One rank's view of all ranks' memory.
+
+    Args:
+        rank: this one's number.
+        memory: [W] uint8, of each rank, equally long; all ranks can write to all of it.
+        wait: until all ranks have come as often; what they wrote before is there then. On a GPU it is only queued, as
+            is all that is written.
+
+    Called on: all ranks, in the same order.
+    """
+
+    def __init__(self, rank: int, memory: Sequence[Tensor], wait: Callable[[], object]) -> None:
+        self._rank, self._memory, self._wait = rank, list(memory), wait
+        self._half_bytes = memory[0].numel() // 2
+        self._turn = 0
+
+    def have_room(self, num_bytes: int) -> bool:
+        """Return whether a message of at most so many bytes to each fits."""
+        return slot_bytes(num_bytes) * len(self._memory) <= self._half_bytes
+
+    def lend(
+        self,
+        write: Callable[[int, Tensor], object],
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        arriving: Sequence[int],
+        largest: int,
+        ranks: Sequence[int],
+    ) -> Lent:
+        """Exchange one message; what arrives is there until the next one is sent.
+
+        Args:
+            write: writes what a rank gets into a flat tensor of `dtype`, which lies in that rank's memory.
+            dtype, sizes, arriving: of the elements for each rank, and from each, [W].
+            largest: the most elements any rank sends to any other, known to all ranks alike; there is room for them.
+            ranks: those that `write` is called for, and whose parts are of use afterwards.
+        """
+        item, rank, world_size = dtype.itemsize, self._rank, len(self._memory)
+        slot = slot_bytes(largest * item)
+        self._turn = 1 - self._turn
+        begin = self._turn * self._half_bytes
+        for step in range(1, world_size + 1):  # not all to one at a time
+            peer = (rank + step) % world_size
+            if peer in ranks and sizes[peer]:
+                start = begin + rank * slot
+                write(peer, self._memory[peer][start : start + sizes[peer] * item].view(dtype))
+        self._wait()
+        own = self._memory[rank][begin : begin + world_size * slot]
+        starts = [source * slot for source in range(world_size)]
+        parts = [own[start : start + size * item].view(dtype) for start, size in zip(starts, arriving, strict=True)]
+        return Lent(parts, own.view(dtype) if all(size * item == slot for size in arriving) else None)
+
+    def swap(self, payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> Tensor:
+        """Exchange the pieces of a flat tensor; return what arrives, copied; see `lend`."""
+        dtype = payload.dtype
+        if dtype == torch.uint16:  # which not all kernels know; nothing is computed with it
+            payload = payload.view(torch.float16)
+        pieces = payload.split_with_sizes(list(sizes))
+        others = [rank for rank in range(len(self._memory)) if rank != self._rank]
+
+        def write(rank: int, part: Tensor) -> None:
+            part.copy_(pieces[rank])
+
+        lent = self.lend(write, payload.dtype, sizes, arriving, largest, others)
+        return torch.cat(lent.with_part(self._rank, pieces[self._rank]).parts).view(dtype)
