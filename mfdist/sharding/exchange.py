@@ -37,6 +37,8 @@ from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
 NUM_COUNTS = 6
 #: A message to one rank is split into pieces of at most so many bytes, for libraries that count in 32 bits.
 _MAX_MESSAGE_BYTES = 1 << 30
+#: How much longer than for tags, which name who is late, GPUs wait for each other.
+_SPARE_S = 30.0
 
 
 class Exchange:
@@ -81,7 +83,7 @@ class Exchange:
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
         self._peers: PeerMemory | None = None
         if uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
-            self._peers = PeerMemory(self._payload, self._control, device, 2 * deadline_s)
+            self._peers = PeerMemory(self._payload, self._control, device, deadline_s + _SPARE_S)
 
     def _new_group(self, backend: str, timeout_s: float) -> Any:
         is_part = self.world_size < dist.get_world_size()

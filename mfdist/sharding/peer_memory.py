@@ -71,7 +71,9 @@ class PeerMemory:
         self._works = True
         self._handle: Any = None
         self._stream: torch.cuda.Stream | None = None  # of the last message
-        atexit.register(_give_up, weakref.ref(self))  # or the process could not end before the wait's time is out
+        self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._releases: list[tuple[Tensor, Tensor]] = []
+        atexit.register(_leave, weakref.ref(self))  # or the process could not end before the wait's time is out
 
     def boxes(self, num_bytes: int, agree: Callable[[], object]) -> Mailboxes | None:
         """Return mailboxes with room for messages of at most so many bytes to each; None: they do not go this way.
@@ -103,6 +105,7 @@ class PeerMemory:
             _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
             return
         self._handle, memory = made
+        self._prepare_to_give_up()
         self._boxes, self._half_bytes = Mailboxes(self._rank, memory, self._wait), half_bytes
 
     def _wait(self) -> None:
@@ -111,17 +114,29 @@ class PeerMemory:
 
     def give_up(self) -> None:
         """Let this GPU past its waits for the others, which nobody may end any more; what it computes is of no use."""
-        stuck = self._stream
-        if stuck is None or _is_done(stuck, _GRACE_S):
-            return
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed does not wait
+            if self._stream is not None and not _is_done(self._stream, _GRACE_S):
+                self._release(self._stream)
+
+    def _release(self, stuck: torch.cuda.Stream) -> None:
         _log.warning("not all ranks came; this GPU goes on without them, to be able to stop")
-        pads = [self._handle.get_signal_pad(rank, dtype=torch.int32) for rank in range(self._world_size)]
-        beside, until_s = torch.cuda.Stream(self._device), time.monotonic() + _GRACE_S  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(beside):
+        until_s = time.monotonic() + _GRACE_S
+        with torch.cuda.stream(self._beside):
             while not _is_done(stuck) and time.monotonic() < until_s:
-                for rank, pad in enumerate(pads):
-                    pad.fill_(int(rank == self._rank))  # everyone has come, and takes notice of what this rank tells
-                beside.synchronize()
+                for pad, release in self._releases:
+                    pad.copy_(release, non_blocking=True)
+                self._beside.synchronize()
+
+    def _prepare_to_give_up(self) -> None:
+        """Have at hand what `give_up` needs: while a kernel waits, none that was not used before can be loaded.
+
+        A wait puts a 1 into each other rank's signal pad, once there is a 0, and then takes one out of its own.
+        """
+        pads = [self._handle.get_signal_pad(rank, dtype=torch.int32) for rank in range(self._world_size)]
+        self._releases = [
+            (pad, torch.full(pad.shape, int(rank == self._rank), dtype=torch.int32, pin_memory=True))
+            for rank, pad in enumerate(pads)
+        ]
 
     def _rendezvous(self, num_bytes: int) -> tuple[Any, list[Tensor]]:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -141,10 +156,9 @@ def _is_done(stream: torch.cuda.Stream, within_s: float = 0.0) -> bool:
     return True
 
 
-def _give_up(peers: "weakref.ref[PeerMemory]") -> None:
+def _leave(peers: "weakref.ref[PeerMemory]") -> None:
     if (found := peers()) is not None:
-        with contextlib.suppress(RuntimeError):  # a GPU that has failed does not wait
-            found.give_up()
+        found.give_up()
 
 
 def _gathered(value: Any, control: Any) -> list[Any]:
