@@ -24,7 +24,8 @@ class ShardingConfig(Section):
     hosts: Count | None = Field(None, description="hosts the ranks run on; by default what the launcher says")
     deadline_s: Positive = Field(300.0, description="longest wait for the slowest rank in an exchange")
     peer_memory: bool = Field(
-        True, description="GPUs of one host read each other's memory where they can; off: NCCL carries everything"
+        False,
+        description="GPUs of one host write into each other's memory where they can; off: NCCL carries everything",
     )
 
     @model_validator(mode="after")

@@ -24,6 +24,8 @@ from mfdist.testing.tolerances import TOLERANCES
 
 #: The note of a contender that was not timed because its sums were wrong.
 WRONG = "wrong"
+#: Of a contender's name, where GPUs write into each other's memory.
+PEERS = "-peers"
 _MIN_TURNS = 3
 #: Steps that follow each other without a wait, and how often.
 _IN_A_ROW, _ROWS_OF_STEPS = 8, 3
@@ -83,8 +85,8 @@ def contest(rank: int, asked: Contest) -> dict[str, Measured]:
     meshes = {1: MeshExchanges(mesh)}
     if world_size >= 4 and world_size % 2 == 0 and "grid" in asked.contenders:
         meshes[2] = MeshExchanges(init_device_mesh(asked.device, (2, world_size // 2)))
-    if world_size > 1 and asked.device == "cuda" and "column_wise-nccl" in asked.contenders:
-        meshes[0] = MeshExchanges(mesh, uses_peer_memory=False)
+    if world_size > 1 and asked.device == "cuda" and any(name.endswith(PEERS) for name in asked.contenders):
+        meshes[0] = MeshExchanges(mesh, uses_peer_memory=True)
     device = meshes[1].device
     wanted = expected_sums(case, rank, world_size, device)
     batch = make_batch(case, rank, device)
@@ -128,10 +130,10 @@ def _made(name: str, case: ShardingCase, meshes: dict[int, MeshExchanges]) -> Co
     match name:
         case "column_wise":
             return OwnTable(kinds.column_wise(spec, world_size), meshes[1])
-        case "column_wise-nccl":
+        case "column_wise-peers" | "table_wise-peers":
             if 0 not in meshes:
                 return "needs several GPUs"
-            return OwnTable(kinds.column_wise(spec, world_size), meshes[0])
+            return _made(name.removesuffix(PEERS), case, {1: meshes[0]})
         case "row_wise" | "row_wise-each-time":
             return OwnTable(kinds.row_wise(spec, world_size, deduplicate=name == "row_wise"), meshes[1])
         case "row_wise-pooled":

@@ -64,7 +64,7 @@ class Exchange:
         *,
         deadline_s: float = 300.0,
         chunk_bytes: int | None = None,
-        uses_peer_memory: bool = True,
+        uses_peer_memory: bool = False,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(dist.get_rank())

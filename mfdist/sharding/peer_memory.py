@@ -134,7 +134,7 @@ class PeerMemory:
         """
         pads = [self._handle.get_signal_pad(rank, dtype=torch.int32) for rank in range(self._world_size)]
         self._releases = [
-            (pad, torch.full(pad.shape, int(rank == self._rank), dtype=torch.int32, pin_memory=True))
+            (pad, torch.full(pad.shape, int(rank == self._rank), dtype=torch.int32, device="cpu", pin_memory=True))
             for rank, pad in enumerate(pads)
         ]
 

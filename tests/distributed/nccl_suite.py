@@ -9,8 +9,9 @@ launch` with as many trainers, step by step beside torchrun; a comparison of eac
 fullest moment of a rank's memory, against its share of the table and what the plan announced; plain all-to-alls of many
 sizes; a table larger than one GPU's memory, where there are several; `mfdist bench plan`, predicted beside measured;
 and `mfdist bench sharding`. What fails is told and the rest goes on; the exit code is 1 then. What cannot run here
-(`launch` without Ray) is told and named at the end. `--only` and `--kind` run some parts and kinds, in the order they
-are named in; `--stage-seconds` ends a stage that hangs; `--json` writes everything found, after every stage.
+(`launch` without Ray) is told and named at the end. `--peer-memory` runs the exchanges of tables by it. `--only` and
+`--kind` run some parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that hangs; `--json`
+writes everything found, after every stage.
 """
 
 import argparse
@@ -44,8 +45,8 @@ _LOSS_TOLERANCE = 1e-3
 class Suite:
     """Runs parts one after the other, and keeps what was found and what failed."""
 
-    def __init__(self, device: str, until_s: float, stage_s: float, path: Path | None) -> None:
-        self.device, self.until_s, self.stage_s, self.path = device, until_s, stage_s, path
+    def __init__(self, device: str, peers: bool, until_s: float, stage_s: float, path: Path | None) -> None:
+        self.device, self.peers, self.until_s, self.stage_s, self.path = device, peers, until_s, stage_s, path
         self.found: dict[str, list[dict[str, object]]] = {part: [] for part in PARTS}
         self.failed: list[str] = []
         self.late: list[str] = []
@@ -220,7 +221,7 @@ class Suite:
         return [kind for kind in options.kind or known if kind in known]
 
     def _on_ranks(self, pool, what, function, world_size, *arguments):
-        arguments = (*arguments, self.device)
+        arguments = (*arguments, self.device, self.peers)
         backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
         limits = {"timeout_s": self.stage_s, "backend": backend}
         return self.attempt(what, lambda: pool.run(function, world_size, *arguments, **limits))
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("--world", metavar="N,N,…", help="world sizes; by default 1, 2, 4, … up to all GPUs")
     parser.add_argument("--only", action="append", choices=PARTS, help="run this part; may be repeated")
     parser.add_argument("--kind", action="append", help="of sharding, in conformance, equality and memory")
+    parser.add_argument("--peer-memory", action="store_true", help="GPUs write into each other's memory in these parts")
     parser.add_argument("--case", action="append", help="pattern of the benchmark's cases")
     parser.add_argument("--contender", action="append", help="pattern of the benchmark's contenders")
     parser.add_argument("--preset", help="what to train; by default a small one")
@@ -266,7 +268,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found")
     options = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast off
-    suite = Suite(options.device, time.monotonic() + 60 * options.minutes, options.stage_seconds, options.json)
+    until_s = time.monotonic() + 60 * options.minutes
+    suite = Suite(options.device, options.peer_memory, until_s, options.stage_seconds, options.json)
     for world_size in _worlds(options.world, options.device):
         for part in options.only or PARTS:
             getattr(suite, part)(world_size, options)

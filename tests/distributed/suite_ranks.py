@@ -50,13 +50,13 @@ def kinds_for(world_size):
     return [kind for kind in (*KINDS, *FROM_TWO) if kind in KINDS or world_size % 2 == 0]
 
 
-def exchanges_on(device, kind):
+def exchanges_on(device, kind, peers=False):
     world_size = dist.get_world_size()
     shape = (2, world_size // 2) if "grid" in kind else (world_size,)
-    return MeshExchanges(init_device_mesh(device, shape))
+    return MeshExchanges(init_device_mesh(device, shape), uses_peer_memory=peers)
 
 
-def links(rank, device):
+def links(rank, device, peers=False):
     """Return bytes to each other rank → the median time of a plain all-to-all of them, the same on all ranks."""
     found, world_size = {}, dist.get_world_size()
     for size in (1 << power for power in range(10, 25 if device == "cpu" else 29, 2)):
@@ -75,14 +75,14 @@ def links(rank, device):
     return found
 
 
-def exchanged(rank, device):
+def exchanged(rank, device, peers=False):
     """Return how many elements of many messages arrived wrong, and whether GPUs read them in each other's memory.
 
     Sizes differ from message to message and rank to rank, and ranks are late in turn; nobody waits for a device, so
     that a message which is laid out too early spoils the one before.
     """
     world_size, same = dist.get_world_size(), random.Random(0)
-    exchange = exchanges_on(device, "").everyone
+    exchange = exchanges_on(device, "", peers).everyone
     wrong = torch.zeros((), dtype=torch.int64, device=device)
 
     def values(size, source, target, turn, dtype):
@@ -118,19 +118,19 @@ def finish(device):
         torch.cuda.synchronize()
 
 
-def conformance(rank, kind, device):
+def conformance(rank, kind, device, peers=False):
     """Return the names of the cases every table must pass, passed by this kind."""
-    exchanges, world_size = exchanges_on(device, kind), dist.get_world_size()
+    exchanges, world_size = exchanges_on(device, kind, peers), dist.get_world_size()
     suite = ShardedConformance(exchanges, lambda spec: sharded_ranks.make_plan(kind, spec, world_size))
     with exchanges.device:
         return run_conformance(suite)
 
 
-def equality(rank, kind, device):
+def equality(rank, kind, device, peers=False):
     """Return the largest distance from an unsharded table on one device, and whether all bits are the same."""
     distance, is_exact = 0.0, True
     for stride in (0, 8):
-        got, wanted, repeats = sharded_ranks.compared(rank, kind, stride, {}, exchanges_on(device, kind))
+        got, wanted, repeats = sharded_ranks.compared(rank, kind, stride, {}, exchanges_on(device, kind, peers))
         assert repeats, f"{kind} gave other bits in a repetition"
         for one, other in zip(got, wanted, strict=True):
             distance = max(distance, relative_error(one.cpu(), other.cpu()))
@@ -139,7 +139,7 @@ def equality(rank, kind, device):
     return distance, is_exact
 
 
-def peak_memory(rank, kind, device):
+def peak_memory(rank, kind, device, peers=False):
     """Return this rank's bytes: of its rows and states, at the fullest moment of training, and what is allowed then.
 
     Allowed is its share of the table with Adam's states, 10 % of that, and what the plan announces beside.
@@ -149,7 +149,7 @@ def peak_memory(rank, kind, device):
     _trained(kind, device, TableSpec(name="small", num_rows=rows, row_dim=64))  # what is compiled and allocated once
     before = _reset_peak(device)
     spec = TableSpec(name="large", num_rows=rows, row_dim=width)
-    table = _trained(kind, device, spec)
+    table = _trained(kind, device, spec, peers)
     peak = _peak(device) - before
     held = table.weight.nbytes + sum(state.nbytes for state in table.row_state.tensors.values())
     workload = Workload(
@@ -160,12 +160,12 @@ def peak_memory(rank, kind, device):
     return {"held": held, "peak": peak, "announced": announced, "allowed": 1.1 * 3 * spec.num_bytes / world_size}
 
 
-def larger_than_one(rank, num_bytes, device):
+def larger_than_one(rank, num_bytes, device, peers=False):
     """Train a table of so many bytes, columns cut; return this rank's bytes once its sums are those expected."""
     world_size, num_tokens, num_lookups, width = dist.get_world_size(), 64, 8, 8192
     rows = num_bytes // (2 * width)
     spec = TableSpec(name="huge", num_rows=rows, row_dim=width, dtype=torch.bfloat16)
-    exchanges = exchanges_on(device, "column_wise")
+    exchanges = exchanges_on(device, "column_wise", peers)
     table = ShardedTable(kinds.column_wise(spec, world_size), exchanges, device=exchanges.device, seed=5)
     table.fuse(RowSGD(lr=1.0))
     # All lookups of all ranks are of different rows, the last one among them.
@@ -182,9 +182,9 @@ def larger_than_one(rank, num_bytes, device):
     return table.weight.nbytes
 
 
-def _trained(kind, device, spec):
+def _trained(kind, device, spec, peers):
     world_size = dist.get_world_size()
-    exchanges = exchanges_on(device, kind)
+    exchanges = exchanges_on(device, kind, peers)
     plan = sharded_ranks.make_plan(kind, spec, world_size, _LOAD.code_stride)
     table = ShardedTable(plan, exchanges, device=exchanges.device).fuse(RowAdam(lr=0.1))
     generator = torch.Generator().manual_seed(dist.get_rank())

@@ -56,7 +56,36 @@ def make_plan(kind, spec, world_size, stride=0, **options):
 
 def exchanges_for(kind, world_size, **options):
     shape = (2, world_size // 2) if "grid" in kind else (world_size,)
-    return MeshExchanges(init_device_mesh("cpu", shape), **options)
+    exchanges = MeshExchanges(init_device_mesh("cpu", shape), **options)
+    for each in exchanges.all:
+        spoil_what_was_lent(each)
+    return exchanges
+
+
+def spoil_what_was_lent(exchange):
+    """Overwrite what an exchange has lent as soon as its next message is sent, as happens where GPUs share memory."""
+    lend, send, lent_before = exchange.lend, exchange._send, []
+
+    def sends(*arguments, **options):
+        while lent_before:
+            lent_before.pop().view(torch.uint8).fill_(0xFF)
+        return send(*arguments, **options)
+
+    def lends(*arguments, own=None, **options):
+        lent = lend(*arguments, own=own, **options)
+        lent_before.extend(part for rank, part in enumerate(lent.parts) if own is None or rank != exchange.rank)
+        return lent
+
+    def lends_pieces(opened, payload, sizes, arriving, largest):
+        pieces = payload.split_with_sizes(list(sizes))
+
+        def write(rank, part):
+            part.copy_(pieces[rank])
+
+        numbers = (payload.dtype, sizes, arriving, largest)
+        return exchange.lend(opened, write, *numbers, own=pieces[exchange.rank]).parts
+
+    exchange.lend, exchange._send, exchange.lend_pieces = lends, sends, lends_pieces
 
 
 def conformance(rank, kind):
