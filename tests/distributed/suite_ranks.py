@@ -146,7 +146,9 @@ def peak_memory(rank, kind, device, peers=False):
     """
     world_size = dist.get_world_size()
     rows, width = _LOAD.num_lookups * _LOAD.code_stride, 2048 if device == "cpu" else 16384
-    _trained(kind, device, TableSpec(name="small", num_rows=rows, row_dim=64))  # what is compiled and allocated once
+    _trained(
+        kind, device, TableSpec(name="small", num_rows=rows, row_dim=64), peers
+    )  # what is compiled and allocated once
     before = _reset_peak(device)
     spec = TableSpec(name="large", num_rows=rows, row_dim=width)
     table = _trained(kind, device, spec, peers)
