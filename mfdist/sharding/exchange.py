@@ -30,6 +30,7 @@ from mfdist.sharding.packing import Part, pack
 from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
+from mfdist.sharding.tag_links import connect
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
 
@@ -81,6 +82,7 @@ class Exchange:
         self._control = self._new_group("gloo", deadline_s)
         # NCCL's own deadline ends the process without a word; the tags' comes first and names who is late.
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
+        self._tag_links = connect(self._control)
         self._peers: PeerMemory | None = None
         if uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
             self._peers = PeerMemory(self._payload, self._control, device, deadline_s + _SPARE_S)
@@ -288,6 +290,13 @@ class Exchange:
         others = [size for rank, size in enumerate(sizes) if rank != self.rank and size]
         self.traffic.num_bytes[phase] += sum(others)
         self.traffic.num_messages += sum(-(-size // _MAX_MESSAGE_BYTES) for size in others)
+
+    def start_tags(self, received: Tensor, sent: Tensor) -> Any:
+        """Begin to tell all ranks [W, L] numbers each; return its work."""
+        if self._tag_links is not None:
+            return self._tag_links.start(received, sent, self.deadline_s)
+        ones = [1] * self.world_size
+        return self.start_swap(received, sent, ones, ones)
 
     def start_swap(
         self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int], *, is_beside: bool = True

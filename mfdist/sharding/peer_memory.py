@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfdist.sharding.mailboxes import Mailboxes, slot_bytes
+from mfdist.sharding.tag_links import gathered
 
 _log = logging.getLogger(__name__)
 #: Of all ranks' parts for a rank together; a longer message is not worth memory twice its size.
@@ -43,14 +44,14 @@ def reach_each_other(device: torch.device, control: Any) -> bool:
         return False
     named = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
     own = device.index if device.index is not None else torch.cuda.current_device()
-    everyones = _gathered((socket.gethostname(), named[own]), control)
+    everyones = gathered((socket.gethostname(), named[own]), control)
     gpus = [uuid for _, uuid in everyones]
     is_one_host = len({host for host, _ in everyones}) == 1 and len(set(gpus)) == len(gpus)
     reaches = is_one_host and all(
         uuid in named and (uuid == named[own] or torch.cuda.can_device_access_peer(own, named.index(uuid)))
         for uuid in gpus
     )
-    return all(_gathered(reaches, control))
+    return all(gathered(reaches, control))
 
 
 class PeerMemory:
@@ -99,7 +100,7 @@ class PeerMemory:
             made = self._rendezvous(2 * half_bytes)
         except (ImportError, RuntimeError) as cause:
             error = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        errors = [each for each in _gathered(error, self._control) if each]
+        errors = [each for each in gathered(error, self._control) if each]
         if made is None or errors:
             self._works, self._boxes = False, None
             _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
@@ -159,9 +160,3 @@ def _is_done(stream: torch.cuda.Stream, within_s: float = 0.0) -> bool:
 def _leave(peers: "weakref.ref[PeerMemory]") -> None:
     if (found := peers()) is not None:
         found.give_up()
-
-
-def _gathered(value: Any, control: Any) -> list[Any]:
-    everyones: list[Any] = [None] * dist.get_world_size(control)
-    dist.all_gather_object(everyones, value, group=control)
-    return everyones

@@ -33,9 +33,8 @@ class Opened:
         """Send the tags, once; `wait` and the call's first payload do it too."""
         if self._work is not None:
             return
-        ones = [1] * self.exchange.world_size
         with explained(self):
-            self._work = self.exchange.start_swap(self.received, self.sent, ones, ones)
+            self._work = self.exchange.start_tags(self.received, self.sent)
 
     def wait(self) -> list[list[int]]:
         """Return the counts of each rank; waiting again gives them again.

@@ -1,0 +1,156 @@
+"""Sockets between the ranks of one host, for tags: they take microseconds where a collective has threads to wake.
+
+Tags arrive in the order they were sent. A rank that ends closes its sockets, and those that wait for it know at once.
+"""
+
+import contextlib
+import socket
+import struct
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+_RANK = struct.Struct("<i")
+_ACCEPT_S = 60.0
+
+
+class TagLinks:
+    """One rank's sockets to all others; see `connect`."""
+
+    def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
+        self._rank, self._sockets = rank, sockets
+        self._under_way: deque[TagWork] = deque()
+
+    def start(self, received: Tensor, sent: Tensor, deadline_s: float) -> "TagWork":
+        """Send each rank its line of `sent` [W, L]; once waited for, `received` [W, L] has theirs. Both are on the CPU.
+
+        Raises:
+            RuntimeError: a rank has ended.
+        """
+        received[self._rank] = sent[self._rank]
+        lines = sent.numpy()
+        for rank, link in self._sockets.items():
+            with _told(rank):
+                link.settimeout(deadline_s)
+                link.sendall(lines[rank].tobytes())
+        work = TagWork(self, received, deadline_s)
+        self._under_way.append(work)
+        return work
+
+    def receive(self, last: "TagWork") -> None:
+        """Receive all that was begun up to `last`."""
+        until_s = time.monotonic() + last.deadline_s
+        while not last.is_done:
+            work = self._under_way[0]
+            lines = work.received.numpy()
+            for rank, link in self._sockets.items():
+                _fill(link, rank, memoryview(lines[rank]).cast("B"), until_s)
+            work.is_done = True
+            self._under_way.popleft()
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for link in self._sockets.values():
+            link.close()
+
+
+class TagWork:
+    """Tags that are under way, as torch.distributed has its works."""
+
+    def __init__(self, links: TagLinks, received: Tensor, deadline_s: float) -> None:
+        self._links, self.received, self.deadline_s = links, received, deadline_s
+        self.is_done = False
+
+    def wait(self) -> None:
+        """Return once all have come.
+
+        Raises:
+            RuntimeError: a rank has ended, or did not come before the deadline.
+        """
+        self._links.receive(self)
+
+
+def connect(control: Any) -> TagLinks | None:
+    """Return sockets among the ranks of a process group, or None where they are not processes of one host.
+
+    Args:
+        control: the process group, on the CPU's network.
+
+    Called on: all ranks of the group; all get sockets, or none.
+    """
+    rank, world_size = dist.get_rank(control), dist.get_world_size(control)
+    if len(set(gathered(_host(), control))) > 1 or world_size == 1:
+        return None
+    sockets: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        path, listener = "", None
+        with contextlib.suppress(OSError):  # such as a path that is too long for a socket
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mfdist-"))
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(Path(folder) / "tags"))
+            listener.listen(world_size)
+            path = str(Path(folder) / "tags")
+        paths = gathered(path, control)
+        if listener is not None and all(paths):
+            with contextlib.suppress(OSError):
+                sockets = _connected(rank, paths, listener)
+        links = TagLinks(rank, sockets)
+        if all(gathered(len(sockets) == world_size - 1, control)):
+            return links
+        links.close()
+        return None
+
+
+def gathered(value: Any, control: Any) -> list[Any]:
+    """Return the values of all ranks of a process group on the CPU's network."""
+    everyones: list[Any] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(everyones, value, group=control)
+    return everyones
+
+
+def _connected(rank: int, paths: list[str], listener: socket.socket) -> dict[int, socket.socket]:
+    """Return a socket to each other rank; each connects to those before it."""
+    found: dict[int, socket.socket] = {}
+    for other in range(rank):
+        link = socket.socket(socket.AF_UNIX)
+        link.settimeout(_ACCEPT_S)
+        link.connect(paths[other])
+        link.sendall(_RANK.pack(rank))
+        found[other] = link
+    listener.settimeout(_ACCEPT_S)
+    for _ in range(rank + 1, len(paths)):
+        link, _ = listener.accept()
+        link.settimeout(_ACCEPT_S)
+        found[_RANK.unpack(link.recv(_RANK.size, socket.MSG_WAITALL))[0]] = link
+    return dict(sorted(found.items()))
+
+
+def _host() -> tuple[str, int]:
+    """Return what processes of one host, and of one network where a host has several, have alike."""
+    with contextlib.suppress(OSError):
+        return socket.gethostname(), Path("/proc/self/ns/net").stat().st_ino
+    return socket.gethostname(), 0
+
+
+def _fill(link: socket.socket, rank: int, line: memoryview, until_s: float) -> None:
+    while line:
+        with _told(rank):
+            link.settimeout(max(until_s - time.monotonic(), 1e-3))
+            size = link.recv_into(line)
+            if not size:
+                raise ConnectionResetError("Connection closed by peer")
+        line = line[size:]
+
+
+@contextlib.contextmanager
+def _told(rank: int) -> Any:
+    """Turn what sockets raise into what collectives do."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"{error} (rank {rank} of those on this host)") from error
