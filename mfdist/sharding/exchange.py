@@ -25,12 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfdist.errors import MfdistError
-from mfdist.sharding.mailboxes import Lent, Mailboxes
+from mfdist.sharding.host_memory import HostMemory
+from mfdist.sharding.mailboxes import GrowingMailboxes, Lent, Mailboxes
 from mfdist.sharding.packing import Part, pack
 from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
-from mfdist.sharding.tag_links import connect
+from mfdist.sharding.tag_links import LinkError, connect
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
 
@@ -83,9 +84,11 @@ class Exchange:
         # NCCL's own deadline ends the process without a word; the tags' comes first and names who is late.
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
         self._tag_links = connect(self._control)
-        self._peers: PeerMemory | None = None
-        if uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
-            self._peers = PeerMemory(self._payload, self._control, device, deadline_s + _SPARE_S)
+        self._memory: GrowingMailboxes | None = None
+        if device.type == "cpu" and self._tag_links is not None:
+            self._memory = HostMemory(self._tag_links, deadline_s)
+        elif uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
+            self._memory = PeerMemory(self._payload, self._control, device, deadline_s + _SPARE_S)
 
     def _new_group(self, backend: str, timeout_s: float) -> Any:
         is_part = self.world_size < dist.get_world_size()
@@ -200,7 +203,8 @@ class Exchange:
         boxes = self._boxes(opened, largest * dtype.itemsize)
         if boxes is not None:
             self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=own is not None))
-            lent = boxes.lend(write, dtype, sizes, arriving, largest, ranks)
+            with explained(opened, LinkError):
+                lent = boxes.lend(write, dtype, sizes, arriving, largest, ranks)
             opened.start()
             return lent if own is None else lent.with_part(self.rank, own)
         sent = [size if rank in ranks else 0 for rank, size in enumerate(sizes)]
@@ -218,7 +222,7 @@ class Exchange:
     ) -> list[Tensor]:
         """Send each rank its piece of a flat tensor; return theirs and this rank's own, each flat; see `lend`."""
         pieces = payload.split_with_sizes(list(sizes))
-        if self._peers is None:
+        if self._memory is None:
             return list(self.swap(opened, payload, sizes, arriving, largest).split_with_sizes(list(arriving)))
 
         def write(rank: int, part: Tensor) -> None:
@@ -255,10 +259,11 @@ class Exchange:
         is_beside: bool,
     ) -> Pending:
         self._note(Sent(payload.dtype, list(sizes), list(arriving), largest))
-        is_alone = not is_beside and payload.is_cuda
+        is_alone = not is_beside and payload.device.type == self.device.type
         boxes = self._boxes(opened, largest * payload.element_size()) if is_alone else None
         if boxes is not None:
-            received = boxes.swap(payload, sizes, arriving, largest)
+            with explained(opened, LinkError):
+                received = boxes.swap(payload, sizes, arriving, largest)
             opened.start()
             return Pending(exchange=self, opened=opened, received=received, is_beside=False)
         received = payload.new_empty(sum(arriving))
@@ -277,10 +282,12 @@ class Exchange:
 
     def _boxes(self, opened: Opened, num_bytes: int) -> Mailboxes | None:
         """Return what carries a message of at most so many bytes to each; None: a collective."""
-        if self._peers is None:
+        if self._memory is None:
             return None
+        if not self.is_hasty:
+            opened.wait()  # all ranks do the same, and wait for each other's writing as often
         with explained(opened):
-            return self._peers.boxes(num_bytes, opened.wait)
+            return self._memory.boxes(num_bytes, opened.wait)
 
     def _note(self, sent: Sent) -> None:
         if self.traffic.sends is not None:
@@ -310,8 +317,8 @@ class Exchange:
     def explain(self, told: str, cause: BaseException) -> MfdistError:
         """Return the error for what torch.distributed raised in a call; the group is of no further use."""
         explained = explain_silence(told, self.ranks, cause, self.deadline_s)
-        if self._peers is not None:
-            self._peers.give_up()
+        if self._memory is not None:
+            self._memory.give_up()
         return explained
 
 

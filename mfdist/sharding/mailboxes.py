@@ -7,6 +7,7 @@ has used what the one before brought, whose half the next is written to.
 W ranks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
+#: Of all ranks' parts for a rank together; a longer message is not worth memory twice its size.
+MOST_BYTES = 256 << 20
+#: What memory is mapped by.
+_GRANULE_BYTES = 2 << 20
 
 
 def slot_bytes(num_bytes: int) -> int:
@@ -108,3 +113,43 @@ class Mailboxes:
 
         lent = self.lend(write, payload.dtype, sizes, arriving, largest, others)
         return torch.cat(lent.with_part(self._rank, pieces[self._rank]).parts).view(dtype)
+
+
+class GrowingMailboxes(ABC):
+    """Mailboxes as large as messages need.
+
+    Args:
+        world_size: W.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._made: Mailboxes | None = None
+        self._half_bytes = 0
+        self._works = True
+
+    def boxes(self, num_bytes: int, agree: Callable[[], object]) -> Mailboxes | None:
+        """Return mailboxes with room for messages of at most so many bytes to each; None: they do not go this way.
+
+        Args:
+            num_bytes: known to all ranks alike; all get the same answer.
+            agree: raises unless all ranks are doing the same; called before more memory is taken, by all together.
+        """
+        needed = slot_bytes(num_bytes) * self._world_size
+        if not 0 < needed <= MOST_BYTES or not self._works:
+            return None
+        if self._made is None or not self._made.have_room(num_bytes):
+            agree()
+            wanted = max(needed, min(self._half_bytes * 3 // 2, MOST_BYTES))
+            self._half_bytes = -(-wanted // _GRANULE_BYTES) * _GRANULE_BYTES
+            self._made = self._make(2 * self._half_bytes)
+            self._works = self._made is not None
+        return self._made
+
+    @abstractmethod
+    def _make(self, num_bytes: int) -> Mailboxes | None:
+        """Return mailboxes of so many bytes a rank; None: some rank could not have them. All ranks call it together."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Let this rank go on, whose others may be gone; what was under way is of no use."""

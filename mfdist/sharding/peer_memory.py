@@ -19,14 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfdist.sharding.mailboxes import Mailboxes, slot_bytes
+from mfdist.sharding.mailboxes import GrowingMailboxes, Mailboxes
 from mfdist.sharding.tag_links import gathered
 
 _log = logging.getLogger(__name__)
-#: Of all ranks' parts for a rank together; a longer message is not worth memory twice its size.
-MOST_BYTES = 256 << 20
-#: What a GPU's memory is mapped by.
-_GRANULE_BYTES = 2 << 20
 #: How long a GPU may go on with what is queued, once its host leaves, before the others are taken not to come.
 _GRACE_S = 3.0
 
@@ -54,7 +50,7 @@ def reach_each_other(device: torch.device, control: Any) -> bool:
     return all(gathered(reaches, control))
 
 
-class PeerMemory:
+class PeerMemory(GrowingMailboxes):
     """Mailboxes in the memory of GPUs that reach each other (`reach_each_other`), as large as messages need.
 
     Args:
@@ -64,50 +60,30 @@ class PeerMemory:
     """
 
     def __init__(self, payload: Any, control: Any, device: torch.device, timeout_s: float) -> None:
+        super().__init__(dist.get_world_size(payload))
         self._payload, self._control, self._device = payload, control, device
-        self._rank, self._world_size = dist.get_rank(payload), dist.get_world_size(payload)
+        self._rank = dist.get_rank(payload)
         self._timeout_ms = int(timeout_s * 1e3)
-        self._boxes: Mailboxes | None = None
-        self._half_bytes = 0
-        self._works = True
         self._handle: Any = None
         self._stream: torch.cuda.Stream | None = None  # of the last message
         self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._releases: list[tuple[Tensor, Tensor]] = []
         atexit.register(_leave, weakref.ref(self))  # or the process could not end before the wait's time is out
 
-    def boxes(self, num_bytes: int, agree: Callable[[], object]) -> Mailboxes | None:
-        """Return mailboxes with room for messages of at most so many bytes to each; None: they do not go this way.
-
-        Args:
-            num_bytes: known to all ranks alike; all get the same answer.
-            agree: raises unless all ranks are doing the same; called before more memory is taken, by all together.
-        """
-        needed = slot_bytes(num_bytes) * self._world_size
-        if not 0 < needed <= MOST_BYTES or not self._works:
-            return None
-        if self._boxes is None or not self._boxes.have_room(num_bytes):
-            agree()
-            self._grow(max(needed, min(self._half_bytes * 3 // 2, MOST_BYTES)))
-        return self._boxes
-
-    def _grow(self, half_bytes: int) -> None:
-        """Take memory for both halves; or none, and then for good, because a rank could not."""
-        half_bytes = -(-half_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
+    def _make(self, num_bytes: int) -> Mailboxes | None:
         torch.cuda.synchronize(self._device)  # nobody uses the old memory any more once all have come here
         error, made = "", None
         try:
-            made = self._rendezvous(2 * half_bytes)
+            made = self._rendezvous(num_bytes)
         except (ImportError, RuntimeError) as cause:
             error = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         errors = [each for each in gathered(error, self._control) if each]
         if made is None or errors:
-            self._works, self._boxes = False, None
             _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
-            return
+            return None
         self._handle, memory = made
         self._prepare_to_give_up()
-        self._boxes, self._half_bytes = Mailboxes(self._rank, memory, self._wait), half_bytes
+        return Mailboxes(self._rank, memory, self._wait)
 
     def _wait(self) -> None:
         self._stream = torch.cuda.current_stream(self._device)

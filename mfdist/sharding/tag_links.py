@@ -19,20 +19,25 @@ _RANK = struct.Struct("<i")
 _ACCEPT_S = 60.0
 
 
+class LinkError(RuntimeError):
+    """A rank has ended, or did not come before the deadline."""
+
+
 class TagLinks:
     """One rank's sockets to all others; see `connect`."""
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
-        self._rank, self._sockets = rank, sockets
+        self.rank, self.world_size = rank, len(sockets) + 1
+        self._sockets = sockets
         self._under_way: deque[TagWork] = deque()
 
     def start(self, received: Tensor, sent: Tensor, deadline_s: float) -> "TagWork":
         """Send each rank its line of `sent` [W, L]; once waited for, `received` [W, L] has theirs. Both are on the CPU.
 
         Raises:
-            RuntimeError: a rank has ended.
+            LinkError: a rank has ended.
         """
-        received[self._rank] = sent[self._rank]
+        received[self.rank] = sent[self.rank]
         lines = sent.numpy()
         for rank, link in self._sockets.items():
             with _told(rank):
@@ -41,6 +46,24 @@ class TagLinks:
         work = TagWork(self, received, deadline_s)
         self._under_way.append(work)
         return work
+
+    def trade_files(self, file: int, deadline_s: float) -> list[int]:
+        """Return a descriptor of each rank's file, for one of this rank's.
+
+        Raises:
+            LinkError: a rank has ended, or did not come before the deadline.
+        """
+        if self._under_way:
+            self.receive(self._under_way[-1])
+        files = {self.rank: file}
+        for rank, link in self._sockets.items():
+            with _told(rank):
+                link.settimeout(deadline_s)
+                socket.send_fds(link, [b"f"], [file])
+        for rank, link in self._sockets.items():
+            with _told(rank):
+                _, (files[rank], *_), _, _ = socket.recv_fds(link, 1, 1)
+        return [files[rank] for rank in range(self.world_size)]
 
     def receive(self, last: "TagWork") -> None:
         """Receive all that was begun up to `last`."""
@@ -70,7 +93,7 @@ class TagWork:
         """Return once all have come.
 
         Raises:
-            RuntimeError: a rank has ended, or did not come before the deadline.
+            LinkError: a rank has ended, or did not come before the deadline.
         """
         self._links.receive(self)
 
@@ -153,4 +176,4 @@ def _told(rank: int) -> Any:
     try:
         yield
     except OSError as error:
-        raise RuntimeError(f"{error} (rank {rank} of those on this host)") from error
+        raise LinkError(f"{error} (rank {rank} of those on this host)") from error

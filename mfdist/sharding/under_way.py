@@ -129,10 +129,11 @@ class explained:
     """Turns what torch.distributed raises into an error that names ranks and calls."""
 
     opened: Opened
+    kind: type[RuntimeError] = RuntimeError
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and isinstance(error, RuntimeError) and not isinstance(error, MfdistError):
+        if error is not None and isinstance(error, self.kind) and not isinstance(error, MfdistError):
             raise self.opened.exchange.explain(self.opened.told, error) from error

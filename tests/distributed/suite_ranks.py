@@ -109,7 +109,7 @@ def exchanged(rank, device, peers=False):
         if turn % _LATE == rank:
             time.sleep(0.02)
         assert [line[0] for line in opened.wait()] == [turn] * world_size
-    peers = exchange._peers
+    peers = exchange._memory
     return int(wrong), peers is not None and peers._works
 
 

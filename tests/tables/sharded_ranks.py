@@ -66,12 +66,16 @@ def spoil_what_was_lent(exchange):
     """Overwrite what an exchange has lent as soon as its next message is sent, as happens where GPUs share memory."""
     lend, send, lent_before = exchange.lend, exchange._send, []
 
-    def sends(*arguments, **options):
+    def spoil():
         while lent_before:
             lent_before.pop().view(torch.uint8).fill_(0xFF)
+
+    def sends(*arguments, **options):
+        spoil()
         return send(*arguments, **options)
 
     def lends(*arguments, own=None, **options):
+        spoil()
         lent = lend(*arguments, own=own, **options)
         lent_before.extend(part for rank, part in enumerate(lent.parts) if own is None or rank != exchange.rank)
         return lent
