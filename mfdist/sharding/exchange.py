@@ -1,4 +1,4 @@
-"""The exchange between ranks: the only place where collectives are called.
+"""The exchange between ranks: the only place where messages are sent, by collectives or by peer memory.
 
 Order of a call, on every rank of the group alike:
 
@@ -53,8 +53,9 @@ class Exchange:
         chunk_bytes: payload that is worth a chunk of its own, so that it travels while the next is computed; by default
             256 MiB on a GPU, whose links take longer for that than another collective takes to begin, and no chunks on
             a CPU, which has no cores to spare.
-        uses_peer_memory: GPUs of one host that reach each other read each other's memory where there is nothing to
-            compute meanwhile, up to `mfdist.sharding.peer_memory.MOST_BYTES`; otherwise NCCL carries it.
+        uses_peer_memory: GPUs of one host that reach each other write into each other's memory where there is nothing
+            to compute meanwhile, up to `mfdist.sharding.mailboxes.MOST_BYTES`; NCCL carries the rest, and everything
+            where they do not reach each other. CPUs of one host share memory in any case.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -108,6 +109,11 @@ class Exchange:
         """Return the names that `know` was given."""
         return tuple(self._names)
 
+    @property
+    def has_peer_memory(self) -> bool:
+        """Return whether messages may go by memory of the others, that of GPUs or, on CPUs, of their host."""
+        return self._memory is not None and self._memory.works
+
     def num_chunks(self, num_bytes: int) -> int:
         """Return into how many chunks a payload of so many bytes is worth splitting."""
         return 1 if self._chunk_bytes is None else min(8, max(1, num_bytes // self._chunk_bytes))
@@ -157,7 +163,7 @@ class Exchange:
             sizes: elements for each rank; they add up to the payload.
             arriving: elements from each rank, whose `sizes` must say the same.
             largest: the most elements any rank sends to any other, known to all ranks alike.
-            is_beside: there is something to compute meanwhile; otherwise see `swap`.
+            is_beside: there is something to compute meanwhile, on all ranks alike; otherwise see `swap`.
 
         Returns:
             A handle whose `wait` gives a flat tensor of the payload's dtype, in the order of the ranks.
@@ -193,10 +199,11 @@ class Exchange:
             opened: the call this belongs to; its tags may still be under way.
             write: writes what a rank gets into a flat tensor of `dtype`.
             dtype, sizes, arriving, largest: see `send`.
-            own: flat, what stays here, where it need not lie beside what arrives; otherwise it is written too.
+            own: flat, what stays here, where it need not lie beside what arrives; otherwise it is written too. All
+                ranks give one, or none does.
 
         Returns:
-            What arrived; it is to be used, or the use queued, before anything else is sent.
+            What arrived; it is to be used, or the use queued in the same stream, before anything else is sent.
         """
         ranks = [rank for rank in range(self.world_size) if own is None or rank != self.rank]
         self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])

@@ -126,7 +126,8 @@ class GrowingMailboxes(ABC):
         self._world_size = world_size
         self._made: Mailboxes | None = None
         self._half_bytes = 0
-        self._works = True
+        #: Whether messages may go this way; no more once a rank could not take memory.
+        self.works = True
 
     def boxes(self, num_bytes: int, agree: Callable[[], object]) -> Mailboxes | None:
         """Return mailboxes with room for messages of at most so many bytes to each; None: they do not go this way.
@@ -136,14 +137,14 @@ class GrowingMailboxes(ABC):
             agree: raises unless all ranks are doing the same; called before more memory is taken, by all together.
         """
         needed = slot_bytes(num_bytes) * self._world_size
-        if not 0 < needed <= MOST_BYTES or not self._works:
+        if not 0 < needed <= MOST_BYTES or not self.works:
             return None
         if self._made is None or not self._made.have_room(num_bytes):
             agree()
             wanted = max(needed, min(self._half_bytes * 3 // 2, MOST_BYTES))
             self._half_bytes = -(-wanted // _GRANULE_BYTES) * _GRANULE_BYTES
             self._made = self._make(2 * self._half_bytes)
-            self._works = self._made is not None
+            self.works = self._made is not None
         return self._made
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Peer memory: GPUs of one host write into each other's memory, with nothing in between but NVLink or PCIe.
 
 Messages go by mailboxes in torch's symmetric memory, all of it queued in the stream. No kernel of NCCL's has to start,
-and nothing is copied on the way.
+and nothing is copied on the way. Beside `exchange.py` only this calls collectives: to agree that memory is there.
 
 All calls are for the thread that runs the model, on all ranks alike.
 """
@@ -13,7 +13,7 @@ import socket
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,14 @@ from torch import Tensor
 from mfdist.sharding.mailboxes import GrowingMailboxes, Mailboxes
 from mfdist.sharding.tag_links import gathered
 
+_Made = TypeVar("_Made")
 _log = logging.getLogger(__name__)
 #: How long a GPU may go on with what is queued, once its host leaves, before the others are taken not to come.
 _GRACE_S = 3.0
 
 
 def reach_each_other(device: torch.device, control: Any) -> bool:
-    """Return whether all ranks of a group are processes of one host, each with a GPU that the others see and can read.
+    """Return whether a group's ranks are processes of one host, each with a GPU that the others see and can write to.
 
     Args:
         device: this rank's.
@@ -72,18 +73,27 @@ class PeerMemory(GrowingMailboxes):
 
     def _make(self, num_bytes: int) -> Mailboxes | None:
         torch.cuda.synchronize(self._device)  # nobody uses the old memory any more once all have come here
-        error, made = "", None
-        try:
-            made = self._rendezvous(num_bytes)
-        except (ImportError, RuntimeError) as cause:
-            error = f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        errors = [each for each in gathered(error, self._control) if each]
-        if made is None or errors:
-            _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
+        # In two steps: a rank that has no memory left must not leave the others waiting for its address.
+        own = self._made_by_all(lambda: self._take(num_bytes))
+        made = None if own is None else self._made_by_all(lambda: self._rendezvous(own))
+        if made is None:
             return None
         self._handle, memory = made
         self._prepare_to_give_up()
         return Mailboxes(self._rank, memory, self._wait)
+
+    def _made_by_all(self, make: Callable[[], _Made]) -> _Made | None:
+        """Return what this rank makes; None where a rank could not."""
+        error, made = "", None
+        try:
+            made = make()
+        except (ImportError, RuntimeError) as cause:
+            error = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        errors = [each for each in gathered(error, self._control) if each]
+        if not errors:
+            return made
+        _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
+        return None
 
     def _wait(self) -> None:
         self._stream = torch.cuda.current_stream(self._device)
@@ -115,13 +125,18 @@ class PeerMemory(GrowingMailboxes):
             for rank, pad in enumerate(pads)
         ]
 
-    def _rendezvous(self, num_bytes: int) -> tuple[Any, list[Tensor]]:
+    def _take(self, num_bytes: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _rendezvous(self, own: Tensor) -> tuple[Any, list[Tensor]]:
+        """Return the handle of all ranks' memory, and a view of each."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
         handle = symmetric_memory.rendezvous(own, self._payload.group_name)
         get_buffer: Callable[..., Tensor] = handle.get_buffer
-        return handle, [get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(self._world_size)]
+        return handle, [get_buffer(rank, own.shape, torch.uint8) for rank in range(self._world_size)]
 
 
 def _is_done(stream: torch.cuda.Stream, within_s: float = 0.0) -> bool:
