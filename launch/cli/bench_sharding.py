@@ -118,16 +118,10 @@ def _own(result: "ShardingResult", found: "list[ShardingResult]") -> float | Non
 
 
 def _document(found: "list[ShardingResult]") -> dict[str, Any]:
+    from mfdist.benchmarks.sharding import DERIVED
+
     return {
         "machine": {"cpu": machine.cpu(), "gpus": machine.gpus()},
         "versions": machine.versions(),
-        "results": [
-            {
-                **asdict(result),
-                "tokens_per_s": result.tokens_per_s,
-                "share_of_plain": result.share_of_plain,
-                "share_if_idle": result.share_if_idle,
-            }
-            for result in found
-        ],
+        "results": [{**asdict(result), **{name: getattr(result, name) for name in DERIVED}} for result in found],
     }

@@ -19,6 +19,8 @@ from mfdist.testing.run_ranks import RankPool
 CONTENDERS = ("column_wise", "table_wise", "row_wise", "row_wise-each-time", "row_wise-pooled", "grid", "replicated")
 TORCHREC = ("torchrec-column_wise", "torchrec-table_wise", "torchrec-row_wise")
 PEERS = ("column_wise-peers", "table_wise-peers")
+#: Properties of a `ShardingResult` that are written beside its fields.
+DERIVED = ("tokens_per_s", "share_of_plain", "share_if_idle")
 _DEADLINE_S = 1200.0
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from mfdist.benchmarks import plan_choice
-from mfdist.benchmarks.sharding import chosen, compare
+from mfdist.benchmarks.sharding import DERIVED, chosen, compare
 from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
 from tests.distributed.suite_training import launched_and_trained, resumed_on_fewer
@@ -206,8 +206,8 @@ class Suite:
             for result in (
                 self.attempt(f"bench {world_size} {case.name}", lambda compared=compared: list(compared)) or ()
             ):
-                share, rate = result.share_of_plain, result.tokens_per_s
-                self.found["bench"].append({**asdict(result), "tokens_per_s": rate, "share_of_plain": share})
+                derived = {name: getattr(result, name) for name in DERIVED}
+                self.found["bench"].append({**asdict(result), **derived})
                 if result.is_wrong:
                     self.fail(f"bench {world_size} {case.name} {result.contender}")
                 self.tell(_bench_line(result))
