@@ -152,6 +152,20 @@ def compared(rank, kind, stride, options, exchanges=None):
     return got[0], (wanted[0][mine], wanted[1], wanted[2][mine] * world_size), repeats
 
 
+def sends(rank, kind, stride):
+    """Return what lookups, their gradients and an update sent: of each exchange its ranks and its messages."""
+    world_size = dist.get_world_size()
+    exchanges = exchanges_for(kind, world_size)
+    for each in exchanges.all:
+        each.traffic.sends = []
+    compared(rank, kind, stride, {}, exchanges)
+    spec = TableSpec(name="t", num_rows=5 * (stride or 40), row_dim=23)
+    table = ShardedTable(make_plan(kind, spec, world_size, stride), exchanges).fuse(RowAdagrad(lr=0.1))
+    ids, scores, grads = lookup_of(stride, 5, spec.num_rows, 2 * rank, spec.row_dim)  # none on rank 0
+    table(ids, scores.requires_grad_(), code_stride=stride).backward(grads)
+    return [(each.ranks, each.traffic.sends) for each in exchanges.all]
+
+
 def chunked(rank, kind, stride):
     """Return whether a lookup in chunks has the bits of one without, and how many messages each took."""
     results, messages = [], []

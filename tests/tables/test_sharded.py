@@ -53,6 +53,32 @@ def test_what_an_unsharded_table_gives(pool, kind, world_size, stride):
             assert torch.equal(got[1], wanted[1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [
+        *(
+            (kind, 3)
+            for kind in ("some_rows", "pooled_rows", "uneven_columns", "table_wise", "one_owner", "replicated")
+        ),
+        *((kind, 4) for kind in GRIDS),
+    ],
+)
+def test_all_ranks_know_the_most_that_any_sends_to_any(pool, kind, world_size):
+    """It decides whether a message is split, or goes by peer memory, and where its parts lie there."""
+    groups = {}
+    for found in pool.run(ranks.sends, world_size, kind, 8):
+        for members, sent in found:
+            groups.setdefault(members, []).append(sent)
+    for members, everyones in groups.items():
+        assert len(everyones) == len(members)
+        for sent in zip(*everyones, strict=True):
+            assert len({(each.dtype, each.largest) for each in sent}) == 1
+            assert max(max(each.sizes) for each in sent) <= sent[0].largest
+            arriving = zip(*(each.arriving for each in sent), strict=True)
+            assert [each.sizes for each in sent] == [list(line) for line in arriving]
+    assert sum(len(sent) for everyones in groups.values() for sent in everyones)
+
+
 @pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise", "replicated"])
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=["bf16", "e4m3", "e5m2"])
 def test_narrower_traffic_costs_its_rounding_and_no_more(pool, kind, wire):
