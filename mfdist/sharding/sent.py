@@ -8,9 +8,10 @@ import torch
 
 @dataclass(frozen=True)
 class Sent:
-    """One all-to-all as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most.
+    """One message as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most.
 
-    Or as `Exchange.lend` was; `has_own`: what stays on this rank was not written.
+    Where `is_lent` it was `Exchange.lend` that was asked, and the message went by peer memory; where `has_own` it was
+    given what stays on this rank, so that `write` was not called for it.
     """
 
     dtype: torch.dtype
