@@ -10,7 +10,7 @@ import torch
 class Sent:
     """One message as `Exchange.send` was asked for it: elements for each rank, from each rank, and at most.
 
-    Where `is_lent` it was `Exchange.lend` that was asked, and the message went by peer memory; where `has_own` it was
+    Where `is_lent` it was `Exchange.lend` that was asked, and the message went by mailboxes; where `has_own` it was
     given what stays on this rank, so that `write` was not called for it.
     """
 
