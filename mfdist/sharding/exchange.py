@@ -266,7 +266,7 @@ class Exchange:
         is_beside: bool,
     ) -> Pending:
         self._note(Sent(payload.dtype, list(sizes), list(arriving), largest))
-        is_alone = not is_beside and payload.device.type == self.device.type
+        is_alone = payload.device.type == self.device.type and not (is_beside and self.is_hasty)
         boxes = self._boxes(opened, largest * payload.element_size()) if is_alone else None
         if boxes is not None:
             with explained(opened, LinkError):
