@@ -48,14 +48,14 @@ class Exchange:
 
     Args:
         ranks: global ranks that take part, ascending.
-        device: where the payload lies; NCCL carries it on a GPU, gloo on a CPU, and tags always travel by gloo.
+        device: where the payload lies. Between ranks of one host tags go by sockets, otherwise by gloo.
         deadline_s: longest wait for the slowest rank.
         chunk_bytes: payload that is worth a chunk of its own, so that it travels while the next is computed; by default
             256 MiB on a GPU, whose links take longer for that than another collective takes to begin, and no chunks on
             a CPU, which has no cores to spare.
-        uses_peer_memory: GPUs of one host that reach each other write into each other's memory where there is nothing
-            to compute meanwhile, up to `mfdist.sharding.mailboxes.MOST_BYTES`; NCCL carries the rest, and everything
-            where they do not reach each other. CPUs of one host share memory in any case.
+        uses_peer_memory: ranks of one host write messages into each other's memory; by default CPUs do, and GPUs do
+            not. NCCL carries what is longer than `mfdist.sharding.peer_memory.MOST_BYTES`, what there is something to
+            compute beside, and everything where GPUs do not reach each other.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -67,7 +67,7 @@ class Exchange:
         *,
         deadline_s: float = 300.0,
         chunk_bytes: int | None = None,
-        uses_peer_memory: bool = False,
+        uses_peer_memory: bool | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(dist.get_rank())
@@ -86,9 +86,10 @@ class Exchange:
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
         self._tag_links = connect(self._control)
         self._memory: GrowingMailboxes | None = None
-        if device.type == "cpu" and self._tag_links is not None:
+        is_wanted = device.type == "cpu" if uses_peer_memory is None else uses_peer_memory
+        if is_wanted and device.type == "cpu" and self._tag_links is not None:
             self._memory = HostMemory(self._tag_links, deadline_s)
-        elif uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
+        elif is_wanted and self.world_size > 1 and reach_each_other(device, self._control):
             self._memory = PeerMemory(self._payload, self._control, device, deadline_s + _SPARE_S)
 
     def _new_group(self, backend: str, timeout_s: float) -> Any:
@@ -207,7 +208,7 @@ class Exchange:
         """
         ranks = [rank for rank in range(self.world_size) if own is None or rank != self.rank]
         self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
-        boxes = self._boxes(opened, largest * dtype.itemsize)
+        boxes = self._boxes(opened, largest * dtype.itemsize, is_lent=True)
         if boxes is not None:
             self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=own is not None))
             with explained(opened, LinkError):
@@ -267,7 +268,7 @@ class Exchange:
     ) -> Pending:
         self._note(Sent(payload.dtype, list(sizes), list(arriving), largest))
         is_alone = payload.device.type == self.device.type and not (is_beside and self.is_hasty)
-        boxes = self._boxes(opened, largest * payload.element_size()) if is_alone else None
+        boxes = self._boxes(opened, largest * payload.element_size(), is_lent=False) if is_alone else None
         if boxes is not None:
             with explained(opened, LinkError):
                 received = boxes.swap(payload, sizes, arriving, largest)
@@ -287,14 +288,14 @@ class Exchange:
             pending.scatter(into, pieces[1])
         return pending
 
-    def _boxes(self, opened: Opened, num_bytes: int) -> Mailboxes | None:
+    def _boxes(self, opened: Opened, num_bytes: int, *, is_lent: bool) -> Mailboxes | None:
         """Return what carries a message of at most so many bytes to each; None: a collective."""
         if self._memory is None:
             return None
         if not self.is_hasty:
             opened.wait()  # all ranks do the same, and wait for each other's writing as often
         with explained(opened):
-            return self._memory.boxes(num_bytes, opened.wait)
+            return self._memory.boxes(num_bytes, opened.wait, is_lent=is_lent)
 
     def _note(self, sent: Sent) -> None:
         if self.traffic.sends is not None:

@@ -11,6 +11,9 @@ from torch import Tensor
 from mfdist.sharding.mailboxes import GrowingMailboxes, Mailboxes
 from mfdist.sharding.tag_links import TagLinks
 
+#: Of a message; see `GrowingMailboxes`. What stays in a processor's cache is exchanged sooner.
+_MOST_BYTES = 16 << 20
+
 
 class HostMemory(GrowingMailboxes):
     """Mailboxes in anonymous files that all ranks of a host map; they are gone with the last of them.
@@ -21,7 +24,7 @@ class HostMemory(GrowingMailboxes):
     """
 
     def __init__(self, links: TagLinks, deadline_s: float) -> None:
-        super().__init__(links.world_size)
+        super().__init__(links.world_size, _MOST_BYTES, in_parts=True)
         self._links, self._deadline_s = links, deadline_s
         self._came = torch.zeros(links.world_size, 1, dtype=torch.int64)
 

@@ -10,13 +10,12 @@ W ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-#: Of all ranks' parts for a rank together; a longer message is not worth memory twice its size.
-MOST_BYTES = 256 << 20
 #: What memory is mapped by.
 _GRANULE_BYTES = 2 << 20
 
@@ -24,6 +23,11 @@ _GRANULE_BYTES = 2 << 20
 def slot_bytes(num_bytes: int) -> int:
     """Return what a part of at most so many bytes takes in a half."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def room_each(half_bytes: int, world_size: int) -> int:
+    """Return the most bytes to each for which a half has room."""
+    return half_bytes // world_size // _ALIGNMENT * _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ class Mailboxes:
         return Lent(parts, own.view(dtype) if all(size * item == slot for size in arriving) else None)
 
     def swap(self, payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> Tensor:
-        """Exchange the pieces of a flat tensor; return what arrives, copied; see `lend`."""
+        """Exchange the pieces of a flat tensor; return what arrives, copied; see `lend`.
+
+        What there is no room for at once goes one part after the other.
+        """
         dtype = payload.dtype
         if dtype == torch.uint16:  # which not all kernels know; nothing is computed with it
             payload = payload.view(torch.float16)
@@ -111,8 +118,24 @@ class Mailboxes:
         def write(rank: int, part: Tensor) -> None:
             part.copy_(pieces[rank])
 
-        lent = self.lend(write, payload.dtype, sizes, arriving, largest, others)
-        return torch.cat(lent.with_part(self._rank, pieces[self._rank]).parts).view(dtype)
+        if self.have_room(largest * payload.element_size()):
+            lent = self.lend(write, payload.dtype, sizes, arriving, largest, others)
+            return torch.cat(lent.with_part(self._rank, pieces[self._rank]).parts).view(dtype)
+        received = payload.new_empty(sum(arriving))
+        into = received.split_with_sizes(list(arriving))
+        into[self._rank].copy_(pieces[self._rank])
+        step = room_each(self._half_bytes, len(self._memory)) // payload.element_size()
+        for first in range(0, largest, step):
+            sent, expected = ([min(max(size - first, 0), step) for size in each] for each in (sizes, arriving))
+            writes = partial(_write_from, pieces, first)
+            lent = self.lend(writes, payload.dtype, sent, expected, min(step, largest - first), others)
+            for rank in others:
+                into[rank][first : first + step] = lent.parts[rank]
+        return received.view(dtype)
+
+
+def _write_from(pieces: Sequence[Tensor], first: int, rank: int, part: Tensor) -> None:
+    part.copy_(pieces[rank][first : first + part.numel()])
 
 
 class GrowingMailboxes(ABC):
@@ -120,28 +143,33 @@ class GrowingMailboxes(ABC):
 
     Args:
         world_size: W.
+        most_bytes: of a message, all ranks' parts for one rank together; twice that is the most memory that is taken.
+        in_parts: what is longer goes one part after the other, and not another way.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+    def __init__(self, world_size: int, most_bytes: int, *, in_parts: bool) -> None:
+        self._world_size, self._most_bytes, self._in_parts = world_size, most_bytes, in_parts
         self._made: Mailboxes | None = None
         self._half_bytes = 0
         #: Whether messages may go this way; no more once a rank could not take memory.
         self.works = True
 
-    def boxes(self, num_bytes: int, agree: Callable[[], object]) -> Mailboxes | None:
-        """Return mailboxes with room for messages of at most so many bytes to each; None: they do not go this way.
+    def boxes(self, num_bytes: int, agree: Callable[[], object], *, is_lent: bool) -> Mailboxes | None:
+        """Return mailboxes for messages of at most so many bytes to each; None: they do not go this way.
 
         Args:
             num_bytes: known to all ranks alike; all get the same answer.
             agree: raises unless all ranks are doing the same; called before more memory is taken, by all together.
+            is_lent: they have to fit as they are.
         """
+        if self._in_parts and not is_lent:
+            num_bytes = min(num_bytes, room_each(self._most_bytes, self._world_size))
         needed = slot_bytes(num_bytes) * self._world_size
-        if not 0 < needed <= MOST_BYTES or not self.works:
+        if not 0 < needed <= self._most_bytes or not self.works:
             return None
         if self._made is None or not self._made.have_room(num_bytes):
             agree()
-            wanted = max(needed, min(self._half_bytes * 3 // 2, MOST_BYTES))
+            wanted = max(needed, min(self._half_bytes * 3 // 2, self._most_bytes))
             self._half_bytes = -(-wanted // _GRANULE_BYTES) * _GRANULE_BYTES
             self._made = self._make(2 * self._half_bytes)
             self.works = self._made is not None

@@ -24,6 +24,8 @@ from mfdist.sharding.tag_links import gathered
 
 _Made = TypeVar("_Made")
 _log = logging.getLogger(__name__)
+#: Of a message; see `GrowingMailboxes`.
+MOST_BYTES = 256 << 20
 #: How long a GPU may go on with what is queued, once its host leaves, before the others are taken not to come.
 _GRACE_S = 3.0
 
@@ -61,7 +63,7 @@ class PeerMemory(GrowingMailboxes):
     """
 
     def __init__(self, payload: Any, control: Any, device: torch.device, timeout_s: float) -> None:
-        super().__init__(dist.get_world_size(payload))
+        super().__init__(dist.get_world_size(payload), MOST_BYTES, in_parts=False)
         self._payload, self._control, self._device = payload, control, device
         self._rank = dist.get_rank(payload)
         self._timeout_ms = int(timeout_s * 1e3)

@@ -8,6 +8,7 @@ import socket
 import struct
 import tempfile
 import time
+import weakref
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class TagLinks:
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
         self.rank, self.world_size = rank, len(sockets) + 1
         self._sockets = sockets
+        weakref.finalize(self, _close, list(sockets.values()))
         self._under_way: deque[TagWork] = deque()
 
     def start(self, received: Tensor, sent: Tensor, deadline_s: float) -> "TagWork":
@@ -78,8 +80,7 @@ class TagLinks:
 
     def close(self) -> None:
         """Close all sockets."""
-        for link in self._sockets.values():
-            link.close()
+        _close(list(self._sockets.values()))
 
 
 class TagWork:
@@ -136,6 +137,11 @@ def gathered(value: Any, control: Any) -> list[Any]:
     return everyones
 
 
+def _close(sockets: list[socket.socket]) -> None:
+    for each in sockets:
+        each.close()
+
+
 def _connected(rank: int, paths: list[str], listener: socket.socket) -> dict[int, socket.socket]:
     """Return a socket to each other rank; each connects to those before it."""
     found: dict[int, socket.socket] = {}
@@ -153,11 +159,12 @@ def _connected(rank: int, paths: list[str], listener: socket.socket) -> dict[int
     return dict(sorted(found.items()))
 
 
-def _host() -> tuple[str, int]:
+def _host() -> tuple[str, str, int]:
     """Return what processes of one host, and of one network where a host has several, have alike."""
     with contextlib.suppress(OSError):
-        return socket.gethostname(), Path("/proc/self/ns/net").stat().st_ino
-    return socket.gethostname(), 0
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+        return socket.gethostname(), boot, Path("/proc/self/ns/net").stat().st_ino
+    return socket.gethostname(), "", 0
 
 
 def _fill(link: socket.socket, rank: int, line: memoryview, until_s: float) -> None:

@@ -53,7 +53,7 @@ def kinds_for(world_size):
 def exchanges_on(device, kind, peers=False):
     world_size = dist.get_world_size()
     shape = (2, world_size // 2) if "grid" in kind else (world_size,)
-    exchanges = MeshExchanges(init_device_mesh(device, shape), uses_peer_memory=peers)
+    exchanges = MeshExchanges(init_device_mesh(device, shape), uses_peer_memory=peers or None)
     # Or what was asked for would pass by NCCL.
     assert not peers or device == "cpu" or world_size == 1 or exchanges.everyone.has_peer_memory
     return exchanges

@@ -77,6 +77,19 @@ def test_numbers_that_not_all_kernels_know_are_swapped():
     assert on_ranks(2, 64, work) == [[0, 1], [40_000, 40_001]]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_what_there_is_no_room_for_goes_one_part_after_the_other(dtype):
+    sizes = [[5, 100, 33], [0, 7, 64], [99, 1, 250]]  # what stays on a rank may be more than any sends to another
+
+    def work(rank, boxes):
+        pieces = [values(size, rank, target, 0, dtype) for target, size in enumerate(sizes[rank])]
+        wanted = [values(line[rank], source, rank, 0, dtype) for source, line in enumerate(sizes)]
+        got = boxes.swap(torch.cat(pieces), sizes[rank], [line[rank] for line in sizes], 100)
+        return torch.equal(got, torch.cat(wanted))
+
+    assert on_ranks(3, 2 * 3 * 32, work) == [True] * 3
+
+
 def test_room_is_for_all_ranks_parts_in_each_half():
     boxes = Mailboxes(0, [torch.empty(96, dtype=torch.uint8)] * 3, lambda: None)
     assert boxes.have_room(16) and not boxes.have_room(17)
