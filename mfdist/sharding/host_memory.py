@@ -3,7 +3,7 @@
 import contextlib
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class HostMemory(GrowingMailboxes):
     def __init__(self, links: TagLinks, deadline_s: float) -> None:
         super().__init__(links.world_size, _MOST_BYTES, in_parts=True)
         self._links, self._deadline_s = links, deadline_s
-        self._came = torch.zeros(links.world_size, 1, dtype=torch.int64)
+        self._came = torch.zeros(links.world_size, 1, dtype=torch.int64, device="cpu")
 
     def _make(self, num_bytes: int) -> Mailboxes | None:
         file = -1
@@ -54,12 +54,10 @@ class HostMemory(GrowingMailboxes):
         """Do nothing: on a CPU nothing goes on by itself."""
 
 
-def _mapped(files: Iterable[int], num_bytes: int) -> list[Tensor]:
+def _mapped(files: Sequence[int], num_bytes: int) -> list[Tensor]:
     """Return the memory of files, which are closed."""
-    memory = []
-    for file in files:
-        try:
-            memory.append(torch.frombuffer(mmap.mmap(file, num_bytes), dtype=torch.uint8))
-        finally:
+    try:
+        return [torch.frombuffer(mmap.mmap(file, num_bytes), dtype=torch.uint8) for file in files]
+    finally:
+        for file in files:
             os.close(file)
-    return memory
