@@ -97,7 +97,8 @@ def _told(topology: "Topology") -> str:
         f"{topology.world_size} ranks: link {link.bytes_per_s / 1e9:.2f} GB/s, {link.latency_s * 1e3:.2f} ms a peer, "
         f"{topology.collective_s * 1e3:.2f} ms a collective{host}, "
         f"copy {topology.copy_bytes_per_s / 1e9:.1f} GB/s, lookup {topology.lookup_bytes_per_s / 1e9:.1f} GB/s, "
-        f"{topology.cached_lookup_bytes_per_s / 1e9:.1f} in the cache, {topology.sort_ids_per_s / 1e6:.0f} M ids/s"
+        f"{topology.cached_lookup_bytes_per_s / 1e9:.1f} in the cache, {topology.row_start_s * 1e9:.0f} ns a row, "
+        f"{topology.sort_ids_per_s / 1e6:.0f} M ids/s"
     )
 
 

@@ -222,7 +222,8 @@ def _lookup_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
         num_summed *= world_size * held.rows / plan.num_rows
     row_bytes = _row_bytes(held.columns, plan.dtype.itemsize)
     ordered = float(num_summed.max()) / topology.sort_ids_per_s if plan.pooled else 0.0  # by owner, and there by row
-    return 3 * float(np.max(num_summed * row_bytes / _rates(plan, held, topology))) + 2 * ordered
+    each_s = row_bytes / _rates(plan, held, topology) + topology.row_start_s
+    return 3 * float(np.max(num_summed * each_s)) + 2 * ordered
 
 
 def _is_fetched(plan: TablePlan, topology: Topology) -> bool:
@@ -246,7 +247,10 @@ def _fetched_s(
     is_cached = unique * min(float(held.columns.max()), _SLICE_COLUMNS) * item_bytes <= topology.cache_bytes
     rate = topology.cached_lookup_bytes_per_s if is_cached else topology.lookup_bytes_per_s
     most = float(held.rows.max()) / plan.num_rows * group  # the fullest rank's load, as a multiple of the average
-    summed = lookups * width / rate + 2 * lookups * most * width / float(_rates(plan, held, topology).min())
+    here_s, there_s = (
+        width / each + topology.row_start_s for each in (rate, float(_rates(plan, held, topology).min()))
+    )
+    summed = lookups * here_s + 2 * lookups * most * there_s
     pairs = num_tokens * float(owner_hits(plan, held, load).max()) * group
     copied = 2 * (unique * most + pairs) * width / topology.copy_bytes_per_s
     ordered = lookups * (2 + most) / topology.sort_ids_per_s  # by row, by owner, and at the owner by row again

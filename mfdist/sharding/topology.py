@@ -20,6 +20,7 @@ _MAY_BE_ZERO = (
     "host_memory_bytes",
     "collective_s",
     "host_lookup_s",
+    "row_start_s",
     "fresh_bytes_per_s",
     "inside.latency_s",
     "between.latency_s",
@@ -59,6 +60,7 @@ class Topology:
             keeps all, as on GPUs.
         lookup_bytes_per_s: rows a lookup reads from memory.
         cached_lookup_bytes_per_s: the same, where a slice of the table stays in the cache.
+        row_start_s: what reading a row takes besides, however wide it is; 0 where that was not measured apart.
         cache_bytes: table slices up to this size stay in the cache.
         sort_ids_per_s: row ids sorted or deduplicated.
         pass_rows_per_s: rows that a gradient of all rows passes over, whatever their width.
@@ -86,6 +88,7 @@ class Topology:
     pass_rows_per_s: float
     flops_per_s: float
     host_lookup_s: float = 0.0
+    row_start_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in _figures(asdict(self)):
@@ -191,6 +194,7 @@ def cpu(world_size: int, num_hosts: int = 1, *, memory_bytes: int = 8 << 30) -> 
         fresh_bytes_per_s=2.4e9,
         lookup_bytes_per_s=7e9,
         cached_lookup_bytes_per_s=15e9,
+        row_start_s=10e-9,
         cache_bytes=32 << 20,
         sort_ids_per_s=60e6,
         pass_rows_per_s=15e6,

@@ -164,6 +164,22 @@ def test_rows_read_narrower_travel_and_are_read_as_such():
     assert whole[1].lookup_s == pytest.approx(whole[0].lookup_s / 2)
 
 
+@pytest.mark.parametrize(
+    ("plan", "num_rows"),
+    [
+        # 2 tokens a rank, 4 lookups a token: forward once, backward twice
+        (column_wise(SPEC, 4), 3 * 4 * 8),  # of all ranks' tokens
+        (table_wise(SPEC, 4, 16), 3 * 8),  # a quarter of them
+        (row_wise(SPEC, 4), 8 + 2 * 8),  # of its own tokens, and those of its rows
+    ],
+)
+def test_each_row_costs_its_start_however_narrow_it_is(plan, num_rows):
+    work = replace(WORK, loads={"t": TableLoad(num_lookups=4)}) if plan.kind == "row_wise" else WORK
+    starting = replace(PLAIN, row_start_s=0.01)
+    difference = price_table(plan, starting, work).lookup_s - price_table(plan, PLAIN, work).lookup_s
+    assert difference == pytest.approx(0.01 * num_rows)
+
+
 def test_an_accelerator_waits_for_its_host_where_that_takes_longer():
     alone = price_table(column_wise(SPEC, 4), replace(PLAIN, collective_s=0.0), WORK)
     busy = alone.lookup_s + alone.exchange_s + alone.update_s
