@@ -31,7 +31,9 @@ def pool():
         yield made
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [*((kind, 2) for kind in KINDS), *((kind, 4) for kind in GRIDS)])
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [*((kind, 2) for kind in KINDS), *((kind, 4) for kind in (*GRIDS, "uneven_columns"))]
+)
 def test_the_contract_of_every_table(pool, kind, world_size):
     names = pool.run(ranks.conformance, world_size, kind, timeout_s=120)
     assert len(names[0]) > 20 and names[0] == names[-1]

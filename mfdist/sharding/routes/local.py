@@ -49,8 +49,9 @@ class LocalRoute(Route):
     def _listed(
         self, weight: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int
     ) -> tuple[RowGradient, Tensor]:
-        if not weight.numel():
-            return RowGradient(weight, row_ids.new_empty(0, dtype=torch.int64)), torch.zeros_like(scores)
+        if not weight.numel():  # all of its rows have no columns here, or there are none
+            nothing = weight.new_empty(0, weight.shape[1])
+            return RowGradient(nothing, row_ids.new_empty(0, dtype=torch.int64)), torch.zeros_like(scores)
         num_tokens, num_lookups = row_ids.shape
         ids = row_ids.long() + code_stride * torch.arange(num_lookups, device=row_ids.device)
         tokens = torch.arange(num_tokens, device=row_ids.device).repeat_interleave(num_lookups)

@@ -138,7 +138,7 @@ class PooledRows(Route):
 
 def _ragged_sums(weight: Tensor, row_ids: Tensor, runs: Tensor, scores: Tensor) -> Tensor:
     """Return one sum of rows [P, D] for each run of lookups."""
-    if not runs.numel():
-        return weight.new_empty(0, weight.shape[1])
+    if not runs.numel() or not weight.shape[1]:  # torch's sums of rows without columns are an error
+        return weight.new_empty(runs.numel(), weight.shape[1])
     starts = runs.cumsum(0, dtype=row_ids.dtype) - runs
     return nn.functional.embedding_bag(row_ids, weight, starts, mode="sum", per_sample_weights=scores.to(weight.dtype))
