@@ -115,6 +115,11 @@ class Exchange:
         """Return whether messages may go by memory of the others, that of GPUs or, on CPUs, of their host."""
         return self._memory is not None and self._memory.works
 
+    @property
+    def mailbox_bytes(self) -> int:
+        """Return the bytes of this rank that the others write to, which plans do not count."""
+        return 0 if self._memory is None else self._memory.num_bytes
+
     def num_chunks(self, num_bytes: int) -> int:
         """Return into how many chunks a payload of so many bytes is worth splitting."""
         return 1 if self._chunk_bytes is None else min(8, max(1, num_bytes // self._chunk_bytes))

@@ -175,6 +175,11 @@ class GrowingMailboxes(ABC):
             self.works = self._made is not None
         return self._made
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of this rank that the others write to."""
+        return 2 * self._half_bytes if self._made is not None else 0
+
     @abstractmethod
     def _make(self, num_bytes: int) -> Mailboxes | None:
         """Return mailboxes of so many bytes a rank; None: some rank could not have them. All ranks call it together."""

@@ -144,13 +144,13 @@ def equality(rank, kind, device, peers=False):
 def peak_memory(rank, kind, device, peers=False):
     """Return this rank's bytes: of its rows and states, at the fullest moment of training, and what is allowed then.
 
-    Allowed is its share of the table with Adam's states, 10 % of that, and what the plan announces beside.
+    Allowed is its share of the table with Adam's states, 10 % of that, what the plan announces beside, and mailboxes; of
+    the others' the system counts on a CPU what this rank has touched, too.
     """
     world_size = dist.get_world_size()
     rows, width = _LOAD.num_lookups * _LOAD.code_stride, 2048 if device == "cpu" else 16384
-    _trained(
-        kind, device, TableSpec(name="small", num_rows=rows, row_dim=64), peers
-    )  # what is compiled and allocated once
+    small = TableSpec(name="small", num_rows=rows, row_dim=64)
+    _trained(kind, device, small, peers)  # what is compiled and allocated once
     before = _reset_peak(device)
     spec = TableSpec(name="large", num_rows=rows, row_dim=width)
     table = _trained(kind, device, spec, peers)
@@ -161,7 +161,9 @@ def peak_memory(rank, kind, device, peers=False):
     )
     cost = price_table(table.plan, cpu(world_size, 2 if "grid" in kind else 1), workload)
     announced = cost.held.on_ranks(cost.footprint.saved + cost.footprint.transient)[rank]
-    return {"held": held, "peak": peak, "announced": announced, "allowed": 1.1 * 3 * spec.num_bytes / world_size}
+    mailboxes = (2 if device == "cpu" else 1) * sum(each.mailbox_bytes for each in table.exchanges.all)
+    allowed = 1.1 * 3 * spec.num_bytes / world_size + mailboxes
+    return {"held": held, "peak": peak, "announced": announced, "mailboxes": mailboxes, "allowed": allowed}
 
 
 def larger_than_one(rank, num_bytes, device, peers=False):
