@@ -144,8 +144,8 @@ def equality(rank, kind, device, peers=False):
 def peak_memory(rank, kind, device, peers=False):
     """Return this rank's bytes: of its rows and states, at the fullest moment of training, and what is allowed then.
 
-    Allowed is its share of the table with Adam's states, 10 % of that, what the plan announces beside, and mailboxes; of
-    the others' the system counts on a CPU what this rank has touched, too.
+    Allowed is its share of the table with Adam's states, 10 % of that, what the plan announces beside, and mailboxes:
+    of the others' the system counts on a CPU what this rank has touched, too.
     """
     world_size = dist.get_world_size()
     rows, width = _LOAD.num_lookups * _LOAD.code_stride, 2048 if device == "cpu" else 16384
