@@ -73,3 +73,9 @@ def waits_for_one_that_is_late(rank, deadline_s):
     except UnavailableError as error:
         return str(error)
     return None
+
+
+def has_peer_memory(rank):
+    """Return whether messages go by memory, as it is by default and as it was asked for: yes, and no."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return [MeshExchanges(mesh, uses_peer_memory=asked).everyone.has_peer_memory for asked in (None, True, False)]

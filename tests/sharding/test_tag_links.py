@@ -34,3 +34,7 @@ def test_a_rank_that_ends_is_named_at_once():
 def test_a_rank_that_is_late_is_named_after_the_deadline():
     error, _ = run_ranks(tag_ranks.waits_for_one_that_is_late, 2, 1.0)
     assert "within 1 s; rank 1 did not" in error and "timed out" in error
+
+
+def test_ranks_of_one_host_share_memory_unless_they_are_told_not_to():
+    assert run_ranks(tag_ranks.has_peer_memory, 2) == [[True, True, False]] * 2

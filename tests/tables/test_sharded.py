@@ -45,7 +45,18 @@ def test_the_contract_of_every_table(pool, kind, world_size):
     [*((kind, 3) for kind in KINDS), *((kind, 4) for kind in GRIDS), ("row_wise", 1), ("column_wise", 1)],
 )
 def test_what_an_unsharded_table_gives(pool, kind, world_size, stride):
-    for got, wanted, repeats in pool.run(ranks.compared, world_size, kind, stride, {}):
+    check_equal(kind, pool.run(ranks.compared, world_size, kind, stride, {}))
+
+
+@pytest.mark.parametrize("stride", [0, 8], ids=["ids", "codes"])
+@pytest.mark.parametrize(("kind", "world_size"), [*((kind, 3) for kind in KINDS), *((kind, 4) for kind in GRIDS)])
+def test_ranks_of_several_hosts_give_the_same(pool, kind, world_size, stride):
+    arguments = (ranks.on_hosts_of_their_own, world_size, ranks.compared, kind, stride, {})
+    check_equal(kind, pool.run(*arguments))
+
+
+def check_equal(kind, everyones):
+    for got, wanted, repeats in everyones:
         assert repeats
         for one, other in zip(got, wanted, strict=True):
             assert one.dtype == other.dtype
@@ -105,7 +116,7 @@ def test_bf16_tables_travel_as_they_are(pool, kind):
 
 @pytest.mark.parametrize("kind", ["row_wise", "column_wise"])
 def test_chunks_change_no_bit(pool, kind):
-    results = pool.run(ranks.chunked, 2, kind, 8)
+    results = pool.run(ranks.on_hosts_of_their_own, 2, ranks.chunked, kind, 8)
     assert all(is_same for is_same, _ in results)
     without, within = (sum(messages[index] for _, messages in results) for index in (0, 1))
     assert within > without
