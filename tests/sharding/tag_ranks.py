@@ -79,3 +79,22 @@ def has_peer_memory(rank):
     """Return whether messages go by memory, as it is by default and as it was asked for: yes, and no."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return [MeshExchanges(mesh, uses_peer_memory=asked).everyone.has_peer_memory for asked in (None, True, False)]
+
+
+def loses_one_in_a_message(rank, turns):
+    """Return what the first rank is told when the other ends between its tags and its part of a message."""
+    exchange = MeshExchanges(init_device_mesh("cpu", (2,)), deadline_s=100.0).everyone
+    call, payload = Call(table="t", kind="row_wise", phase="lookup"), torch.ones(2)
+    for _ in range(turns):  # none: it ends while memory is taken
+        exchange.swap(exchange.open(call), payload, [1, 1], [1, 1], 1)
+    opened = exchange.open(call)
+    opened.wait()
+    if rank:
+        exchange._tag_links.close()
+        time.sleep(6.0)
+        return None
+    try:
+        exchange.swap(opened, payload, [1, 1], [1, 1], 1)
+    except UnavailableError as error:
+        return str(error)
+    return None

@@ -38,3 +38,9 @@ def test_a_rank_that_is_late_is_named_after_the_deadline():
 
 def test_ranks_of_one_host_share_memory_unless_they_are_told_not_to():
     assert run_ranks(tag_ranks.has_peer_memory, 2) == [[True, True, False]] * 2
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_a_rank_that_ends_within_a_message_is_named(turns):
+    error, _ = run_ranks(tag_ranks.loses_one_in_a_message, 2, turns)
+    assert "rank 1 did not" in error and "(rank 1 of those on this host)" in error
