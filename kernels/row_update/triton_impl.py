@@ -207,7 +207,9 @@ def _update_given(
         constants = load_constants(shared, keys, RULE)
         accumulated = 0.0
         if RULE == ROWWISE_ADAGRAD:
-            accumulated = accumulate(tl.load(first + row), mean_square, constants)
+            before = tl.load(first + row)
+            tl.debug_barrier()  # every warp has read it, before one of them writes what it becomes
+            accumulated = accumulate(before, mean_square, constants)
         update_row(
             table, first, second, row, c, is_column, values, gradient, mean_square,
             accumulated, constants, D, row_offset, column_offset, RULE,

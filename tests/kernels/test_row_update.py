@@ -344,6 +344,23 @@ def test_on_a_gpu(make: Callable[..., Lookup], dtype: torch.dtype, rule: RowRule
 
 @pytest.mark.gpu
 @every_rule
+@pytest.mark.parametrize("has_squares", [False, True])
+def test_wide_rows_repeat_on_a_gpu(has_squares: bool, rule: RowRule) -> None:
+    rows, grads = torch.randn(20_000, 4096, device="cuda"), torch.randn(20_000, 4096, device="cuda")
+    squares = grads.square().mean(1) if has_squares and rule.kind == "rowwise_adagrad" else None
+    begun = make_updated(rows.cpu(), rule)
+    updated = []
+    for _ in range(3):
+        got = Updated(rows.clone(), [each.cuda() for each in begun.state])
+        row_update(got.table, got.state, grads, rule, LR.cuda(), STEP.cuda(), mean_squares=squares)
+        updated.append(got)
+    for got in updated[1:]:
+        assert torch.equal(got.table, updated[0].table)
+        assert all(torch.equal(one, two) for one, two in zip(got.state, updated[0].state, strict=True))
+
+
+@pytest.mark.gpu
+@every_rule
 @pytest.mark.parametrize("rows_each", [8, 400], ids=["often", "seldom"])
 def test_a_captured_graph_updates_by_what_its_arguments_hold(rows_each: int, rule: RowRule) -> None:
     lookup = make_lookup(100, 5, rows_each, 300, dtype=torch.bfloat16, id_dtype=torch.uint16)

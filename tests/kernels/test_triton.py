@@ -195,6 +195,10 @@ KERNELS = {
         UPDATE,
         {"COLUMNS": 1024, "RULE": 2, "HAS_ROWS": True, "IS_DENSE": False, "HAS_SQUARES": True},
     ),
+    "row_update.triton_impl._update_given by adagrad": (
+        ADAGRAD,
+        {"COLUMNS": 2048, "RULE": 1, "HAS_ROWS": True, "IS_DENSE": False, "HAS_SQUARES": True},
+    ),
     "sign_hash.triton_impl._hash": (
         {"x": "*bf16", "codes": "*u16", "scores": "*fp32", "num_chunks": "i32", "slope": "fp32"},
         {"BITS": 10, "WIDTH": 16, "CHUNKS": 128, "IS_RELEASED": True},
@@ -280,6 +284,15 @@ def test_a_kernel_that_starts_early_waits_before_it_reads(name: str) -> None:
     accesses = [found.start() for found in re.finditer(r"\b(?:ld|st)\.global", text)]
     assert wait < min(*accesses, start) and start < max(accesses)
     assert "griddepcontrol" not in compile_for(name, "sm_90").asm["ptx"]
+
+
+def test_warps_of_a_row_read_its_state_before_one_of_them_writes_it() -> None:
+    text = compile_for("row_update.triton_impl._update_given by adagrad", "sm_90").asm["ptx"]
+    written = re.search(r"st\.global\.b32\s+\[ (%rd\d+)", text)
+    assert written is not None
+    read = text.index(f"[ {written[1]} + 0 ]")
+    assert "ld.global.b32" in text[read - 40 : read]
+    assert read < text.index("bar.sync") < written.start()
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
