@@ -2,10 +2,13 @@
 
 GPU kernels never touch memory outside the table; on a bad id they write NaN to what the id would have fed and leave the
 id in a word of pinned host memory. Every later call reads those words, which costs next to nothing, and `check_errors`
-waits for the device first. So a bad id is reported by the first call after the kernel has run, at the latest.
+waits for the device first. So a bad id is reported by the first call after the kernel has run, at the latest; but not
+within an exchange between ranks, where others would wait for the one that left: there it is `kept` for the next call.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -66,6 +69,7 @@ class _PinnedWords:
         self._words: Tensor | None = None
         self._slots: dict[tuple[str, int, bool], int] = {}
         self._lock = threading.Lock()
+        self.is_kept = False
 
     def word(self, name: str, limit: int, is_code: bool) -> Tensor:
         """Return the word to hand to a kernel; past `_MAX_WORDS` tables, the last word is shared."""
@@ -98,8 +102,28 @@ _pinned = _PinnedWords()
 
 def error_word(name: str, limit: int, *, is_code: bool) -> Tensor:
     """Raise for a bad id an earlier launch has met, and return the int64 word in which the next one reports its own."""
-    _pinned.raise_if_any()
+    if not _pinned.is_kept:
+        _pinned.raise_if_any()
     return _pinned.word(name, limit, is_code)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Launch kernels without raising for what earlier ones have met; on whichever thread, as autograd has its own."""
+    was_kept, _pinned.is_kept = _pinned.is_kept, True
+    try:
+        yield
+    finally:
+        _pinned.is_kept = was_kept
+
+
+def met_error() -> RowIdError | None:
+    """Return the error for a bad id that an earlier launch has met, once; it does not wait for the device."""
+    try:
+        _pinned.raise_if_any()
+    except RowIdError as error:
+        return error
+    return None
 
 
 def note_bad_id(row_ids: Tensor, limit: int, name: str, *, is_code: bool) -> None:

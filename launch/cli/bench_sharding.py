@@ -83,13 +83,13 @@ def _told(device: str, contenders: list[str]) -> str:
 
 
 _HEADER = (
-    f"{'ranks':<6}{'case':<11}{'contender':<22}{'forward':>11}{'step':>11}{'in a row':>11}{'tokens/s':>10}{'sent':>11}"
+    f"{'ranks':<6}{'case':<15}{'contender':<22}{'forward':>11}{'step':>11}{'in a row':>11}{'tokens/s':>10}{'sent':>11}"
     f"{'of plain':>9}{'if idle':>8}{'error':>9}  remarks"
 )
 
 
 def _line(result: "ShardingResult", found: "list[ShardingResult]") -> str:
-    line = f"{result.world_size:<6}{result.case:<11}{result.contender:<22}"
+    line = f"{result.world_size:<6}{result.case:<15}{result.contender:<22}"
     times = (result.forward_s, result.step_s, result.in_a_row_s)
     if result.tokens_per_s is None or None in times:
         return f"{line}{result.note}"

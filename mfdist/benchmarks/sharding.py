@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+import torch
+
 from mfdist.benchmarks.sharding_case import ShardingCase
 from mfdist.benchmarks.sharding_ranks import WRONG, Contest, Measured, contest
 from mfdist.errors import ConfigError
@@ -24,7 +26,9 @@ DERIVED = ("tokens_per_s", "share_of_plain", "share_if_idle")
 _DEADLINE_S = 1200.0
 
 
-def _codes(name: str, num_tokens: int, num_lookups: int, stride: int, row_dim: int) -> ShardingCase:
+def _codes(
+    name: str, num_tokens: int, num_lookups: int, stride: int, row_dim: int, dtype: torch.dtype = torch.float32
+) -> ShardingCase:
     return ShardingCase(
         name=name,
         num_tokens=num_tokens,
@@ -32,10 +36,12 @@ def _codes(name: str, num_tokens: int, num_lookups: int, stride: int, row_dim: i
         code_stride=stride,
         num_rows=num_lookups * stride,
         row_dim=row_dim,
+        dtype=dtype,
     )
 
 
-#: Device → the cases: MemoryFormer's projections, and one large table by row ids, even and as words are distributed.
+#: Device → the cases: MemoryFormer's projections, in bf16 as they are trained over GPUs too, and one large table by row
+#: ids, even and as words are distributed.
 CASES = {
     "cpu": (
         _codes("tiny-qkv", 2048, 64, 256, 512),
@@ -46,6 +52,8 @@ CASES = {
     "cuda": (
         _codes("base-qkv", 16384, 128, 256, 3072),
         _codes("base-ffn2", 16384, 128, 1024, 1024),
+        _codes("base-qkv-bf16", 16384, 128, 256, 3072, torch.bfloat16),
+        _codes("base-ffn2-bf16", 16384, 128, 1024, 1024, torch.bfloat16),
         ShardingCase(name="ids", num_tokens=16384, num_lookups=32, num_rows=4_000_000, row_dim=256),
         ShardingCase(name="ids-zipf", num_tokens=16384, num_lookups=32, num_rows=4_000_000, row_dim=256, zipf=1.1),
     ),

@@ -29,6 +29,7 @@ class ShardingCase:
         code_stride: rows a slot, or 0 where ids lie anywhere in `num_rows`.
         num_rows, row_dim: of the table.
         zipf: exponent of the ids' frequencies, or 0 for even ones.
+        dtype: of the rows, the sums and their gradients.
     """
 
     name: str
@@ -38,11 +39,12 @@ class ShardingCase:
     num_rows: int
     row_dim: int
     zipf: float = 0.0
+    dtype: torch.dtype = torch.float32
 
     @property
     def spec(self) -> TableSpec:
         """Return the table's."""
-        return TableSpec(name=self.name, num_rows=self.num_rows, row_dim=self.row_dim)
+        return TableSpec(name=self.name, num_rows=self.num_rows, row_dim=self.row_dim, dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Batch:
 
     row_ids: Tensor  # [n, K] codes of one or four bytes, or int64 row ids
     scores: Tensor  # [n, K] fp32
-    grad_output: Tensor  # [n, D] fp32
+    grad_output: Tensor  # [n, D]
     code_stride: int
 
 
@@ -70,7 +72,7 @@ def make_batch(case: ShardingCase, rank: int, device: torch.device) -> Batch:
     return Batch(
         row_ids=ids.to(device),
         scores=torch.rand(shape, generator=generator).to(device).requires_grad_(),
-        grad_output=torch.randn(case.num_tokens, case.row_dim, generator=generator).to(device),
+        grad_output=torch.randn(case.num_tokens, case.row_dim, generator=generator).to(device, case.dtype),
         code_stride=case.code_stride,
     )
 
@@ -80,7 +82,7 @@ def first_rows(
 ) -> Tensor:
     """Return the values that a part of the table starts with on this kind of device."""
     region = Region(rows=rows, columns=columns)
-    part = torch.empty(region.shape, device=device)
+    part = torch.empty(region.shape, device=device, dtype=case.dtype)
     draw_rows(part, case.spec, region, STD, SEED)
     return part
 

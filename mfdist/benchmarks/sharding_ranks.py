@@ -99,7 +99,7 @@ def contest(rank: int, asked: Contest) -> dict[str, Measured]:
             continue
         error, peak_bytes = _checked(made, batch, wanted)
         # All ranks time it, or none: one that was right here may have been wrong elsewhere.
-        if _most(0.0 if error is None else error, device) <= TOLERANCES["float32"]:
+        if _most(0.0 if error is None else error, device) <= TOLERANCES[str(case.dtype).removeprefix("torch.")]:
             right[name] = (made, error, peak_bytes)
         else:
             found[name] = Measured(error=error, note=WRONG)
@@ -125,8 +125,9 @@ def _made(name: str, case: ShardingCase, meshes: dict[int, MeshExchanges]) -> Co
         return torchrec_contender.made(name.removeprefix("torchrec-"), case)
     spec, stride, world_size = case.spec, case.code_stride, meshes[1].world_size
     fetched = {"row_wise-each-time": case.num_tokens * case.num_lookups, "replicated": case.num_rows}.get(name, 0)
-    if fetched * case.row_dim * 4 >= _MOST_BYTES[meshes[1].device.type]:
-        return f"would move {fetched * case.row_dim * 4 / 1e6:.0f} MB of rows a rank; too slow to be timed here"
+    num_bytes = fetched * case.row_dim * case.dtype.itemsize
+    if num_bytes >= _MOST_BYTES[meshes[1].device.type]:
+        return f"would move {num_bytes / 1e6:.0f} MB of rows a rank; too slow to be timed here"
     match name:
         case "column_wise":
             return OwnTable(kinds.column_wise(spec, world_size), meshes[1])

@@ -14,7 +14,7 @@ from mfdist.errors import ConsistencyError
 
 PHASES: Final = ("lookup", "gradient", "update", "check")
 #: Integers of a tag on the wire.
-TAG_SIZE: Final = 7
+TAG_SIZE: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Call:
         num_lookups: K, where it must be the same on all ranks.
         code_stride: see `Table.forward`.
         id_bytes: of a row id or code, as they travel.
+        value_bytes: of a value of the sums that are asked for, which autocast may make fewer.
     """
 
     table: str
@@ -36,17 +37,20 @@ class Call:
     num_lookups: int = 0
     code_stride: int = 0
     id_bytes: int = 0
+    value_bytes: int = 0
 
     def encode(self, number: int) -> list[int]:
         """Return the tag of this call, the `number`-th of its exchange, as `TAG_SIZE` integers below 2^63."""
         names = (name_code(self.table), name_code(self.kind), PHASES.index(self.phase))
-        return [number, *names, self.num_lookups, self.code_stride, self.id_bytes]
+        return [number, *names, *self._sizes]
 
     def told(self, number: int) -> str:
         """Return the call as messages name it."""
-        return _told(
-            number, f'"{self.table}"', self.kind, self.phase, self.num_lookups, self.code_stride, self.id_bytes
-        )
+        return _told(number, f'"{self.table}"', self.kind, self.phase, *self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.num_lookups, self.code_stride, self.id_bytes, self.value_bytes
 
 
 @cache
@@ -78,6 +82,8 @@ def check_tags(call: Call, number: int, tags: Mapping[int, Sequence[int]], own_r
             )
 
 
-def _told(number: int, table: str, kind: str, phase: str, num_lookups: int, code_stride: int, id_bytes: int) -> str:
-    sizes = f"K={num_lookups}, code_stride={code_stride}, ids of {id_bytes} bytes"
+def _told(
+    number: int, table: str, kind: str, phase: str, num_lookups: int, code_stride: int, id_bytes: int, value_bytes: int
+) -> str:
+    sizes = f"K={num_lookups}, code_stride={code_stride}, ids of {id_bytes} bytes, values of {value_bytes}"
     return f"call {number}, the {phase} of table {table} ({kind}, {sizes})"

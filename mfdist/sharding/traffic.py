@@ -241,14 +241,17 @@ class _Group:
 
     def _columns(self, phase: Phase, every: Floats) -> tuple[Floats, Floats]:
         """Return the bytes of a token's columns that lie elsewhere, and of its columns here for all other ranks."""
-        own = self._wire(phase, self.held.columns)
-        item_bytes = self._wire(phase, every + 1) - self._wire(phase, every)
-        scales = self._wire(phase, 0 * every) * (self.group - 1)
+        # Sums are whole, and travel as what they are rounded to in the end; so do gradients, but for a third of one.
+        is_exact = phase == "forward" or not self.held.world_size & (self.held.world_size - 1)
+        dtype = self.workload.summed_dtype(self.plan.dtype) if is_exact else self.plan.dtype
+        own = self._wire(phase, self.held.columns, dtype)
+        item_bytes = self._wire(phase, every + 1, dtype) - self._wire(phase, every, dtype)
+        scales = self._wire(phase, 0 * every, dtype) * (self.group - 1)
         return (every - self.held.columns) * item_bytes + scales, own * (self.group - 1)
 
-    def _wire(self, phase: Phase, width: Floats) -> Floats:
+    def _wire(self, phase: Phase, width: Floats, dtype: torch.dtype | None = None) -> Floats:
         wire = self.plan.forward_dtype if phase == "forward" else self.plan.backward_dtype
-        return wire_bytes(self.plan.dtype, wire, width)
+        return wire_bytes(dtype or self.plan.dtype, wire, width)
 
     def _phase(self, phase: Phase, *parts: tuple[str, Floats, Floats, Floats | int]) -> Iterator[Transfer]:
         """Yield the transfers of one phase, tags and sizes first; parts are (what, sent, received, bytes of each)."""

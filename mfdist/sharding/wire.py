@@ -51,10 +51,11 @@ class Wire:
         """Write rows [M, D] as they travel to `out`, [M, width(D)] of `payload_dtype`."""
         out.copy_(self.encode(rows) if self.num_scale_bytes else rows)
 
-    def decode(self, payload: Tensor) -> Tensor:
-        """Return the rows [M, D] in `rows_dtype` from [M, width(D)] as it arrived."""
+    def decode(self, payload: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the rows [M, D] in `dtype`, by default `rows_dtype`, from [M, width(D)] as it arrived."""
+        dtype = dtype or self.rows_dtype
         if not self.num_scale_bytes:
-            return payload.to(self.rows_dtype)
+            return payload.to(dtype)
         values, scale = payload[:, :-_SCALE_BYTES], payload[:, -_SCALE_BYTES:]
         scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float32)
-        return (values.contiguous().view(self.dtype).float() * scale).to(self.rows_dtype)
+        return (values.contiguous().view(self.dtype).float() * scale).to(dtype)

@@ -63,7 +63,8 @@ class Workload:
         is_fused: rows are updated in backward from the gradients of touched rows; otherwise every weight has a gradient
             and is updated.
         lookup_dtype: what rows are read as where that is narrower than what they are kept in, as under autocast; then a
-            copy of them lives from the lookup to its backward, except where they are fused.
+            copy of them lives from the lookup to its backward, except where they are fused: those are read as they
+            are, and their sums rounded.
         deduplicate: send each row id once.
         forward_dtype, backward_dtype: of the traffic; None takes each table's.
         num_dense_parameters: parameters beside the tables, in fp32 with a gradient and Adam, on every rank.
@@ -114,9 +115,12 @@ class Workload:
 
     def read_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return what rows kept in `dtype` are read and travel as."""
-        if self.lookup_dtype is None or self.is_fused or self.lookup_dtype.itemsize >= dtype.itemsize:
-            return dtype
-        return self.lookup_dtype
+        return dtype if self.is_fused else self.summed_dtype(dtype)
+
+    def summed_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what sums of rows kept in `dtype` are rounded to in the end."""
+        narrow = self.lookup_dtype
+        return dtype if narrow is None or narrow.itemsize >= dtype.itemsize else narrow
 
     def tokens_per_exchange(self, world_size: int) -> int:
         """Return the tokens a rank looks up at once: its share of a micro-batch, rounded up."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from mfdist.errors import ConfigError
 from mfdist.kernels.huge_pages import in_huge_pages
+from mfdist.kernels.row_id_check import kept as bad_ids_kept
+from mfdist.kernels.row_id_check import met_error
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.routes.planned import check_mesh, route_of
 from mfdist.sharding.routes.route import Kept, LookupArguments, RowGradient
@@ -93,7 +95,7 @@ class ShardedTable(Table):
         weight, anchor = (weight.to(dtype), None) if state is None else (weight, state.anchor)
         is_training = torch.is_grad_enabled() and (state is not None or weight.requires_grad or scores.requires_grad)
         out: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
-            weight, scores, anchor, row_ids, code_stride, self, is_training
+            weight, scores, anchor, row_ids, code_stride, dtype, self, is_training
         )
         return out.to(dtype)
 
@@ -120,11 +122,13 @@ class _Lookup(torch.autograd.Function):
         anchor: Tensor | None,
         row_ids: Tensor,
         code_stride: int,
+        dtype: torch.dtype,
         table: ShardedTable,
         is_training: bool,
     ) -> Tensor:
-        lookup = LookupArguments(row_ids, scores, code_stride)
-        out, kept = table._route.forward(weight, lookup, is_training=is_training)
+        lookup = LookupArguments(row_ids, scores, code_stride, dtype, met_error())
+        with bad_ids_kept():
+            out, kept = table._route.forward(weight, lookup, is_training=is_training)
         if is_training:
             # The count of updates is kept for autograd to see, on ranks without rows too, that there was none since.
             ctx.save_for_backward(weight, table.row_state and table.row_state.count, *kept.tensors)
@@ -138,14 +142,22 @@ class _Lookup(torch.autograd.Function):
         table: ShardedTable = ctx.table
         kept, world_size = Kept(tuple(tensors), ctx.others), table.exchanges.world_size
         # Scaled before it is summed: fewer values than after, and rounded as an unsharded table's is.
-        grad = grad_output / world_size if world_size > 1 else grad_output
-        if table.row_state is not None:
-            rows, grad_scores = None, table._route.update(weight, kept, grad, table.row_state)
-        else:
-            gradient, grad_scores = table._route.backward(weight, kept, grad)
-            rows = _dense(gradient, weight)
+        grad = _over(grad_output, world_size, weight.dtype)
+        with bad_ids_kept():
+            if table.row_state is not None:
+                rows, grad_scores = None, table._route.update(weight, kept, grad, table.row_state)
+            else:
+                gradient, grad_scores = table._route.backward(weight, kept, grad)
+                rows = _dense(gradient, weight)
         grad_scores = grad_scores * world_size if world_size > 1 else grad_scores
-        return rows, grad_scores, None, None, None, None, None
+        return rows, grad_scores, None, None, None, None, None, None
+
+
+def _over(grad: Tensor, world_size: int, dtype: torch.dtype) -> Tensor:
+    """Return a gradient over the number of ranks, in `dtype` where its own would round what a power of two does not."""
+    if world_size == 1:
+        return grad
+    return grad / world_size if world_size & (world_size - 1) == 0 else grad.to(dtype) / world_size
 
 
 def _dense(gradient: RowGradient, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from mfdist.sharding.plan import ShardingPlan
 from mfdist.tables.sharded import ShardedTable
 
 
-def measured(rank, plan_json, name, num_tokens, load, mesh_shape, optimizer=None):
+def measured(rank, plan_json, name, num_tokens, load, mesh_shape, optimizer=None, autocast=None):
     """Return this rank's bytes: rows, gradient, kept for backward, and sent forward and backward."""
     plan = ShardingPlan.from_json(plan_json).table(name)
     exchanges = MeshExchanges(init_device_mesh("cpu", mesh_shape))
@@ -27,7 +27,8 @@ def measured(rank, plan_json, name, num_tokens, load, mesh_shape, optimizer=None
             kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    computes = torch.autocast("cpu", autocast, enabled=autocast is not None)
+    with computes, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = table(ids, scores, code_stride=load.code_stride)
     out.sum().backward()
     phases = ("lookup", "gradient", "update")

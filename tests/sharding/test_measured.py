@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfdist.optim import RowAdagrad, RowAdam
+from mfdist.optim import RowAdagrad, RowAdam, RowSGD
 from mfdist.sharding.cost import price_table
 from mfdist.sharding.kinds import column_wise, grid, replicated, row_wise, table_wise
 from mfdist.sharding.plan import ShardingPlan
@@ -57,7 +57,8 @@ def compare(pool, plan, name, work, optimizer=None):
     mesh = (2, world_size // 2) if is_grid else (world_size,)
     cost = price_table(plan, cpu(world_size, 2 if is_grid else 1), work)
     text = ShardingPlan(world_size, (plan,)).to_json()
-    found = pool.run(measured_ranks.measured, world_size, text, "t", NUM_TOKENS, load, mesh, optimizer, timeout_s=200)
+    asked = (text, "t", NUM_TOKENS, load, mesh, optimizer, work.lookup_dtype)
+    found = pool.run(measured_ranks.measured, world_size, *asked, timeout_s=200)
     predicted = {
         "weights": cost.held.on_ranks(cost.footprint.weights),
         "gradients": cost.held.on_ranks(cost.footprint.gradients),
@@ -99,6 +100,21 @@ def test_bytes_of_fused_tables_are_those_predicted(pool, spec, load, optimizer, 
     for name, plan in plans(spec, load, world_size):
         if name in ("rows", "pooled rows", "columns", "copies", "slots", "grid of rows"):
             compare(pool, plan, name, work, optimizer)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_bytes_under_autocast_are_those_predicted(pool, world_size):
+    """Sums of columns are whole, so they travel rounded; their gradients too where a rank's share of one is exact."""
+    work = Workload(
+        batch_tokens=NUM_TOKENS * world_size,
+        loads={"t": CODES_LOAD},
+        rule="sgd",
+        is_fused=True,
+        lookup_dtype=torch.bfloat16,
+    )
+    for name, plan in plans(CODES, CODES_LOAD, world_size):
+        if name in ("rows", "columns", "columns in fp8", "slots", "grid of rows", "grid of slots"):
+            compare(pool, plan, name, work, RowSGD(lr=0.1))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -24,6 +24,8 @@ def refusal_of(lookup: LookupArguments, num_rows: int, weight: Tensor, name: str
 
 def shape_refusal(lookup: LookupArguments, num_rows: int, weight: Tensor, name: str) -> MfdistError | None:
     """Return what is wrong with a lookup whatever its ids are, or None."""
+    if lookup.refusal is not None:
+        return lookup.refusal
     try:
         whole = weight.new_empty(1, weight.shape[1]).expand(num_rows, -1)  # the shape of it, without its memory
         check_lookup(whole, lookup.row_ids, lookup.scores, lookup.code_stride, name)

@@ -79,7 +79,7 @@ class ColumnWise(Route):
         self, opened: Opened, weight: Tensor, lookup: LookupArguments, num_tokens: list[int], *, is_training: bool
     ) -> tuple[Tensor, Kept]:
         """Return the sums, given how many tokens each rank has."""
-        exchange, wire = self._exchange, Wire(weight.dtype, self._forward_wire)
+        exchange, wire = self._exchange, Wire(weight.dtype, _narrower(self._forward_wire, lookup.dtype))
         chunks = self._chunks(num_tokens, lookup, wire)
         is_beside = len(chunks) > 1
         arriving = [self._gather(opened, lookup, chunk, is_beside=is_beside) for chunk in chunks]
@@ -88,12 +88,13 @@ class ColumnWise(Route):
             shape = (sum(end - begin for begin, end in chunk), lookup.num_lookups)
             ids, scores = (part.view(shape) for part in gathered.wait())
             everyone = LookupArguments(ids, scores, lookup.code_stride)
-            if not self._widths[exchange.rank]:
+            if not weight.shape[0]:  # or the lookup below notes them
                 note_ids(everyone, self._num_rows, self._name)
             sums, kept = self._below.forward(weight, everyone, is_training=is_training)
             everyones.append(everyone)
             returning.append(self._return(opened, wire.encode(sums), chunk, wire, is_beside=is_beside))
-        out = weight.new_empty(lookup.num_tokens, sum(self._widths))
+        # Sums are whole before they travel: rounded to what is wanted in the end, they lose nothing by it.
+        out = weight.new_empty(lookup.num_tokens, sum(self._widths), dtype=_narrower(weight.dtype, lookup.dtype))
         for chunk, arrived in zip(chunks, returning, strict=True):
             begin, end = chunk[exchange.rank]
             self._place(arrived(), out[begin:end], wire)
@@ -126,7 +127,7 @@ class ColumnWise(Route):
     def _dispatch(self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[Tensor, Kept]:
         """Send each owner its columns of the gradient; return this rank's columns for all tokens."""
         _, num_tokens, below = kept.others
-        exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
+        exchange, wire = self._exchange, Wire(grad_output.dtype, self._backward_wire)
         own, most = num_tokens[exchange.rank], max(num_tokens)
         widths = [wire.width(each) for each in self._widths]
 
@@ -203,7 +204,9 @@ class ColumnWise(Route):
     def _place(self, parts: Sequence[Tensor], out: Tensor, wire: Wire) -> None:
         """Write the columns of all owners side by side."""
         widths = [wire.width(each) for each in self._widths]
-        columns = [wire.decode(parts[rank].view(out.shape[0], widths[rank])) for rank in self._in_order]
+        columns = [
+            wire.decode(parts[rank].view(out.shape[0], widths[rank]), out.dtype) for rank in self._in_order
+        ]
         torch.cat(columns, dim=1, out=out)
 
 
@@ -214,6 +217,10 @@ def _in_rank_order(everyones: Sequence[LookupArguments], chunks: Sequence[_Chunk
     scores = [one.scores.split_with_sizes(size) for one, size in zip(everyones, sizes, strict=True)]
     in_order = [torch.cat([part[rank] for rank in range(len(chunks[0])) for part in parts]) for parts in (ids, scores)]
     return in_order[0], in_order[1]
+
+
+def _narrower(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    return dtype if other is None or other.itemsize >= dtype.itemsize else other
 
 
 def sum_in_order(shares: Sequence[Tensor]) -> Tensor:

@@ -8,19 +8,32 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mfdist.errors import MfdistError
 from mfdist.optim import RowState
 from mfdist.sharding.tags import Call
 
 
 @dataclass(frozen=True)
 class LookupArguments:
-    """A lookup as `Table.forward` takes it."""
+    """A lookup as `Table.forward` takes it.
 
-    row_ids: Tensor  # [n, K]
-    scores: Tensor  # [n, K] fp32
+    Args:
+        row_ids: [n, K].
+        scores: [n, K] fp32.
+        code_stride: see `Table.forward`.
+        dtype: what sums are rounded to in the end, where it is not the rows' own. A route may give them in it whose
+            sums are whole before they travel.
+        refusal: why this rank cannot take part, where that is known already.
+    """
+
+    row_ids: Tensor
+    scores: Tensor
     code_stride: int
+    dtype: torch.dtype | None = None
+    refusal: MfdistError | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -41,6 +54,7 @@ class LookupArguments:
             num_lookups=self.num_lookups,
             code_stride=self.code_stride,
             id_bytes=self.row_ids.element_size(),
+            value_bytes=self.dtype.itemsize if self.dtype else 0,
         )
 
 
@@ -65,7 +79,7 @@ class Route(ABC):
 
     @abstractmethod
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
-        """Return this rank's sums [n, D] in weight.dtype, and what `backward` needs where `is_training`.
+        """Return this rank's sums [n, D] in weight.dtype or lookup.dtype, and what `backward` needs where `is_training`.
 
         Args:
             weight: [R, d], the part of the table that this rank holds.
@@ -86,7 +100,7 @@ class Route(ABC):
         Args:
             weight: as it was in `forward`.
             kept: from `forward`.
-            grad_output: [n, D], of this rank's sums.
+            grad_output: [n, D], of this rank's sums, in their dtype or a wider one.
             must_list: give the gradients of the rows that were looked up, on any rank, and no others; in fp32, or the
                 table's dtype where that is wider.
         """
