@@ -187,7 +187,7 @@ def _by_counting(
     words = row_ids.new_empty(row_ids.numel(), dtype=torch.int64)
     if is_checked:
         words.fill_(-1)
-    _place[(num_lookups, chunks)](
+    _place[(chunks * num_lookups,)](
         codes, counts, turned, words, *sizes, chunks,
         chunk, _PLACED_TOGETHER, num_warps=1, **at_most_registers(_PLACING_REGISTERS), **LAUNCH_OPTIONS,
     )  # fmt: skip
@@ -304,10 +304,11 @@ def _place(
 ):  # fmt: skip
     """Write the words of lookups k of one chunk of tokens to their places, counting up from where codes begin.
 
-    The counters lie in memory, where this program alone uses them and barriers keep its own threads in step.
+    The counters lie in memory, where this program alone uses them and barriers keep its own threads in step. All chunks
+    of a lookup k, whose places lie among each other, are at work together, so that the cache gathers whole lines.
     """
-    k = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(0) % CHUNKS
+    k = (tl.program_id(0) // CHUNKS).to(tl.int64)
     counters = counts + (k * CHUNKS + chunk) * S
     i = tl.arange(0, TOKENS)
     n = chunk * CHUNK + i

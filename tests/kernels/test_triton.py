@@ -348,8 +348,14 @@ def test_sizes_of_tiles() -> None:
         assert [part.first for part in found] == [sum(expected[:index]) for index in range(len(expected))]
     assert [part.columns for part in slices(12288, 512)] == [512] * 24
     for dim, columns in {40: 512, 960: 512, 1024: 1024, 1280: 512, 1536: 512, 3072: 1024}.items():
-        assert (widest(dim, is_short=False), widest(dim, is_short=True)) == (columns, 512)
-    assert [part.columns for part in slices(1536, widest(1536, is_short=False))] == [512] * 3
+        grads = torch.empty(1, dim, device="meta")
+        assert (widest(grads, is_short=False), widest(grads, is_short=True)) == (columns, 512)
+    # Of many tokens, what the second-level cache holds, and no less than 256 columns.
+    for num_tokens, columns in {16384: 1024, 16385: 512, 32768: 512, 50_000: 256, 65536: 256, 1 << 20: 256}.items():
+        assert widest(torch.empty(num_tokens, 3072, device="meta"), is_short=False) == columns
+    assert widest(torch.empty(32768, 3072, device="meta", dtype=torch.bfloat16), is_short=False) == 1024
+    assert [part.columns for part in slices(1536, 512)] == [512] * 3
+    assert [part.columns for part in slices(768, 256)] == [256] * 3
 
 
 @pytest.mark.gpu
