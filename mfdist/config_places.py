@@ -23,10 +23,7 @@ class ShardingConfig(Section):
     backward_dtype: Literal["fp32", "bf16", "fp8"] | None = Field(None, description="the same for their gradients")
     hosts: Count | None = Field(None, description="hosts the ranks run on; by default what the launcher says")
     deadline_s: Positive = Field(300.0, description="longest wait for the slowest rank in an exchange")
-    peer_memory: bool | None = Field(
-        None,
-        description="ranks of one host write into each other's memory where they can; by default CPUs do, GPUs do not",
-    )
+    peer_memory: bool = Field(True, description="ranks of one host write into each other's memory where they can")
 
     @model_validator(mode="after")
     def _check_plan(self) -> Self:

@@ -44,7 +44,7 @@ def shard(
     topology: Topology | None = None,
     deadline_s: float = 300.0,
     chunk_bytes: int | None = None,
-    uses_peer_memory: bool | None = None,
+    uses_peer_memory: bool = True,
 ) -> nn.Module:
     """Replace a model's tables by sharded ones over all ranks of a mesh, in place; return the model.
 

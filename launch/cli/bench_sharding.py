@@ -36,8 +36,8 @@ def bench_sharding(
     A step is lookup, backward and a plain SGD update. "Forward" and "step" are begun by all ranks together and waited
     for; "in a row", and tokens/s by it, are of steps without a wait between them, as the layers of a model follow each
     other. "Of plain" is the time of one plain all-to-all of as many bytes over that of the step's exchanges, both
-    queued behind other work where it is a GPU, and "if idle" both begun at rest. Names that end in "-peers" have GPUs
-    write into each other's memory. What is wrong is not timed, and the exit code is 1 then.
+    queued behind other work where it is a GPU, and "if idle" both begun at rest. Names that end in "-nccl" leave to
+    NCCL what GPUs else write into each other's memory. What is wrong is not timed, and the exit code is 1 then.
     """
     import torch
 

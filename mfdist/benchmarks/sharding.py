@@ -20,7 +20,7 @@ from mfdist.testing.run_ranks import RankPool
 #: What is compared where nobody says.
 CONTENDERS = ("column_wise", "table_wise", "row_wise", "row_wise-each-time", "row_wise-pooled", "grid", "replicated")
 TORCHREC = ("torchrec-column_wise", "torchrec-table_wise", "torchrec-row_wise")
-PEERS = ("column_wise-peers", "table_wise-peers")
+NCCL = ("column_wise-nccl", "table_wise-nccl")
 #: Properties of a `ShardingResult` that are written beside its fields.
 DERIVED = ("tokens_per_s", "share_of_plain", "share_if_idle")
 _DEADLINE_S = 1200.0
@@ -123,7 +123,7 @@ def chosen(device: str, cases: Sequence[str], contenders: Sequence[str]) -> tupl
         ConfigError: a pattern matches nothing.
     """
     known = {case.name: case for case in CASES[device]}
-    everyone = (*CONTENDERS, *(TORCHREC if device == "cpu" else PEERS))
+    everyone = (*CONTENDERS, *(TORCHREC if device == "cpu" else NCCL))
     return (
         [known[name] for name in _matching("case", tuple(known), cases)],
         _matching("contender", everyone, contenders),

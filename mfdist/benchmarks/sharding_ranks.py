@@ -24,8 +24,8 @@ from mfdist.testing.tolerances import TOLERANCES
 
 #: The note of a contender that was not timed because its sums were wrong.
 WRONG = "wrong"
-#: Of a contender's name, where GPUs write into each other's memory.
-_PEERS = "-peers"
+#: Of a contender's name, where NCCL carries all messages of GPUs that could write into each other's memory.
+_NCCL = "-nccl"
 _MIN_TURNS = 3
 #: Steps that follow each other without a wait, and how often.
 _IN_A_ROW, _ROWS_OF_STEPS = 8, 3
@@ -85,8 +85,8 @@ def contest(rank: int, asked: Contest) -> dict[str, Measured]:
     meshes = {1: MeshExchanges(mesh)}
     if world_size >= 4 and world_size % 2 == 0 and "grid" in asked.contenders:
         meshes[2] = MeshExchanges(init_device_mesh(asked.device, (2, world_size // 2)))
-    if world_size > 1 and asked.device == "cuda" and any(name.endswith(_PEERS) for name in asked.contenders):
-        meshes[0] = MeshExchanges(mesh, uses_peer_memory=True)
+    if world_size > 1 and asked.device == "cuda" and any(name.endswith(_NCCL) for name in asked.contenders):
+        meshes[0] = MeshExchanges(mesh, uses_peer_memory=False)
     device = meshes[1].device
     wanted = expected_sums(case, rank, world_size, device)
     batch = make_batch(case, rank, device)
@@ -131,10 +131,10 @@ def _made(name: str, case: ShardingCase, meshes: dict[int, MeshExchanges]) -> Co
     match name:
         case "column_wise":
             return OwnTable(kinds.column_wise(spec, world_size), meshes[1])
-        case "column_wise-peers" | "table_wise-peers":
-            if 0 not in meshes or not meshes[0].everyone.has_peer_memory:
-                return "needs several GPUs of one host that reach each other"
-            return _made(name.removesuffix(_PEERS), case, {1: meshes[0]})
+        case "column_wise-nccl" | "table_wise-nccl":
+            if 0 not in meshes or not meshes[1].everyone.has_peer_memory:
+                return "NCCL carries all messages here as it is"
+            return _made(name.removesuffix(_NCCL), case, {1: meshes[0]})
         case "row_wise" | "row_wise-each-time":
             return OwnTable(kinds.row_wise(spec, world_size, deduplicate=name == "row_wise"), meshes[1])
         case "row_wise-pooled":

@@ -53,9 +53,9 @@ class Exchange:
         chunk_bytes: payload that is worth a chunk of its own, so that it travels while the next is computed; by default
             256 MiB on a GPU, whose links take longer for that than another collective takes to begin, and no chunks on
             a CPU, which has no cores to spare.
-        uses_peer_memory: ranks of one host write messages into each other's memory; by default CPUs do, and GPUs do
-            not. NCCL carries what is longer than `mfdist.sharding.peer_memory.MOST_BYTES`, what there is something to
-            compute beside, and everything where GPUs do not reach each other.
+        uses_peer_memory: ranks of one host write messages into each other's memory. Between GPUs, NCCL carries what is
+            longer than `mfdist.sharding.peer_memory.MOST_BYTES`, what there is something to compute beside, and
+            everything where they do not reach each other.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -67,7 +67,7 @@ class Exchange:
         *,
         deadline_s: float = 300.0,
         chunk_bytes: int | None = None,
-        uses_peer_memory: bool | None = None,
+        uses_peer_memory: bool = True,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(dist.get_rank())
@@ -86,10 +86,9 @@ class Exchange:
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
         self._tag_links = connect(self._control)
         self._memory: GrowingMailboxes | None = None
-        is_wanted = device.type == "cpu" if uses_peer_memory is None else uses_peer_memory
-        if is_wanted and device.type == "cpu" and self._tag_links is not None:
+        if uses_peer_memory and device.type == "cpu" and self._tag_links is not None:
             self._memory = HostMemory(self._tag_links, deadline_s)
-        elif is_wanted and self.world_size > 1 and reach_each_other(device, self._control):
+        elif uses_peer_memory and self.world_size > 1 and reach_each_other(device, self._control):
             self._memory = PeerMemory(self._payload, self._control, device, deadline_s + _SPARE_S)
 
     def _new_group(self, backend: str, timeout_s: float) -> Any:

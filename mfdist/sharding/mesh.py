@@ -32,7 +32,7 @@ class MeshExchanges:
         *,
         deadline_s: float = 300.0,
         chunk_bytes: int | None = None,
-        uses_peer_memory: bool | None = None,
+        uses_peer_memory: bool = True,
     ) -> None:
         check_ranks(mesh)
         shape = tuple(mesh.mesh.shape)

@@ -9,7 +9,8 @@ launch` with as many trainers, step by step beside torchrun; a comparison of eac
 fullest moment of a rank's memory, against its share of the table and what the plan announced; plain all-to-alls of many
 sizes; a table larger than one GPU's memory, where there are several; `mfdist bench plan`, predicted beside measured;
 and `mfdist bench sharding`. What fails is told and the rest goes on; the exit code is 1 then. What cannot run here
-(`launch` without Ray) is told and named at the end. `--peer-memory` runs the exchanges of tables by it. `--only` and
+(`launch` without Ray) is told and named at the end. `--collectives` leaves all exchanges of tables
+to them, which else go by memory where ranks reach each other's. `--only` and
 `--kind` run some parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that hangs; `--json`
 writes everything found, after every stage.
 """
@@ -37,7 +38,7 @@ PARTS = ("exchange", "conformance", "train", "launch", "equality", "memory", "li
 MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
 SUMS = ("column_wise", "table_wise")
 #: Of all GPUs' memory, what the table that one of them cannot hold takes.
-_LARGE_SHARE = 0.65
+_LARGE_SHARE = 0.7
 #: Largest relative distance of a loss after resuming from that of the run that went on, in fp32.
 _LOSS_TOLERANCE = 1e-3
 
@@ -258,7 +259,9 @@ def main() -> int:
     parser.add_argument("--world", metavar="N,N,…", help="world sizes; by default 1, 2, 4, … up to all GPUs")
     parser.add_argument("--only", action="append", choices=PARTS, help="run this part; may be repeated")
     parser.add_argument("--kind", action="append", help="of sharding, in conformance, equality and memory")
-    parser.add_argument("--peer-memory", action="store_true", help="GPUs write into each other's memory in these parts")
+    parser.add_argument(
+        "--collectives", action="store_true", help="in these parts nothing goes by memory of the others"
+    )
     parser.add_argument("--case", action="append", help="pattern of the benchmark's cases")
     parser.add_argument("--contender", action="append", help="pattern of the benchmark's contenders")
     parser.add_argument("--preset", help="what to train; by default a small one")
@@ -269,7 +272,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast off
     until_s = time.monotonic() + 60 * options.minutes
-    suite = Suite(options.device, options.peer_memory, until_s, options.stage_seconds, options.json)
+    suite = Suite(options.device, not options.collectives, until_s, options.stage_seconds, options.json)
     for world_size in _worlds(options.world, options.device):
         for part in options.only or PARTS:
             getattr(suite, part)(world_size, options)

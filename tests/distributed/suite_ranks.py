@@ -50,16 +50,13 @@ def kinds_for(world_size):
     return [kind for kind in (*KINDS, *FROM_TWO) if kind in KINDS or world_size % 2 == 0]
 
 
-def exchanges_on(device, kind, peers=False):
+def exchanges_on(device, kind, peers=True):
     world_size = dist.get_world_size()
     shape = (2, world_size // 2) if "grid" in kind else (world_size,)
-    exchanges = MeshExchanges(init_device_mesh(device, shape), uses_peer_memory=peers or None)
-    # Or what was asked for would pass by NCCL.
-    assert not peers or device == "cpu" or world_size == 1 or exchanges.everyone.has_peer_memory
-    return exchanges
+    return MeshExchanges(init_device_mesh(device, shape), uses_peer_memory=peers)
 
 
-def links(rank, device, peers=False):
+def links(rank, device, peers=True):
     """Return bytes to each other rank → the median time of a plain all-to-all of them, the same on all ranks."""
     found, world_size = {}, dist.get_world_size()
     for size in (1 << power for power in range(10, 25 if device == "cpu" else 29, 2)):
@@ -78,7 +75,7 @@ def links(rank, device, peers=False):
     return found
 
 
-def exchanged(rank, device, peers=False):
+def exchanged(rank, device, peers=True):
     """Return how many elements of many messages arrived wrong, and whether GPUs read them in each other's memory.
 
     Sizes differ from message to message and rank to rank, and ranks are late in turn; nobody waits for a device, so
@@ -120,7 +117,7 @@ def finish(device):
         torch.cuda.synchronize()
 
 
-def conformance(rank, kind, device, peers=False):
+def conformance(rank, kind, device, peers=True):
     """Return the names of the cases every table must pass, passed by this kind."""
     exchanges, world_size = exchanges_on(device, kind, peers), dist.get_world_size()
     suite = ShardedConformance(exchanges, lambda spec: sharded_ranks.make_plan(kind, spec, world_size))
@@ -128,7 +125,7 @@ def conformance(rank, kind, device, peers=False):
         return run_conformance(suite)
 
 
-def equality(rank, kind, device, peers=False):
+def equality(rank, kind, device, peers=True):
     """Return the largest distance from an unsharded table on one device, and whether all bits are the same."""
     distance, is_exact = 0.0, True
     for stride in (0, 8):
@@ -141,7 +138,7 @@ def equality(rank, kind, device, peers=False):
     return distance, is_exact
 
 
-def peak_memory(rank, kind, device, peers=False):
+def peak_memory(rank, kind, device, peers=True):
     """Return this rank's bytes: of its rows and states, at the fullest moment of training, and what is allowed then.
 
     Allowed is its share of the table with Adam's states, 10 % of that, what the plan announces beside, and mailboxes:
@@ -166,7 +163,7 @@ def peak_memory(rank, kind, device, peers=False):
     return {"held": held, "peak": peak, "announced": announced, "mailboxes": mailboxes, "allowed": allowed}
 
 
-def larger_than_one(rank, num_bytes, device, peers=False):
+def larger_than_one(rank, num_bytes, device, peers=True):
     """Train a table of so many bytes, columns cut; return this rank's bytes once its sums are those expected."""
     world_size, num_tokens, num_lookups, width = dist.get_world_size(), 64, 8, 8192
     rows = num_bytes // (2 * width)

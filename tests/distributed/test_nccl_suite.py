@@ -39,11 +39,11 @@ def test_kinds_equal_one_table(tmp_path):
         assert each["same_bits"] or kind not in suite_ranks.EXACT
 
 
-def test_messages_of_all_sizes_arrive(tmp_path):
-    code, out, document = suite(tmp_path, "--world", "3", "--only", "exchange", "--peer-memory")
+@pytest.mark.parametrize("options", [(), ("--collectives",)])
+def test_messages_of_all_sizes_arrive(tmp_path, options):
+    code, out, document = suite(tmp_path, "--world", "3", "--only", "exchange", *options)
     assert code == 0, out
-    # CPUs of one host share its memory, whether peer memory is asked for or not.
-    assert document["found"]["exchange"] == [{"wrong": 0, "by_peers": True, "world_size": 3}]
+    assert document["found"]["exchange"] == [{"wrong": 0, "by_peers": not options, "world_size": 3}]
 
 
 def test_the_benchmark_is_part_of_it(tmp_path):

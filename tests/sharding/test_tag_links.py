@@ -37,7 +37,7 @@ def test_a_rank_that_is_late_is_named_after_the_deadline():
 
 
 def test_ranks_of_one_host_share_memory_unless_they_are_told_not_to():
-    assert run_ranks(tag_ranks.has_peer_memory, 2) == [[True, True, False]] * 2
+    assert run_ranks(tag_ranks.has_peer_memory, 2) == [[True, False]] * 2
 
 
 @pytest.mark.parametrize("turns", [0, 2])

@@ -7,6 +7,7 @@ import torch
 
 from mfdist.testing.run_ranks import RankPool
 from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.tables import autocast_ranks
 from tests.tables import sharded_ranks as ranks
 
 KINDS = (
@@ -227,20 +228,20 @@ def test_moments_in_bytes_are_those_of_an_unsharded_table(pool, kind):
 )
 def test_rows_in_fp32_trained_under_autocast(pool, kind, world_size):
     """Sums that are whole before they travel are rounded before, not after: the same bits, half as many of them."""
-    for (out, wanted), (rows, wanted_rows), _ in pool.run(ranks.fused_under_autocast, world_size, kind):
+    for (out, wanted), (rows, wanted_rows), _ in pool.run(autocast_ranks.fused_under_autocast, world_size, kind):
         assert out.dtype == torch.bfloat16
         assert relative_error(out.float(), wanted.float()) <= TOLERANCES["bfloat16"]
         assert relative_error(rows, wanted_rows) <= TOLERANCES["float32"]
         if kind in ("column_wise", "uneven_columns"):
             assert torch.equal(out, wanted) and torch.equal(rows, wanted_rows)
     if kind == "column_wise":
-        (*_, sent), (*_, sent_by_none) = pool.run(ranks.fused_under_autocast, world_size, kind)
+        (*_, sent), (*_, sent_by_none) = pool.run(autocast_ranks.fused_under_autocast, world_size, kind)
         assert sent == 37 * 5 * (1 + 4)  # rank 1 has no tokens: codes and scores to it, and no sums
         assert sent_by_none == 37 * 12 * 2  # half of 24 columns, in bf16
 
 
 def test_autocast_on_one_rank_alone_is_told(pool):
-    for rank, (told, after) in enumerate(pool.run(ranks.other_autocast, 2)):
+    for rank, (told, after) in enumerate(pool.run(autocast_ranks.other_autocast, 2)):
         assert told.startswith("consistency: ")
         assert f"rank {1 - rank} makes" in told and "values of 2" in told and "values of 4" in told
         assert after == [[1.0] * 4]
@@ -249,7 +250,7 @@ def test_autocast_on_one_rank_alone_is_told(pool):
 @pytest.mark.parametrize("kind", ["row_wise", "pooled_rows", "column_wise", "table_wise", "replicated"])
 def test_a_bad_id_that_a_kernel_has_met_leaves_nobody_waiting(pool, kind):
     """GPUs tell of it later, perhaps in the midst of an exchange: it is raised before the next, and told to all."""
-    for rank, (told, grads) in enumerate(pool.run(ranks.met_by_a_kernel, 3, kind)):
+    for rank, (told, grads) in enumerate(pool.run(autocast_ranks.met_by_a_kernel, 3, kind)):
         first, _, second = told.partition("; row_id" if rank == 1 else "; consistency")
         if rank == 1:
             assert first.startswith('row_id: row id 99 is outside table "words"') and "row id 98" in second

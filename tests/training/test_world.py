@@ -93,8 +93,7 @@ def test_a_run_goes_on_under_another_number_of_ranks_and_another_plan(pool, tmp_
     for name in ("alone", "moved"):
         RunDirectory.create(tmp_path / name, config)
     pool.run(ranks.trained, 4, tmp_path / "moved", "training.steps=4", "sharding.kind=row_wise", timeout_s=150)
-    # Peer memory is the GPUs' own affair: to ask for it elsewhere changes nothing.
-    columns = ("training.steps=8", "sharding.kind=column_wise", "sharding.peer_memory=true")
+    columns = ("training.steps=8", "sharding.kind=column_wise", "sharding.peer_memory=false")
     pool.run(ranks.trained, 2, tmp_path / "moved", *columns, timeout_s=150)
     train(RunDirectory.open(tmp_path / "moved"), overrides=["training.steps=12"])
     for steps in (4, 8, 12):

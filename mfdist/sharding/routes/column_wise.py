@@ -204,9 +204,7 @@ class ColumnWise(Route):
     def _place(self, parts: Sequence[Tensor], out: Tensor, wire: Wire) -> None:
         """Write the columns of all owners side by side."""
         widths = [wire.width(each) for each in self._widths]
-        columns = [
-            wire.decode(parts[rank].view(out.shape[0], widths[rank]), out.dtype) for rank in self._in_order
-        ]
+        columns = [wire.decode(parts[rank].view(out.shape[0], widths[rank]), out.dtype) for rank in self._in_order]
         torch.cat(columns, dim=1, out=out)
 
 

@@ -79,7 +79,7 @@ class Route(ABC):
 
     @abstractmethod
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
-        """Return this rank's sums [n, D] in weight.dtype or lookup.dtype, and what `backward` needs where `is_training`.
+        """Return this rank's sums [n, D], in weight.dtype or lookup.dtype; where `is_training`, what `backward` needs.
 
         Args:
             weight: [R, d], the part of the table that this rank holds.

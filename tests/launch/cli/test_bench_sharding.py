@@ -40,7 +40,7 @@ def test_every_kind_is_compared_and_timed(mfdist, tmp_path):
         (["--device", "tpu"], 'must be auto, cpu or cuda; got "tpu"'),
         (["--device", "cpu", "--case", "nothing"], "one of tiny-qkv, base-ffn2, ids, ids-zipf; got nothing"),
         (["--device", "cpu", "--contender", "nobody"], "row_wise-each-time, row_wise-pooled, grid, replicated"),
-        (["--device", "cpu", "--contender", "*-peers"], "got *-peers"),
+        (["--device", "cpu", "--contender", "*-nccl"], "got *-nccl"),
         (["--json", "nowhere/found.json"], "--json must name a file"),
     ],
 )
