@@ -79,6 +79,11 @@ def memory() -> dict[str, int | None]:
     return {"total_bytes": now.total, "available_bytes": now.available, "limit_bytes": _memory_limit_bytes()}
 
 
+def num_gpus() -> int:
+    """Return how many NVIDIA GPUs this machine has, without loading torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def gpus() -> list[dict[str, Any]]:
     """Return the GPUs that torch can use; none where torch is missing or built without CUDA."""
     try:

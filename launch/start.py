@@ -198,7 +198,7 @@ def check_this_machine(config: RunConfig) -> None:
 
 def has_gpus() -> bool:
     """Return whether this machine has NVIDIA GPUs, without loading torch."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    return machine.num_gpus() > 0
 
 
 def _cores() -> int:

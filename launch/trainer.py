@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import psutil
 
 from mfdist.config import RunConfig
 from mfdist.errors import ConfigError, MfdistError
-from mfdist.launch import cluster
+from mfdist.launch import cluster, machine
 from mfdist.launch.code_copy import expected_whole
 from mfdist.launch.happenings import Ended
 from mfdist.launch.pulse import Post, Pulse, settle
@@ -44,6 +45,7 @@ class Trainer:
 
     def __init__(self, post: Post, supervisor: Any) -> None:
         settle(post)
+        self._gpu = _own_gpu()
         self._host = cluster.own_address()
         self._pulse = Pulse(post, self._host, cluster.caller(supervisor, "beat"))
 
@@ -57,7 +59,7 @@ class Trainer:
         with expected_whole(self._host):
             import mfdist.training.loop  # noqa: F401 - seconds, which all trainers spend at the same time
 
-        _check_gpu(self._host)
+        _check_gpu(self._gpu, self._host)
         with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as taken:
             taken.bind((self._host, 0))
             return self._host, taken.getsockname()[1]
@@ -89,7 +91,7 @@ class Trainer:
         from mfdist.training.run import RunDirectory
         from mfdist.training.world import joined
 
-        _set_rank(self._pulse.post.index, assignment, self._host)
+        _set_rank(self._pulse.post.index, self._gpu or 0, assignment, self._host)
         run = RunDirectory.open(assignment.run)
         overrides = (*assignment.overrides, *assignment.servers)
         config = run.config_with(overrides)
@@ -109,11 +111,42 @@ class Trainer:
             return stopped
 
 
-def _check_gpu(host: str) -> None:
-    """Refuse to train on the CPU of a host whose GPU was reserved; Ray shows it in CUDA_VISIBLE_DEVICES alone."""
+def _own_gpu() -> int | None:
+    """Return which of the GPUs that this process sees is the one Ray gave it, once it sees all of its host's.
+
+    Ray shows a trainer its own alone, and GPUs write into each other's memory where their processes see both.
+    """
+    own = cluster.own_gpus()
+    if not own:
+        return None
+    shown, number = all_gpus(own, os.environ.get("CUDA_VISIBLE_DEVICES", ""), machine.num_gpus())
+    if shown:
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown
+    return number
+
+
+def all_gpus(own: Sequence[str], shown: str, found: int) -> tuple[str, int]:
+    """Return what CUDA_VISIBLE_DEVICES is to be, and the place in it of the GPU that Ray gave.
+
+    Args:
+        own: its ids, as Ray has them.
+        shown: what CUDA_VISIBLE_DEVICES is.
+        found: how many GPUs the host has. Where they are not simply numbered, as parts of GPUs are not, `shown` stays.
+    """
+    if list(own) == [shown] and shown.isdecimal() and int(shown) < found:
+        return ",".join(map(str, range(found))), int(shown)
+    return shown, 0
+
+
+def _check_gpu(gpu: int | None, host: str) -> None:
+    """Refuse to train on the CPU of a host whose GPU was reserved, and take that GPU."""
     import torch
 
-    if cluster.own_gpus() and not torch.cuda.is_available():
+    if gpu is None:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    else:
         raise ConfigError(
             f"each trainer trains on the GPU that Ray gives it; torch {torch.__version__} on {host} finds none; "
             "install a CUDA build there, or --set training.device=cpu"
@@ -126,7 +159,7 @@ def without_servers(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"servers": config.servers.model_copy(update=forgotten)})
 
 
-def _set_rank(rank: int, assignment: Assignment, host: str) -> None:
+def _set_rank(rank: int, gpu: int, assignment: Assignment, host: str) -> None:
     """Say who this is, as torchrun would."""
     address, port = assignment.meeting
     settings = {
@@ -134,7 +167,7 @@ def _set_rank(rank: int, assignment: Assignment, host: str) -> None:
         "WORLD_SIZE": assignment.world_size,
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
-        "LOCAL_RANK": 0,  # Ray shows each trainer its own GPU alone
+        "LOCAL_RANK": gpu,  # which is the device that training takes
         "LOCAL_WORLD_SIZE": assignment.ranks_per_host,
     }
     if interface := interface_of(host):
