@@ -114,6 +114,10 @@ class Exchange:
         """Return whether messages may go by memory of the others, that of GPUs or, on CPUs, of their host."""
         return self._memory is not None and self._memory.works
 
+    def lends(self, num_bytes: int) -> bool:
+        """Return whether a message of at most so many bytes to each goes by memory of the others."""
+        return self._memory is not None and self._memory.fits(num_bytes)
+
     @property
     def mailbox_bytes(self) -> int:
         """Return the bytes of this rank that the others write to, which plans do not count."""
@@ -241,6 +245,44 @@ class Exchange:
             part.copy_(pieces[rank])
 
         return self.lend(opened, write, payload.dtype, sizes, arriving, largest, own=pieces[self.rank]).parts
+
+    def lend_made(
+        self,
+        opened: Opened,
+        make: Callable[[int], Tensor],
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        arriving: Sequence[int],
+        largest: int,
+    ) -> list[Tensor]:
+        """Send each rank what is made for it, this rank's own last, and return what `lend_pieces` would.
+
+        On GPUs that reach each other one part travels while the next is made.
+
+        Args:
+            opened, dtype, sizes, arriving, largest: see `lend`.
+            make: returns what a rank gets, contiguous and of `dtype`; called once for each, in any order.
+        """
+        boxes = self._boxes(opened, largest * dtype.itemsize, is_lent=True)
+        if boxes is None:
+            payload = torch.cat([make(rank).view(-1) for rank in range(self.world_size)])
+            return self.lend_pieces(opened, payload, sizes, arriving, largest)
+        assert self._memory is not None
+        put, own = self._memory.put, []
+        self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
+        self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=True))
+        with explained(opened, LinkError):
+            lent = boxes.lend(
+                lambda rank, part: put(part, make(rank).view(-1)),
+                dtype,
+                sizes,
+                arriving,
+                largest,
+                [rank for rank in range(self.world_size) if rank != self.rank],
+                lambda: own.append(make(self.rank).view(-1)),
+            )
+        opened.start()
+        return lent.with_part(self.rank, own[0]).parts
 
     def send_together(self, opened: Opened, parts: Sequence[Part], *, is_beside: bool = True) -> PendingParts:
         """Send each rank its pieces of several tensors in one message, and get theirs.

@@ -80,6 +80,7 @@ class Mailboxes:
         arriving: Sequence[int],
         largest: int,
         ranks: Sequence[int],
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> Lent:
         """Exchange one message; what arrives is there until the next one is sent.
 
@@ -88,6 +89,7 @@ class Mailboxes:
             dtype, sizes, arriving: of the elements for each rank, and from each, [W].
             largest: the most elements any rank sends to any other, known to all ranks alike; there is room for them.
             ranks: those that `write` is called for, and whose parts are of use afterwards.
+            meanwhile: what is computed once all is written, while it travels.
         """
         item, rank, world_size = dtype.itemsize, self._rank, len(self._memory)
         slot = slot_bytes(largest * item)
@@ -98,6 +100,7 @@ class Mailboxes:
             if peer in ranks and sizes[peer]:
                 start = begin + rank * slot
                 write(peer, self._memory[peer][start : start + sizes[peer] * item].view(dtype))
+        meanwhile()
         self._wait()
         own = self._memory[rank][begin : begin + world_size * slot]
         starts = [source * slot for source in range(world_size)]
@@ -164,9 +167,9 @@ class GrowingMailboxes(ABC):
         """
         if self._in_parts and not is_lent:
             num_bytes = min(num_bytes, room_each(self._most_bytes, self._world_size))
-        needed = slot_bytes(num_bytes) * self._world_size
-        if not 0 < needed <= self._most_bytes or not self.works:
+        if not self.fits(num_bytes):
             return None
+        needed = slot_bytes(num_bytes) * self._world_size
         if self._made is None or not self._made.have_room(num_bytes):
             agree()
             wanted = max(needed, min(self._half_bytes * 3 // 2, self._most_bytes))
@@ -175,10 +178,18 @@ class GrowingMailboxes(ABC):
             self.works = self._made is not None
         return self._made
 
+    def fits(self, num_bytes: int) -> bool:
+        """Return whether a message of at most so many bytes to each goes this way as it is."""
+        return 0 < slot_bytes(num_bytes) * self._world_size <= self._most_bytes and self.works
+
     @property
     def num_bytes(self) -> int:
         """Return the bytes of this rank that the others write to."""
         return 2 * self._half_bytes if self._made is not None else 0
+
+    def put(self, part: Tensor, values: Tensor) -> None:
+        """Copy into a part that is to be written, within `Mailboxes.lend`; what comes next need not wait for it."""
+        part.copy_(values)
 
     @abstractmethod
     def _make(self, num_bytes: int) -> Mailboxes | None:

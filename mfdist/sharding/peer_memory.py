@@ -70,6 +70,8 @@ class PeerMemory(GrowingMailboxes):
         self._handle: Any = None
         self._stream: torch.cuda.Stream | None = None  # of the last message
         self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copied: list[Tensor] = []  # until the stream has waited for them
         self._releases: list[tuple[Tensor, Tensor]] = []
         atexit.register(_leave, weakref.ref(self))  # or the process could not end before the wait's time is out
 
@@ -97,8 +99,18 @@ class PeerMemory(GrowingMailboxes):
         _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
         return None
 
+    def put(self, part: Tensor, values: Tensor) -> None:
+        """Copy into a part, beside what is computed next."""
+        self._copying.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copying):
+            part.copy_(values)
+        self._copied.append(values)
+
     def _wait(self) -> None:
         self._stream = torch.cuda.current_stream(self._device)
+        if self._copied:
+            self._stream.wait_stream(self._copying)
+            self._copied.clear()
         self._handle.barrier(channel=0, timeout_ms=self._timeout_ms)
 
     def give_up(self) -> None:

@@ -13,6 +13,7 @@ from mfdist.optim import RowAdagrad, RowAdam, RowSGD
 from mfdist.sharding import exchange, kinds
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges
+from mfdist.sharding.routes import column_wise
 from mfdist.spec import TableSpec
 from mfdist.tables.local import LocalTable
 from mfdist.tables.sharded import ShardedTable
@@ -185,6 +186,26 @@ def chunked(rank, kind, stride):
         results.append(compared(rank, kind, stride, {}, exchanges)[0])
         messages.append(exchanges.everyone.traffic.num_messages)
     return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), messages
+
+
+def made_in_parts(rank, kind, stride):
+    """Return whether sums made and sent rank by rank have the bits of those made at once, and were in each case."""
+    made, results = column_wise.ColumnWise._return_parts, []
+    times = []
+
+    def counted(*arguments, **options):
+        times.append(len(results))
+        return made(*arguments, **options)
+
+    before, column_wise._PART_BYTES = column_wise._PART_BYTES, 1
+    column_wise.ColumnWise._return_parts = counted
+    try:
+        results.append(compared(rank, kind, stride, {})[0])
+        column_wise._PART_BYTES = before
+        results.append(compared(rank, kind, stride, {})[0])
+    finally:
+        column_wise._PART_BYTES, column_wise.ColumnWise._return_parts = before, made
+    return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), set(times)
 
 
 def messages(rank, kind, stride):

@@ -123,6 +123,12 @@ def test_chunks_change_no_bit(pool, kind):
     assert within > without
 
 
+@pytest.mark.parametrize(("kind", "world_size"), [("column_wise", 2), ("column_wise", 4), ("uneven_columns", 4)])
+def test_sums_that_travel_while_others_are_made_change_no_bit(pool, kind, world_size):
+    for is_same, times in pool.run(ranks.made_in_parts, world_size, kind, 8):
+        assert is_same and times == {0}  # the first time, and not the second
+
+
 @pytest.mark.parametrize(
     ("kind", "number"),
     [("column_wise", 4), ("table_wise", 4), ("pooled_rows", 4), ("row_wise", 5), ("replicated", 2)],

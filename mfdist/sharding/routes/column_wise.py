@@ -22,6 +22,8 @@ from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened, PendingParts
 from mfdist.sharding.wire import Wire
 
+#: Sums for one rank that are worth a lookup of their own, so that they travel while the next are made.
+_PART_BYTES = 8 << 20
 #: [begin, end) of each rank's tokens that travel together.
 _Chunk = list[tuple[int, int]]
 
@@ -83,15 +85,20 @@ class ColumnWise(Route):
         chunks = self._chunks(num_tokens, lookup, wire)
         is_beside = len(chunks) > 1
         arriving = [self._gather(opened, lookup, chunk, is_beside=is_beside) for chunk in chunks]
-        everyones, returning, kept = [], [], Kept()
+        everyones, kept = [], Kept()
+        returning: list[Callable[[], Sequence[Tensor]]] = []
         for chunk, gathered in zip(chunks, arriving, strict=True):
             shape = (sum(end - begin for begin, end in chunk), lookup.num_lookups)
             ids, scores = (part.view(shape) for part in gathered.wait())
             everyone = LookupArguments(ids, scores, lookup.code_stride)
             if not weight.shape[0]:  # or the lookup below notes them
                 note_ids(everyone, self._num_rows, self._name)
-            sums, kept = self._below.forward(weight, everyone, is_training=is_training)
             everyones.append(everyone)
+            if not is_beside and self._is_worth_parts(chunk, wire):
+                parts, kept = self._return_parts(opened, weight, everyone, chunk, wire, is_training=is_training)
+                returning.append(partial(list, parts))
+                continue
+            sums, kept = self._below.forward(weight, everyone, is_training=is_training)
             returning.append(self._return(opened, wire.encode(sums), chunk, wire, is_beside=is_beside))
         # Sums are whole before they travel: rounded to what is wanted in the end, they lose nothing by it.
         out = weight.new_empty(lookup.num_tokens, sum(self._widths), dtype=_narrower(weight.dtype, lookup.dtype))
@@ -200,6 +207,40 @@ class ColumnWise(Route):
             return lambda: pending.wait().split_with_sizes(arriving)
         parts = exchange.lend_pieces(opened, sums.view(-1), sizes, arriving, largest)
         return lambda: parts
+
+    def _is_worth_parts(self, chunk: _Chunk, wire: Wire) -> bool:
+        """Return whether sums of one rank's tokens are to travel while those of the next rank's are made."""
+        most = max(end - begin for begin, end in chunk)
+        num_bytes = most * max(map(wire.width, self._widths)) * wire.payload_dtype.itemsize
+        return self._can_chunk and num_bytes >= _PART_BYTES and self._exchange.lends(num_bytes)
+
+    def _return_parts(
+        self,
+        opened: Opened,
+        weight: Tensor,
+        everyone: LookupArguments,
+        chunk: _Chunk,
+        wire: Wire,
+        *,
+        is_training: bool,
+    ) -> tuple[list[Tensor], Kept]:
+        """Make and send each rank the sums of its tokens in this rank's columns; return those from all owners."""
+        rank, counts = self._exchange.rank, [last - first for first, last in chunk]
+        widths = [wire.width(each) for each in self._widths]
+        both = (each.split_with_sizes(counts) for each in (everyone.row_ids, everyone.scores))
+        parts = [LookupArguments(ids, scores, everyone.code_stride) for ids, scores in zip(*both, strict=True)]
+        kept = Kept()
+
+        def make(to: int) -> Tensor:
+            nonlocal kept
+            sums, kept = self._below.forward(weight, parts[to], is_training=is_training)
+            return wire.encode(sums)
+
+        sizes = [count * widths[rank] for count in counts]
+        arriving = [counts[rank] * width for width in widths]
+        largest = max(counts) * max(widths)
+        returned = self._exchange.lend_made(opened, make, wire.payload_dtype, sizes, arriving, largest)
+        return returned, Kept((everyone.row_ids, everyone.scores), kept.others)
 
     def _place(self, parts: Sequence[Tensor], out: Tensor, wire: Wire) -> None:
         """Write the columns of all owners side by side."""
