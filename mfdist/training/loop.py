@@ -38,7 +38,7 @@ from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
-from mfdist.training.spread import plan_of
+from mfdist.training.spread import plan_of, shares_memory
 from mfdist.training.state import capture, check_config, check_data, held_regions, load_training
 from mfdist.training.step import TrainStep
 from mfdist.training.step_graph import check_graph
@@ -244,11 +244,12 @@ class _Session:
         in_tables = sum(spec.num_rows * spec.row_dim for spec in table_specs(self._model))
         others = sum(value.numel() for name, value in self._model.named_parameters() if name not in tables)
         ranks = "" if self._world.is_alone else f"{self._world.world_size} ranks, each: "
+        sharing = "; they write into each other's memory" if shares_memory(self._model) else ""
         return Started(
             run_dir=self.run_directory.path,
             name=self.config.name,
             kind=self.config.model.kind,
-            device=f"{ranks}{describe_device(self._device)}",
+            device=f"{ranks}{describe_device(self._device)}{sharing}",
             first_step=self.first_step,
             last_step=self.config.training.steps,
             num_table_parameters=in_tables,

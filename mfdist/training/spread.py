@@ -12,6 +12,7 @@ from mfdist.errors import ConfigError
 from mfdist.models import Transformer
 from mfdist.models.loads import table_loads, table_specs
 from mfdist.parallelize import even_plan, shard
+from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.training.workload import run_workload
@@ -58,6 +59,12 @@ def spread_tables(model: Transformer, config: RunConfig, world_size: int, num_ho
         deadline_s=sharding.deadline_s,
         uses_peer_memory=sharding.peer_memory,
     )
+
+
+def shares_memory(model: Transformer) -> bool:
+    """Return whether the ranks that hold the model's tables write into each other's memory."""
+    exchanges = (getattr(module, "exchanges", None) for module in model.modules())
+    return any(isinstance(each, MeshExchanges) and each.everyone.has_peer_memory for each in exchanges)
 
 
 def plan_of(model: Transformer, num_holders: int) -> ShardingPlan | None:
