@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from mfdist.kernels.cpu_ids import checked_ids, find_rows
@@ -65,15 +66,21 @@ class Lookup(NamedTuple):
 
 
 def row_gradient(
-    table: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int, name: str
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    code_stride: int,
+    name: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ([R, D] in table.dtype, [N, K] fp32); see `mfdist.kernels.row_gradient`."""
+    """Return ([R, D] in `dtype` or table.dtype, [N, K] fp32); see `mfdist.kernels.row_gradient`."""
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
     ids = checked_ids(row_ids, code_stride or num_rows, name, is_code=code_stride > 0)
     if not num_tokens * num_lookups * dim:
-        return table.new_zeros(num_rows, dim), scores.new_zeros(num_tokens, num_lookups)
-    grad_table = in_huge_pages(table.new_empty(num_rows, dim))
+        return table.new_zeros(num_rows, dim, dtype=dtype), scores.new_zeros(num_tokens, num_lookups)
+    grad_table = in_huge_pages(table.new_empty(num_rows, dim, dtype=dtype))
     grad_scores = scores.new_empty(num_tokens, num_lookups)
     lookup = Lookup(
         *ids,

@@ -50,13 +50,43 @@ def row_gradient(
     table: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int, name: str
 ) -> tuple[Tensor, Tensor]:
     """Return ([R, D] in table.dtype, [N, K] fp32); see `mfdist.kernels.row_gradient`."""
+    grad_table, _, grad_scores = _row_gradient(table, row_ids, scores, grad_output, code_stride, name, table.dtype)
+    return grad_table, grad_scores
+
+
+def marked_row_gradient(
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    code_stride: int,
+    name: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ([R, D] in `dtype`, [R] bool, [N, K] fp32); see `mfdist.kernels.row_gradient.marked_row_gradient`."""
+    grads, order, grad_scores = _row_gradient(table, row_ids, scores, grad_output, code_stride, name, dtype)
+    is_read = grads.new_zeros(grads.shape[0], dtype=torch.bool) if order is None else order.ends > order.starts
+    return grads, is_read, grad_scores
+
+
+def _row_gradient(
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    code_stride: int,
+    name: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Order | None, Tensor]:
+    """Return both gradients, and between them the order of the lookups, if there are any."""
     num_rows, dim = table.shape
     num_tokens, num_lookups = row_ids.shape
     if not num_tokens * num_lookups * dim:
-        return table.new_zeros(num_rows, dim), torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        no_grad_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        return table.new_zeros(num_rows, dim, dtype=dtype), None, no_grad_scores
     table, row_ids, scores = table.contiguous(), row_ids.contiguous(), scores.contiguous()
     grad_output = grad_output.contiguous()
-    grad_table = table.new_empty(num_rows, dim)
+    grad_table = table.new_empty(num_rows, dim, dtype=dtype)
     grad_scores = scores.new_empty(num_tokens, num_lookups)
     limit = code_stride or num_rows
     word = error_word(name, limit, is_code=code_stride > 0)
@@ -64,7 +94,7 @@ def row_gradient(
         is_checked = can_be_bad(row_ids, limit)
         order = order_by_row(row_ids, scores, grad_scores, word, num_rows, code_stride, is_checked=is_checked)
         _sum(table, row_ids, grad_output, order, grad_table, grad_scores, code_stride)
-    return grad_table, grad_scores
+    return grad_table, order, grad_scores
 
 
 def _sum(

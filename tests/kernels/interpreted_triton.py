@@ -44,6 +44,12 @@ def check_lookup(lookup: Lookup) -> None:
         check(one, expected)
     again = gradients.row_gradient(*arguments, lookup.grad_output, lookup.code_stride, "t")
     assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
+    options = (lookup.code_stride, "t", torch.float32)
+    grads, is_read, grad_scores = gradients.marked_row_gradient(*arguments, lookup.grad_output, *options)
+    assert grads.dtype == torch.float32
+    check(grads, expected_gradients(lookup)[0])
+    ids = lookup.row_ids.long() + lookup.code_stride * torch.arange(lookup.row_ids.shape[1])
+    assert torch.equal(is_read.nonzero().squeeze(1), ids.unique()) and torch.equal(grad_scores, got[1])
 
 
 def lookups() -> None:

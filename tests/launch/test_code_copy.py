@@ -14,7 +14,7 @@ MEET = """
 from mfdist.launch.trainer import Trainer
 
 trainer = Trainer.__new__(Trainer)
-trainer._host = "127.0.0.1"
+trainer._host, trainer._gpu = "127.0.0.1", None
 print(trainer.meet()[0])
 """
 

@@ -16,14 +16,16 @@ from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import note_ids, refusal_of
+from mfdist.sharding.routes.local import LocalRoute, reads_most_rows
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.routes.token_counts import TokenCounts
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened, PendingParts
 from mfdist.sharding.wire import Wire
 
-#: Sums for one rank that are worth a lookup of their own, so that they travel while the next are made.
-_PART_BYTES = 8 << 20
+#: Sums for one rank that are worth a lookup of their own, so that they travel while the next are made: on four H200 it
+#: paid at 48 MiB, and at 24 and fewer the host's time for it was longer than what it hid.
+_PART_BYTES = 32 << 20
 #: [begin, end) of each rank's tokens that travel together.
 _Chunk = list[tuple[int, int]]
 
@@ -124,9 +126,19 @@ class ColumnWise(Route):
         everyones, below = self._dispatch(opened, weight, kept, grad_output)
         if state.optimizer.rule.kind != "rowwise_adagrad":
             return self._combine(opened, kept, self._below.update(weight, below, everyones, state))
+        call, num_tokens, _ = kept.others
+        if isinstance(self._below, LocalRoute) and reads_most_rows(sum(num_tokens) * call.num_lookups, self._num_rows):
+            values, is_read, shares = self._below.marked(weight, below, everyones)
+            grad_scores = self._combine(opened, kept, shares)
+            counts = [self._num_rows if width else 0 for width in self._widths]
+            squares = self._sum_of_owners(call, squared_sums(values), counts) / sum(self._widths)
+            # A mean of squares that is not finite leaves its row as it is.
+            mean_squares = squares.masked_fill(~is_read, torch.inf) if values.numel() else None
+            state.update(weight, values, mean_squares=mean_squares, name=self._name)
+            return grad_scores
         gradient, shares = self._below.backward(weight, below, everyones, must_list=True)
         grad_scores = self._combine(opened, kept, shares)
-        squares = self._sum_of_owners(kept.others[0], squared_sums(gradient.values))
+        squares = self._sum_of_owners(call, squared_sums(gradient.values))
         mean_squares = squares / sum(self._widths)
         state.update(weight, gradient.values, touched=gradient.row_ids, mean_squares=mean_squares, name=self._name)
         return grad_scores
@@ -163,15 +175,23 @@ class ColumnWise(Route):
         opened.wait()
         return total
 
-    def _sum_of_owners(self, call: Call, values: Tensor) -> Tensor:
-        """Return the sum of [U] over the ranks that have columns; all have looked up the same rows."""
+    def _sum_of_owners(self, call: Call, values: Tensor, counts: list[int] | None = None) -> Tensor:
+        """Return the sum of [U] over the ranks that have columns; all have looked up the same rows.
+
+        Args:
+            call: the lookup.
+            values: [U], or nothing where this rank has no columns.
+            counts: how many values each rank has, where that is known.
+        """
         exchange = self._exchange
         opened = exchange.open(replace(call, phase="update"), [values.numel()])
-        counts = [line[0] for line in opened.wait()]
+        counts = counts or [line[0] for line in opened.wait()]
+        values = values[: counts[exchange.rank]]
         arriving = [count if values.numel() else 0 for count in counts]
         payload = values.repeat(sum(count > 0 for count in counts))
         sizes = [values.numel() if count else 0 for count in counts]
         shares = exchange.swap(opened, payload, sizes, arriving, max(counts))
+        opened.wait()
         return sum_in_order(shares.view(-1, values.numel()).unbind()) if values.numel() else values
 
     def _chunks(self, num_tokens: Sequence[int], lookup: LookupArguments, wire: Wire) -> list[_Chunk]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mfdist.kernels import gather_sum, ragged_gradient, row_gradient
+from mfdist.kernels import gather_sum, marked_row_gradient, ragged_gradient, row_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 
@@ -11,6 +11,15 @@ from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradie
 def summed_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype in which gradients of rows are summed."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+#: Lookups of a row, on average, from which nearly all rows are read: listing them would cost more than it saves.
+_DENSE_READS = 4
+
+
+def reads_most_rows(num_lookups: int, num_rows: int) -> bool:
+    """Return whether so many lookups read so large a share of the rows that gradients are better not listed."""
+    return num_lookups >= _DENSE_READS * num_rows > 0
 
 
 class LocalRoute(Route):
@@ -40,6 +49,17 @@ class LocalRoute(Route):
             return RowGradient(torch.zeros_like(weight)), torch.zeros_like(scores)
         rows, grad_scores = row_gradient(weight, row_ids, scores, grad_output, kept.others, self._name)
         return RowGradient(rows), grad_scores
+
+    def marked(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of all rows held [R, d], which were looked up [R], and the scores' gradients [n, K].
+
+        Gradients are in fp32, or the table's dtype where that is wider. Nothing is listed, and no GPU waited for.
+        """
+        row_ids, scores = kept.tensors
+        if not weight.numel():
+            is_read = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+            return weight.new_zeros(weight.shape, dtype=summed_dtype(weight)), is_read, torch.zeros_like(scores)
+        return marked_row_gradient(weight, row_ids, scores, grad_output, kept.others, self._name)
 
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows; see `Route.update`."""

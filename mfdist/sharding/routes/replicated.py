@@ -5,11 +5,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.routes.column_wise import sum_in_order
-from mfdist.sharding.routes.local import LocalRoute
+from mfdist.sharding.routes.local import LocalRoute, reads_most_rows
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened
@@ -43,29 +44,41 @@ class Replicated(Route):
         self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
     ) -> tuple[RowGradient, Tensor]:
         """Return the gradients; see `Route.backward`."""
-        opened = self._open("update" if must_list else "gradient")
-        own, grad_scores = self._local.backward(weight, kept, grad_output, must_list=must_list)
-        if not must_list:
-            total = self._sum(opened, own.values, self._wire)
-            opened.wait()
-            return RowGradient(total), grad_scores
-        assert own.row_ids is not None
-        dense = own.values.new_zeros(weight.shape)
-        dense[own.row_ids] = own.values
-        is_used = torch.zeros(weight.shape[0], 1, dtype=torch.uint8, device=weight.device)
-        is_used[own.row_ids] = 1
-        # Rounding sums to the rows' own dtype would cost what summing them in fp32 has gained.
-        wire = self._wire if self._wire.itemsize < weight.dtype.itemsize else dense.dtype
-        total = self._sum(opened, dense, wire)
-        rows = self._sum(opened, is_used, torch.uint8).squeeze(1).nonzero().squeeze(1)
+        if must_list:
+            total, is_used, grad_scores = self._marked_sums(weight, kept, grad_output)
+            rows = is_used.nonzero().squeeze(1)
+            return RowGradient(total[rows], rows), grad_scores
+        opened = self._open("gradient")
+        own, grad_scores = self._local.backward(weight, kept, grad_output)
+        total = self._sum(opened, own.values, self._wire)
         opened.wait()
-        return RowGradient(total[rows], rows), grad_scores
+        return RowGradient(total), grad_scores
 
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows, each copy alike; see `Route.update`."""
-        gradient, grad_scores = self.backward(weight, kept, grad_output, must_list=True)
-        state.update(weight, gradient.values, touched=gradient.row_ids, name=self._name)
+        total, is_used, grad_scores = self._marked_sums(weight, kept, grad_output)
+        # A mean of squares that is not finite leaves its row as it is.
+        mean_squares = (squared_sums(total) / total.shape[1]).masked_fill(~is_used, torch.inf)
+        state.update(weight, total, mean_squares=mean_squares, name=self._name)
         return grad_scores
+
+    def _marked_sums(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of all rows [R, D], which of them any rank has read [R], and the scores' gradients."""
+        opened = self._open("update")
+        if reads_most_rows(kept.tensors[0].numel(), weight.shape[0]):
+            dense, is_read, grad_scores = self._local.marked(weight, kept, grad_output)
+        else:
+            own, grad_scores = self._local.backward(weight, kept, grad_output, must_list=True)
+            dense = own.values.new_zeros(weight.shape)
+            dense[own.row_ids] = own.values
+            is_read = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+            is_read[own.row_ids] = True
+        # Rounding sums to the rows' own dtype would cost what summing them in fp32 has gained.
+        wire = self._wire if self._wire.itemsize < weight.dtype.itemsize else dense.dtype
+        total = self._sum(opened, dense, wire)
+        is_used = self._sum(opened, is_read.view(torch.uint8)[:, None], torch.uint8)
+        opened.wait()
+        return total, is_used.squeeze(1).bool(), grad_scores
 
     def _open(self, phase: str) -> Opened:
         return self._exchange.open(Call(table=self._name, kind="replicated", phase=phase))

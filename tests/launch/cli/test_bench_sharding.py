@@ -5,7 +5,7 @@ import json
 import pytest
 
 #: Where columns stand in a line of the table.
-COLUMNS = {"in a row": slice(61, 72), "if idle": slice(102, 110)}
+COLUMNS = {"in a row": slice(65, 76), "if idle": slice(106, 114)}
 
 
 def test_every_kind_is_compared_and_timed(mfdist, tmp_path):
