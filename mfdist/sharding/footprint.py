@@ -16,7 +16,7 @@ from mfdist.sharding.workload import TableLoad, Workload
 _INDEX_BYTES = 8  # of a token's or a lookup's number
 _RUN_BYTES = 4
 _ACCUMULATOR_BYTES = 4
-_SUM_BYTES = 4  # what rows' gradients are summed in
+SUM_BYTES = 4  # what rows' gradients are summed in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def _transient(
     has_squares = workload.is_fused and workload.rule == "rowwise_adagrad" and plan.kind in ("column_wise", "grid")
     if is_by_rows or has_squares:
         touched = load.num_unique(plan.num_rows, num_tokens * held.world_size) / plan.num_rows
-        item_bytes = max(plan.dtype.itemsize, _SUM_BYTES if workload.is_fused else 0)
+        item_bytes = max(plan.dtype.itemsize, SUM_BYTES if workload.is_fused else 0)
         fullest["backward"] = fullest["backward"] + touched * held.rows * held.columns * item_bytes
     return np.maximum(fullest["forward"], fullest["backward"])
 

@@ -16,6 +16,15 @@ Rule = Literal["sgd", "rowwise_adagrad", "adam"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 
+#: Lookups of a row, on average, from which nearly all rows are read: listing them would cost more than it saves.
+_DENSE_READS = 4
+
+
+def reads_most_rows(num_lookups: float, num_rows: int) -> bool:
+    """Return whether so many lookups read so large a share of the rows that their gradients are better not listed."""
+    return num_lookups >= _DENSE_READS * num_rows > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableLoad:
     """How a table is read.

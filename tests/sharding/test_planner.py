@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mfdist.errors import ConfigError
 from mfdist.sharding.cost import dense_bytes, price, price_table
-from mfdist.sharding.kinds import row_wise
+from mfdist.sharding.kinds import column_wise, row_wise
 from mfdist.sharding.layout import candidates, lay_out
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.sharding.planner import choose_plan, decide, judge
@@ -153,24 +153,53 @@ def test_with_little_memory_the_plan_is_at_most_one_move_from_the_fastest(settin
 
 
 @pytest.mark.parametrize(
-    ("spec", "load", "machine", "kind"),
+    ("spec", "load", "machine", "rule", "kind"),
     [
         # Many wide rows are summed for a token: sums of columns are less than rows, and than partial sums.
-        ((1 << 22, 4096), TableLoad(num_lookups=128), h100(8), "column_wise"),
+        ((1 << 22, 4096), TableLoad(num_lookups=128), h100(8), "sgd", "column_wise"),
         # Narrow rows, often the same ones, over many hosts: little to fetch, and all codes to all hosts would be much.
-        ((1 << 26, 128), TableLoad(num_lookups=16, duplicate_share=0.8), h100(64, 64), "row_wise"),
+        ((1 << 26, 128), TableLoad(num_lookups=16, duplicate_share=0.8), h100(64, 64), "rowwise_adagrad", "row_wise"),
         # Few tokens, many slots: sums are less than codes.
-        ((1 << 22, 64), TableLoad(num_lookups=4096, code_stride=1024, id_bytes=4), h100(8), "table_wise"),
+        (
+            (1 << 22, 64),
+            TableLoad(num_lookups=4096, code_stride=1024, id_bytes=4),
+            h100(8),
+            "rowwise_adagrad",
+            "table_wise",
+        ),
         # Smaller than anything that would travel.
-        ((64, 8), TableLoad(num_lookups=64), h100(8), "replicated"),
+        ((64, 8), TableLoad(num_lookups=64), h100(8), "rowwise_adagrad", "replicated"),
         # Columns stay on a host; of what crosses hosts each rank carries its share.
-        ((1 << 17, 3072), TableLoad(num_lookups=128, code_stride=1024, id_bytes=4), h100(64, 8), "grid"),
+        (
+            (1 << 17, 3072),
+            TableLoad(num_lookups=128, code_stride=1024, id_bytes=4),
+            h100(64, 8),
+            "rowwise_adagrad",
+            "grid",
+        ),
     ],
 )
-def test_the_known_best_kinds(spec, load, machine, kind):
+def test_the_known_best_kinds(spec, load, machine, rule, kind):
     table = TableSpec(name="t", num_rows=spec[0], row_dim=spec[1], dtype=torch.bfloat16)
-    work = Workload(batch_tokens=4096 * machine.world_size, loads={"t": load}, rule="rowwise_adagrad", is_fused=True)
+    work = Workload(batch_tokens=4096 * machine.world_size, loads={"t": load}, rule=rule, is_fused=True)
     assert choose_plan([table], machine, work).table("t").kind == kind
+
+
+def test_columns_cost_more_where_squares_of_other_columns_are_waited_for():
+    """Sums of gradients are written and read twice, and where few rows are read, lookups are sorted to list them."""
+    for load, sorts in (
+        (TableLoad(num_lookups=64, code_stride=256, id_bytes=1), False),
+        (TableLoad(num_lookups=2), True),
+    ):
+        spec = TableSpec(name="t", num_rows=64 * 256, row_dim=1024)
+        update_s = {}
+        for rule in ("sgd", "rowwise_adagrad"):
+            work = Workload(batch_tokens=4096 * 4, loads={"t": load}, rule=rule, is_fused=True)
+            update_s[rule] = price_table(column_wise(spec, 4), h100(4), work).update_s
+        touched = load.num_unique(spec.num_rows, 4096 * 4)
+        passes_s = 3 * 4 * touched * 256 / h100(4).copy_bytes_per_s
+        sorting_s = 4096 * 4 * load.num_lookups / h100(4).sort_ids_per_s if sorts else 0.0
+        assert update_s["rowwise_adagrad"] - update_s["sgd"] == pytest.approx(passes_s + sorting_s)
 
 
 def test_one_rank_keeps_everything():

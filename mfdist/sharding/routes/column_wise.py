@@ -16,12 +16,13 @@ from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import note_ids, refusal_of
-from mfdist.sharding.routes.local import LocalRoute, reads_most_rows
+from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.routes.token_counts import TokenCounts
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened, PendingParts
 from mfdist.sharding.wire import Wire
+from mfdist.sharding.workload import reads_most_rows
 
 #: Sums for one rank that are worth a lookup of their own, so that they travel while the next are made: on four H200 it
 #: paid at 48 MiB, and at 24 and fewer the host's time for it was longer than what it hid.

@@ -13,15 +13,6 @@ def summed_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-#: Lookups of a row, on average, from which nearly all rows are read: listing them would cost more than it saves.
-_DENSE_READS = 4
-
-
-def reads_most_rows(num_lookups: int, num_rows: int) -> bool:
-    """Return whether so many lookups read so large a share of the rows that gradients are better not listed."""
-    return num_lookups >= _DENSE_READS * num_rows > 0
-
-
 class LocalRoute(Route):
     """Sums and gradients by the kernels, without a word to anyone.
 

@@ -10,11 +10,12 @@ from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.routes.column_wise import sum_in_order
-from mfdist.sharding.routes.local import LocalRoute, reads_most_rows
+from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import Opened
 from mfdist.sharding.wire import Wire
+from mfdist.sharding.workload import reads_most_rows
 
 
 class Replicated(Route):
