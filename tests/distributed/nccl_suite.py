@@ -4,15 +4,15 @@
     python -m tests.distributed.nccl_suite --device cpu --world 1,2,4
 
 It runs, for each world size: many messages of all sizes between ranks that are late in turn; the conformance suite of
-every table for every kind of sharding; training under torchrun, saved midway and resumed on half the ranks; `mfdist
-launch` with as many trainers, step by step beside torchrun; a comparison of each kind with one table on one device; the
-fullest moment of a rank's memory, against its share of the table and what the plan announced; plain all-to-alls of many
-sizes; a table larger than one GPU's memory, where there are several; `mfdist bench plan`, predicted beside measured;
-and `mfdist bench sharding`. What fails is told and the rest goes on; the exit code is 1 then. What cannot run here
-(`launch` without Ray) is told and named at the end. `--collectives` leaves all exchanges of tables
-to them, which else go by memory where ranks reach each other's. `--only` and
-`--kind` run some parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that hangs; `--json`
-writes everything found, after every stage.
+every table for every kind of sharding; training twice, for the same bytes; training under torchrun, saved midway and
+resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside torchrun; a comparison of each
+kind with one table on one device; the fullest moment of a rank's memory, against its share of the table and what the
+plan announced; plain all-to-alls of many sizes; a table larger than one GPU's memory, where there are several; `mfdist
+bench plan`, predicted beside measured; and `mfdist bench sharding`. What fails is told and the rest goes on; the exit
+code is 1 then. What cannot run here (`launch` without Ray) is told and named at the end. `--collectives` leaves all
+exchanges of tables to them, which else go by memory where ranks reach each other's. `--only` and `--kind` run some
+parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that hangs; `--json` writes everything
+found, after every stage.
 """
 
 import argparse
@@ -32,9 +32,21 @@ from mfdist.benchmarks import plan_choice
 from mfdist.benchmarks.sharding import DERIVED, chosen, compare
 from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
-from tests.distributed.suite_training import launched_and_trained, resumed_on_fewer
+from tests.distributed.suite_training import launched_and_trained, repeated, resumed_on_fewer
 
-PARTS = ("exchange", "conformance", "train", "launch", "equality", "memory", "links", "large", "plan", "bench")
+PARTS = (
+    "exchange",
+    "conformance",
+    "repeat",
+    "train",
+    "launch",
+    "equality",
+    "memory",
+    "links",
+    "large",
+    "plan",
+    "bench",
+)
 MEMORY_KINDS = ("row_wise", "pooled_rows", "column_wise", "table_wise", "grid", "slot_grid")
 SUMS = ("column_wise", "table_wise")
 #: Of all GPUs' memory, what the table that one of them cannot hold takes.
@@ -150,6 +162,19 @@ class Suite:
             held = self._on_ranks(pool, what, function, world_size, num_bytes)
             if held:
                 self._keep("large", world_size, num_bytes=sum(held))
+
+    def repeat(self, world_size: int, options: argparse.Namespace) -> None:
+        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
+            what = f"repeat {world_size}"
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset)
+            found = self.attempt(what, lambda: repeated(*asked))
+        if found is None:
+            return
+        num_files, differing = found
+        self._keep("repeat", world_size, num_files=num_files, differing=differing)
+        if differing:
+            self.fail(f"{what}: {', '.join(differing[:3])}")
+        self.tell(f"         {len(differing)} of {num_files} files of the last checkpoint differ")
 
     def train(self, world_size: int, options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:

@@ -54,6 +54,22 @@ def launched_and_trained(device, world_size, folder, timeout_s, preset=None):
     return [_stepped(run) for run in (launched, trained)]
 
 
+def repeated(device, world_size, folder, timeout_s, preset=None):
+    """Train the same twice; return how many files the last checkpoint has, and the names of those that differ.
+
+    Its manifest, which has the time, is left out.
+    """
+    name, options = _asked(device, world_size, preset)
+    files = []
+    for run in (folder / "once", folder / "again"):
+        _run(device, world_size, timeout_s, "train", name, "--out", str(run), *options)
+        step = run / f"checkpoints/step-{_STEPS:09d}"
+        paths = [path.relative_to(step) for path in step.rglob("*") if path.is_file()]
+        files.append({str(path): (step / path).read_bytes() for path in paths if path.parts[0] != "manifest"})
+    once, again = files
+    return len(once), sorted(name for name in {*once, *again} if once.get(name) != again.get(name))
+
+
 def _asked(device, world_size, preset):
     """Return what to train, and the options that make it short."""
     name, settings = _SETTINGS[device]

@@ -56,6 +56,14 @@ def test_the_benchmark_is_part_of_it(tmp_path):
     assert "of a plain all-to-all" in out
 
 
+def test_the_same_training_twice_gives_the_same_bytes(tmp_path):
+    code, out, document = suite(tmp_path, "--world", "2", "--only", "repeat")
+    assert code == 0, out
+    (found,) = document["found"]["repeat"]
+    assert found["num_files"] > 100 and found["differing"] == []
+    assert f"0 of {found['num_files']} files of the last checkpoint differ" in out
+
+
 @pytest.mark.slow
 def test_a_run_saved_on_two_ranks_goes_on_on_one(tmp_path):
     code, out, document = suite(tmp_path, "--world", "2", "--only", "links", "--only", "train")
