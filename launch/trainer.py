@@ -135,7 +135,11 @@ def all_gpus(own: Sequence[str], shown: str, found: int) -> tuple[str, int]:
     """
     if list(own) == [shown] and shown.isdecimal() and int(shown) < found:
         return ",".join(map(str, range(found))), int(shown)
-    return shown, 0
+    listed = [each for each in shown.split(",") if each]
+    if own[0] in listed:
+        return shown, listed.index(own[0])
+    # Nothing was narrowed for this actor: it sees all there are.
+    return shown, int(own[0]) if not listed and own[0].isdecimal() else 0
 
 
 def _check_gpu(gpu: int | None, host: str) -> None:
@@ -144,12 +148,12 @@ def _check_gpu(gpu: int | None, host: str) -> None:
 
     if gpu is None:
         return
-    if torch.cuda.is_available():
+    if gpu < torch.cuda.device_count():
         torch.cuda.set_device(gpu)
     else:
         raise ConfigError(
-            f"each trainer trains on the GPU that Ray gives it; torch {torch.__version__} on {host} finds none; "
-            "install a CUDA build there, or --set training.device=cpu"
+            f"each trainer trains on the GPU that Ray gives it, number {gpu}; torch {torch.__version__} on {host} "
+            f"finds {torch.cuda.device_count()} GPUs; install a CUDA build there, or --set training.device=cpu"
         )
 
 

@@ -136,10 +136,12 @@ class Slice(NamedTuple):
     columns: int
 
 
-def widest(grad_output: Tensor, *, is_short: bool) -> int:
-    """Return the most columns that one warp's program takes at a time, for a gradient of [N, D]."""
+def widest(grad_output: Tensor, *, is_short: bool, is_cached: bool = True) -> int:
+    """Return the most columns of [N, D] that a warp takes at a time; is_cached: and that the cache holds of all."""
     num_tokens, dim = grad_output.shape
     most = _COLUMNS_EACH if is_short or dim % _MOST_COLUMNS else _MOST_COLUMNS
+    if not is_cached:
+        return most
     cached = _CACHED_BYTES // (num_tokens * grad_output.itemsize)
     return min(most, max(_LEAST_COLUMNS, 1 << max(0, cached.bit_length() - 1)))
 

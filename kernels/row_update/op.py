@@ -139,8 +139,9 @@ def row_update(
 
 def squared_sums(grads: Tensor) -> Tensor:
     """Return the sum of squares of each row of [U, D], fp32 [U]: a part's share of a column-sharded row's."""
-    norms: Tensor = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float32)
-    return norms.square()
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(grads, dim=1, dtype=wide)
+    return norms.square().float()
 
 
 @torch.library.impl("mfdist::fused_row_update", "CPU")

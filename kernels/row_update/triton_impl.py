@@ -75,7 +75,8 @@ def fused_row_update(
         order = order_by_row(*lookup, is_checked=is_checked)
         needs_squares = rule.kind == "rowwise_adagrad"
         is_short = has_short_runs(row_ids, num_rows, grad_output) and not needs_squares
-        parts = slices(dim, widest(grad_output, is_short=is_short))
+        # Squares of a whole row are wanted first: of more slices, more sums would be kept for them.
+        parts = slices(dim, widest(grad_output, is_short=is_short, is_cached=not needs_squares))
         plan = passes(parts, needs_squares=needs_squares)
         num_kept = parts[-1].first if len(plan) > len(parts) else 0
         is_kept = 0 < num_kept * num_rows * scores.itemsize <= _MOST_KEPT_BYTES

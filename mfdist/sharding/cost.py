@@ -17,7 +17,7 @@ from mfdist.sharding.holdings import Floats, Holdings
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.sharding.table_plan import TablePlan
 from mfdist.sharding.topology import Topology
-from mfdist.sharding.traffic import Axis, Phase, Transfer, owner_hits, sums_slots, transfers
+from mfdist.sharding.traffic import Axis, Phase, Transfer, owner_hits, summed_rows, sums_slots, transfers
 from mfdist.sharding.workload import TableLoad, Workload, reads_most_rows
 
 #: Columns of a table that a lookup keeps in the cache while tokens pass.
@@ -280,10 +280,11 @@ def _update_s(plan: TablePlan, held: Holdings, load: TableLoad, topology: Topolo
         moved = 2 * item_bytes + 2 * state
         if workload.rule == "rowwise_adagrad" and plan.kind in ("column_wise", "grid"):
             # Sums wait for the squares of the other columns: written, and read for both.
-            moved += 3 * SUM_BYTES
+            summed = summed_rows(plan, load, seen) / touched
+            passing = 3 * SUM_BYTES * times * float(np.max(rows * held.columns)) * summed / topology.copy_bytes_per_s
             lookups = float(seen * load.num_lookups)
             if plan.kind == "grid" or not reads_most_rows(lookups, plan.num_rows):
-                passing = times * lookups / topology.sort_ids_per_s
+                passing += times * lookups / topology.sort_ids_per_s
     else:
         if not (load.code_stride or _is_by_rows(plan, topology)):
             passing = workload.micro_batches * float(rows.max()) / topology.pass_rows_per_s

@@ -261,7 +261,7 @@ class Exchange:
 
         Args:
             opened, dtype, sizes, arriving, largest: see `lend`.
-            make: returns what a rank gets, contiguous and of `dtype`; called once for each, in any order.
+            make: returns what a rank gets, contiguous and of `dtype`; called for this rank, and for each that gets any.
         """
         boxes = self._boxes(opened, largest * dtype.itemsize, is_lent=True)
         if boxes is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mfdist.sharding.holdings import Floats, Holdings
 from mfdist.sharding.table_plan import TablePlan
-from mfdist.sharding.traffic import SCORE_BYTES, Transfer, owner_hits, row_id_bytes, sums_slots
+from mfdist.sharding.traffic import SCORE_BYTES, Transfer, owner_hits, row_id_bytes, summed_rows, sums_slots
 from mfdist.sharding.workload import TableLoad, Workload
 
 _INDEX_BYTES = 8  # of a token's or a lookup's number
@@ -105,7 +105,7 @@ def _transient(
     is_by_rows = plan.kind in ("row_wise", "grid") and not sums_slots(plan, load)
     has_squares = workload.is_fused and workload.rule == "rowwise_adagrad" and plan.kind in ("column_wise", "grid")
     if is_by_rows or has_squares:
-        touched = load.num_unique(plan.num_rows, num_tokens * held.world_size) / plan.num_rows
+        touched = summed_rows(plan, load, num_tokens * held.world_size) / plan.num_rows
         item_bytes = max(plan.dtype.itemsize, SUM_BYTES if workload.is_fused else 0)
         fullest["backward"] = fullest["backward"] + touched * held.rows * held.columns * item_bytes
     return np.maximum(fullest["forward"], fullest["backward"])

@@ -28,7 +28,7 @@ class Call:
         num_lookups: K, where it must be the same on all ranks.
         code_stride: see `Table.forward`.
         id_bytes: of a row id or code, as they travel.
-        value_bytes: of a value of the sums that are asked for, which autocast may make fewer.
+        values: dtype of the sums that are asked for, which autocast may make narrower.
     """
 
     table: str
@@ -37,20 +37,17 @@ class Call:
     num_lookups: int = 0
     code_stride: int = 0
     id_bytes: int = 0
-    value_bytes: int = 0
+    values: str = ""
 
     def encode(self, number: int) -> list[int]:
         """Return the tag of this call, the `number`-th of its exchange, as `TAG_SIZE` integers below 2^63."""
         names = (name_code(self.table), name_code(self.kind), PHASES.index(self.phase))
-        return [number, *names, *self._sizes]
+        return [number, *names, self.num_lookups, self.code_stride, self.id_bytes, name_code(self.values)]
 
     def told(self, number: int) -> str:
         """Return the call as messages name it."""
-        return _told(number, f'"{self.table}"', self.kind, self.phase, *self._sizes)
-
-    @property
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return self.num_lookups, self.code_stride, self.id_bytes, self.value_bytes
+        sizes = (self.num_lookups, self.code_stride, self.id_bytes)
+        return _told(number, f'"{self.table}"', self.kind, self.phase, *sizes, self.values)
 
 
 @cache
@@ -75,15 +72,22 @@ def check_tags(call: Call, number: int, tags: Mapping[int, Sequence[int]], own_r
             known = {name_code(name): name for name in names}
             table = f'"{known[tag[1]]}"' if tag[1] in known else "this rank does not know"
             kind = known.get(tag[2], "an unknown kind")
-            theirs = _told(tag[0], table, kind, PHASES[tag[3] % len(PHASES)], *tag[4:])
+            values = _DTYPES.get(tag[7], "an unknown dtype")
+            num_lookups, code_stride, id_bytes = tag[4:7]
+            phase = PHASES[tag[3] % len(PHASES)]
+            theirs = _told(tag[0], table, kind, phase, num_lookups, code_stride, id_bytes, values)
             raise ConsistencyError(
                 f"all ranks must make the same lookups in the same order; rank {own_rank} makes {call.told(number)}, "
                 f"rank {rank} makes {theirs}; look for what in the model depends on the rank or its data"
             )
 
 
+_DTYPES = {name_code(name): name for name in ("", "float16", "bfloat16", "float32", "float64")}
+
+
 def _told(
-    number: int, table: str, kind: str, phase: str, num_lookups: int, code_stride: int, id_bytes: int, value_bytes: int
+    number: int, table: str, kind: str, phase: str, num_lookups: int, code_stride: int, id_bytes: int, values: str
 ) -> str:
-    sizes = f"K={num_lookups}, code_stride={code_stride}, ids of {id_bytes} bytes, values of {value_bytes}"
+    sizes = f"K={num_lookups}, code_stride={code_stride}, ids of {id_bytes} bytes"
+    sizes += f", {values}" if values else ""
     return f"call {number}, the {phase} of table {table} ({kind}, {sizes})"

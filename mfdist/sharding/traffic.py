@@ -25,7 +25,7 @@ import torch
 
 from mfdist.sharding.holdings import Floats, Holdings
 from mfdist.sharding.table_plan import TablePlan
-from mfdist.sharding.workload import TableLoad, Workload
+from mfdist.sharding.workload import TableLoad, Workload, reads_most_rows
 
 Phase = Literal["forward", "backward"]
 Axis = Literal["world", "inside", "between"]
@@ -104,6 +104,13 @@ def owner_hits(plan: TablePlan, held: Holdings, load: TableLoad) -> Floats:
     if load.code_stride:
         return np.minimum(1.0, held.rows / load.code_stride)
     return 1 - (1 - held.rows / plan.num_rows) ** load.num_lookups
+
+
+def summed_rows(plan: TablePlan, load: TableLoad, num_tokens: float) -> float:
+    """Return the rows whose gradients are summed before they are updated: those read, or all where that is most."""
+    if plan.kind == "column_wise" and reads_most_rows(num_tokens * load.num_lookups, plan.num_rows):
+        return float(plan.num_rows)
+    return load.num_unique(plan.num_rows, num_tokens)
 
 
 def row_id_bytes(num_rows: int) -> int:
@@ -233,7 +240,7 @@ class _Group:
     def _squares(self) -> Iterator[Transfer]:
         """Yield what row-wise Adagrad needs of the columns of others: the squares of every row that was read."""
         if self.workload.is_fused and self.workload.rule == "rowwise_adagrad":
-            touched = self.load.num_unique(self.plan.num_rows, self.num_tokens * self.held.world_size)
+            touched = summed_rows(self.plan, self.load, self.num_tokens * self.held.world_size)
             has_columns = (self.held.columns > 0).astype(np.float64)
             num_others = float(has_columns @ self.held.counts) * self.group / self.held.world_size - has_columns
             squares = touched * self.share * has_columns * num_others
@@ -241,9 +248,10 @@ class _Group:
 
     def _columns(self, phase: Phase, every: Floats) -> tuple[Floats, Floats]:
         """Return the bytes of a token's columns that lie elsewhere, and of its columns here for all other ranks."""
-        # Sums are whole, and travel as what they are rounded to in the end; so do gradients, but for a third of one.
-        is_exact = phase == "forward" or not self.held.world_size & (self.held.world_size - 1)
-        dtype = self.workload.summed_dtype(self.plan.dtype) if is_exact else self.plan.dtype
+        # Sums are whole, and travel as what they are rounded to in the end; gradients do where a rank's share is exact.
+        dtype = self.workload.summed_dtype(self.plan.dtype)
+        is_exact = not self.held.world_size & (self.held.world_size - 1) and dtype != torch.float16
+        dtype = dtype if phase == "forward" or is_exact else self.plan.dtype
         own = self._wire(phase, self.held.columns, dtype)
         item_bytes = self._wire(phase, every + 1, dtype) - self._wire(phase, every, dtype)
         scales = self._wire(phase, 0 * every, dtype) * (self.group - 1)

@@ -154,10 +154,14 @@ class _Lookup(torch.autograd.Function):
 
 
 def _over(grad: Tensor, world_size: int, dtype: torch.dtype) -> Tensor:
-    """Return a gradient over the number of ranks, in `dtype` where its own would round what a power of two does not."""
+    """Return a gradient over the number of ranks, in `dtype` where its own would round it.
+
+    A power of two changes the exponent alone, for which fp16 has too few; bf16 has as many as fp32.
+    """
     if world_size == 1:
         return grad
-    return grad / world_size if world_size & (world_size - 1) == 0 else grad.to(dtype) / world_size
+    is_exact = world_size & (world_size - 1) == 0 and grad.dtype != torch.float16
+    return grad / world_size if is_exact else grad.to(dtype) / world_size
 
 
 def _dense(gradient: RowGradient, weight: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ class _Session:
         in_tables = sum(spec.num_rows * spec.row_dim for spec in table_specs(self._model))
         others = sum(value.numel() for name, value in self._model.named_parameters() if name not in tables)
         ranks = "" if self._world.is_alone else f"{self._world.world_size} ranks, each: "
-        sharing = "; they write into each other's memory" if shares_memory(self._model) else ""
+        sharing = "; they can write into each other's memory" if shares_memory(self._model) else ""
         return Started(
             run_dir=self.run_directory.path,
             name=self.config.name,

@@ -62,9 +62,11 @@ def spread_tables(model: Transformer, config: RunConfig, world_size: int, num_ho
 
 
 def shares_memory(model: Transformer) -> bool:
-    """Return whether the ranks that hold the model's tables write into each other's memory."""
+    """Return whether ranks that hold the model's tables can write into each other's memory."""
     exchanges = (getattr(module, "exchanges", None) for module in model.modules())
-    return any(isinstance(each, MeshExchanges) and each.everyone.has_peer_memory for each in exchanges)
+    return any(
+        exchange.has_peer_memory for each in exchanges if isinstance(each, MeshExchanges) for exchange in each.all
+    )
 
 
 def plan_of(model: Transformer, num_holders: int) -> ShardingPlan | None:

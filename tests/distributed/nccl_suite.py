@@ -116,6 +116,8 @@ class Suite:
             self._keep("exchange", world_size, wrong=wrong, by_peers=by_peers)
             if wrong:
                 self.fail(f"exchange {world_size}: {wrong} elements wrong")
+            if by_peers != (self.peers and world_size > 1):
+                self.fail(f"exchange {world_size}: not by {'peer memory' if self.peers else 'collectives'}")
             self.tell(f"         {wrong} elements wrong, {'by peer memory' if by_peers else 'by collectives'}")
 
     def conformance(self, world_size: int, options: argparse.Namespace) -> None:

@@ -122,7 +122,9 @@ def conformance(rank, kind, device, peers=True):
     exchanges, world_size = exchanges_on(device, kind, peers), dist.get_world_size()
     suite = ShardedConformance(exchanges, lambda spec: sharded_ranks.make_plan(kind, spec, world_size))
     with exchanges.device:
-        return run_conformance(suite)
+        names = run_conformance(suite)
+    assert exchanges.everyone.has_peer_memory == (peers and world_size > 1), "messages did not go as was asked"
+    return names
 
 
 def equality(rank, kind, device, peers=True):

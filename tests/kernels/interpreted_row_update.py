@@ -50,6 +50,7 @@ def check_given(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.
         (dense, None, None),
         (dense, rows, None),
         (dense[rows], rows.int(), squares),
+        (dense, None, torch.where(torch.rand(dense.shape[0]) < 0.5, torch.inf, 0.5)),  # rows to be left as they are
     ):
         got, expected = before.copy(), before.copy(torch.float64)
         triton_impl.row_update(got.table, got.state, grads, chosen, mean_squares, LR, STEP, rule, offsets, "t")

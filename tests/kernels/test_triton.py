@@ -353,6 +353,7 @@ def test_sizes_of_tiles() -> None:
     # Of many tokens, what the second-level cache holds, and no less than 256 columns.
     for num_tokens, columns in {16384: 1024, 16385: 512, 32768: 512, 50_000: 256, 65536: 256, 1 << 20: 256}.items():
         assert widest(torch.empty(num_tokens, 3072, device="meta"), is_short=False) == columns
+        assert widest(torch.empty(num_tokens, 3072, device="meta"), is_short=False, is_cached=False) == 1024
     assert widest(torch.empty(32768, 3072, device="meta", dtype=torch.bfloat16), is_short=False) == 1024
     assert [part.columns for part in slices(1536, 512)] == [512] * 3
     assert [part.columns for part in slices(768, 256)] == [256] * 3

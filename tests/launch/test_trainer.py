@@ -9,7 +9,9 @@ from mfdist.launch.trainer import all_gpus
         (["2"], "2", 4, ("0,1,2,3", 2)),
         (["0"], "0", 1, ("0", 0)),
         (["5"], "5", 4, ("5", 0)),  # numbered otherwise than the host's devices
-        (["1"], "", 4, ("", 0)),  # another kind of GPU, which Ray shows by another variable
+        (["1"], "", 4, ("", 1)),  # Ray was told to narrow nothing
+        (["MIG-7a0c"], "", 4, ("", 0)),
+        (["3"], "1,3", 4, ("1,3", 1)),
         (["1"], "3", 4, ("3", 0)),
         (["0", "1"], "0,1", 4, ("0,1", 0)),
         (["MIG-7a0c"], "MIG-7a0c", 4, ("MIG-7a0c", 0)),

@@ -66,7 +66,7 @@ def exchanges_for(kind, world_size, **options):
 
 def spoil_what_was_lent(exchange):
     """Overwrite what an exchange has lent as soon as its next message is sent, as happens where GPUs share memory."""
-    lend, send, lent_before = exchange.lend, exchange._send, []
+    lend, lend_made, send, lent_before = exchange.lend, exchange.lend_made, exchange._send, []
 
     def spoil():
         while lent_before:
@@ -91,7 +91,14 @@ def spoil_what_was_lent(exchange):
         numbers = (payload.dtype, sizes, arriving, largest)
         return exchange.lend(opened, write, *numbers, own=pieces[exchange.rank]).parts
 
+    def lends_made(*arguments):
+        spoil()
+        parts = lend_made(*arguments)
+        lent_before.extend(part for rank, part in enumerate(parts) if rank != exchange.rank)
+        return parts
+
     exchange.lend, exchange._send, exchange.lend_pieces = lends, sends, lends_pieces
+    exchange.lend_made = lends_made
 
 
 def conformance(rank, kind):

@@ -246,10 +246,37 @@ def test_rows_in_fp32_trained_under_autocast(pool, kind, world_size):
         assert sent_by_none == 37 * 12 * 2  # half of 24 columns, in bf16
 
 
+@pytest.mark.parametrize("kind", ["column_wise", "uneven_columns"])
+def test_small_gradients_in_fp16_lose_nothing_by_the_number_of_ranks(pool, kind):
+    for _, (rows, wanted_rows), _ in pool.run(autocast_ranks.fused_under_autocast, 4, kind, torch.float16, 1e-6):
+        assert relative_error(rows, wanted_rows) <= TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_lookups_under_autocast_that_begin_before_the_sizes_are_known(pool, dtype):
+    """What stands in for a lookup of other tokens, or one that is refused, is of the same dtype as all others'."""
+    counts = ((9, 9), (9, 9), (9, 9), (9, 8), (9, 8), (9, 8), (6, 9))
+    asked = (ranks.on_hosts_of_their_own, 2, autocast_ranks.hasty, counts, dtype)
+    for rank, (is_same, error) in enumerate(pool.run(*asked)):
+        assert is_same == [True] * len(counts)
+        assert error == ("row_id" if rank == 1 else "consistency")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam"])
+@pytest.mark.parametrize(("kind", "world_size"), [("column_wise", 2), ("uneven_columns", 3), ("replicated", 2)])
+def test_rows_that_nobody_reads_stay_where_most_are_read(pool, kind, world_size, rule, dtype):
+    """Also where all rows' gradients are summed and none is listed; with weight decay, which would show."""
+    for rows, wanted, first in pool.run(autocast_ranks.mostly_read, world_size, kind, rule, dtype):
+        assert relative_error(rows, wanted) <= TOLERANCES["float32"]
+        unread = torch.arange(40) % 8 >= 4
+        assert torch.equal(rows[unread], first[unread]) and not torch.equal(rows[~unread], first[~unread])
+
+
 def test_autocast_on_one_rank_alone_is_told(pool):
     for rank, (told, after) in enumerate(pool.run(autocast_ranks.other_autocast, 2)):
         assert told.startswith("consistency: ")
-        assert f"rank {1 - rank} makes" in told and "values of 2" in told and "values of 4" in told
+        assert f"rank {1 - rank} makes" in told and "bfloat16)" in told and "float32)" in told
         assert after == [[1.0] * 4]
 
 

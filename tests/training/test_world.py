@@ -127,7 +127,7 @@ def test_under_torchrun_one_rank_speaks(tmp_path, tiny_config):
     assert json.loads(done.stdout)["reason"] == "finished"
     assert (
         done.stderr.count("step 12/12") == 1
-        and "each: CPU, 1 thread; they write into each other's memory\n" in done.stderr
+        and "each: CPU, 1 thread; they can write into each other's memory\n" in done.stderr
     )
     refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 1 and "mfdist: " in refused.stderr

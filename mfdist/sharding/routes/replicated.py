@@ -36,7 +36,7 @@ class Replicated(Route):
         self._local = LocalRoute(name)
 
     def forward(self, weight: Tensor, lookup: LookupArguments, *, is_training: bool) -> tuple[Tensor, Kept]:
-        """Return the sums; see `Route.forward`. Nobody waits for a rank that refuses."""
+        """Return the sums; see `Route.forward`. No other rank is told of a refusal here."""
         if lookup.refusal is not None:
             raise lookup.refusal
         return self._local.forward(weight, lookup, is_training=is_training)

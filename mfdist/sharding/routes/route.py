@@ -54,7 +54,7 @@ class LookupArguments:
             num_lookups=self.num_lookups,
             code_stride=self.code_stride,
             id_bytes=self.row_ids.element_size(),
-            value_bytes=self.dtype.itemsize if self.dtype else 0,
+            values=str(self.dtype).removeprefix("torch.") if self.dtype else "",
         )
 
 

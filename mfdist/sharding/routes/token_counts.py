@@ -57,4 +57,5 @@ class TokenCounts:
         if opened.refusal is None and num_tokens == lookup.num_tokens:
             return lookup
         shape = (num_tokens, opened.call.num_lookups)
-        return LookupArguments(lookup.row_ids.new_zeros(shape), lookup.scores.new_zeros(shape), lookup.code_stride)
+        ids, scores = lookup.row_ids.new_zeros(shape), lookup.scores.new_zeros(shape)
+        return LookupArguments(ids, scores, lookup.code_stride, lookup.dtype)
