@@ -138,8 +138,9 @@ def all_gpus(own: Sequence[str], shown: str, found: int) -> tuple[str, int]:
     listed = [each for each in shown.split(",") if each]
     if own[0] in listed:
         return shown, listed.index(own[0])
-    # Nothing was narrowed for this actor: it sees all there are.
-    return shown, int(own[0]) if not listed and own[0].isdecimal() else 0
+    # Nothing was narrowed for this actor, and it sees all NVIDIA GPUs; others' are shown by another variable.
+    is_number = not listed and own[0].isdecimal() and int(own[0]) < found
+    return shown, int(own[0]) if is_number else 0
 
 
 def _check_gpu(gpu: int | None, host: str) -> None:

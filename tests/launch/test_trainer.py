@@ -10,6 +10,7 @@ from mfdist.launch.trainer import all_gpus
         (["0"], "0", 1, ("0", 0)),
         (["5"], "5", 4, ("5", 0)),  # numbered otherwise than the host's devices
         (["1"], "", 4, ("", 1)),  # Ray was told to narrow nothing
+        (["1"], "", 0, ("", 0)),  # another maker's GPU, which Ray shows alone by another variable
         (["MIG-7a0c"], "", 4, ("", 0)),
         (["3"], "1,3", 4, ("1,3", 1)),
         (["1"], "3", 4, ("3", 0)),
