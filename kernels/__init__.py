@@ -13,7 +13,7 @@ from mfdist.kernels.hashed_gather_sum import Norm, hashed_gather_sum
 from mfdist.kernels.one_token_attention import MAX_HEAD_WIDTH, one_token_attention
 from mfdist.kernels.quantize import QuantizedRows, quantize, quantized_gather_sum
 from mfdist.kernels.ragged_gradient import ragged_gradient
-from mfdist.kernels.row_gradient import marked_row_gradient, row_gradient, sparse_row_gradient
+from mfdist.kernels.row_gradient import marked_row_gradient, order_lookups, row_gradient, sparse_row_gradient
 from mfdist.kernels.row_id_check import check_errors
 from mfdist.kernels.row_products import row_products
 from mfdist.kernels.row_update import RowRule, fused_row_update, row_update, squared_sums, updating_gather_sum
@@ -30,6 +30,7 @@ __all__ = [
     "hashed_gather_sum",
     "marked_row_gradient",
     "one_token_attention",
+    "order_lookups",
     "quantize",
     "quantized_gather_sum",
     "ragged_gradient",

@@ -1,5 +1,7 @@
 """row_gradient for rows that are updated once all ranks' squares are known: in full precision, and which were read."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,18 @@ from mfdist.kernels.lookup_arguments import check_grad_output, check_lookup
 from mfdist.kernels.row_gradient import reference
 from mfdist.kernels.row_id_check import bad_id_error
 
+if TYPE_CHECKING:
+    from mfdist.kernels.row_gradient.triton_ordered import Ordered
+
 
 def marked_row_gradient(
-    table: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int = 0, name: str = "table"
+    table: Tensor,
+    row_ids: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    code_stride: int = 0,
+    name: str = "table",
+    ordered: "Ordered | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `gather_sum` in all rows, which rows it read, and the gradients in the scores.
 
@@ -23,6 +34,7 @@ def marked_row_gradient(
         grad_output: [N, D], the gradient of gather_sum's output.
         code_stride: see gather_sum.
         name: what errors call the table.
+        ordered: what `order_lookups` made of this lookup, if it was asked.
 
     Returns:
         The gradients [R, D] in fp32, or table.dtype where that is wider, each summed in the order of the tokens and 0
@@ -40,7 +52,7 @@ def marked_row_gradient(
     if table.is_cuda:
         on_gpu = implementation.on_gpu("row_gradient")
         made: tuple[Tensor, Tensor, Tensor] = on_gpu.marked_row_gradient(
-            table, row_ids, scores, grad_output, code_stride, name, dtype
+            table, row_ids, scores, grad_output, code_stride, name, dtype, ordered
         )
         return made
     if error := bad_id_error(row_ids, code_stride or table.shape[0], name, is_code=code_stride > 0):

@@ -3,7 +3,7 @@
 A step's rate and number are tensors, so that neither compiled code nor a captured graph depends on their values.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from mfdist.kernels.lookup_arguments import check_grad_output, check_lookup
 from mfdist.kernels.row_update import reference
 from mfdist.kernels.row_update.arguments import check_given, check_rows, check_update, read_settings, rule_arguments
 from mfdist.kernels.row_update.rule import RowRule
+
+if TYPE_CHECKING:
+    from mfdist.kernels.row_gradient.triton_ordered import Ordered
 
 RULE_SCHEMA = (
     "str kind, float weight_decay, float eps, float beta1, float beta2, int seed, int row_offset, int column_offset"
@@ -46,6 +49,7 @@ def fused_row_update(
     column_offset: int = 0,
     code_stride: int = 0,
     name: str = "table",
+    ordered: "Ordered | None" = None,
 ) -> Tensor:
     """Update the rows a lookup read by their gradients, and return the gradient of its scores.
 
@@ -67,6 +71,7 @@ def fused_row_update(
         column_offset: the column that is column 0, where this is a part. They decide the random bits alone.
         code_stride: see gather_sum.
         name: what errors call the table.
+        ordered: what `order_lookups` made of this lookup, if it was asked; not in code that is compiled.
 
     Returns:
         The gradient of the scores, [N, K] in their dtype, from the rows as they were. Results are the same bits each
@@ -83,6 +88,14 @@ def fused_row_update(
     check_lookup(table, row_ids, scores, code_stride, name)
     check_grad_output(table, row_ids, grad_output, name)
     check_update(table, state, rule, lr, step, name)
+    if ordered is not None:  # which no operator takes
+        torch.autograd.graph.increment_version([table, *state])
+        offsets = (row_offset, column_offset)
+        on_gpu = implementation.on_gpu("row_update").fused_row_update
+        updated: Tensor = on_gpu(
+            table, state, row_ids, scores, grad_output, lr, step, rule, offsets, code_stride, name, ordered
+        )
+        return updated
     made: Tensor = fused_row_update_unchecked(
         table, state, row_ids, scores, grad_output, lr, step,
         *rule_arguments(rule), row_offset, column_offset, code_stride, name,

@@ -10,16 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import (
-    PIECE,
-    has_short_runs,
-    reach,
-    slices,
-    sum_piece,
-    warp_options,
-    widest,
-)
-from mfdist.kernels.row_gradient.triton_order import order_by_row, sort_by_row
+from mfdist.kernels.row_gradient.triton_order import sort_by_row
+from mfdist.kernels.row_gradient.triton_ordered import Ordered, ordered_lookups
+from mfdist.kernels.row_gradient.triton_pieces import sum_piece
+from mfdist.kernels.row_gradient.triton_slices import is_seldom, reach, slices, warp_options, widest
 from mfdist.kernels.row_id_check import can_be_bad, error_word
 from mfdist.kernels.row_update.rule import RowRule
 from mfdist.kernels.row_update.triton_passes import passes, two_states, update_run
@@ -31,7 +25,7 @@ from mfdist.kernels.row_update.triton_rule import (
     step_constants,
     update_row,
 )
-from mfdist.kernels.row_update.triton_windows import SHORT_RUN, update_by_windows
+from mfdist.kernels.row_update.triton_windows import update_by_windows
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, device_of, next_power_of_2
 
 #: Columns to a warp of a row's program where its gradient is given, and the most warps.
@@ -55,43 +49,39 @@ def fused_row_update(
     offsets: tuple[int, int],
     code_stride: int,
     name: str,
+    ordered: Ordered | None = None,
 ) -> Tensor:
     """Update the rows in place and return the scores' gradient; see `mfdist.kernels.fused_row_update`."""
     num_rows, dim = table.shape
     if not row_ids.numel() * dim:
         return torch.zeros_like(scores, memory_format=torch.contiguous_format)
     row_ids, scores, grad_output = row_ids.contiguous(), scores.contiguous(), grad_output.contiguous()
-    grad_scores = torch.empty_like(scores)
-    limit = code_stride or num_rows
-    word = error_word(name, limit, is_code=code_stride > 0)
-    is_checked = can_be_bad(row_ids, limit)
-    lookup = (row_ids, scores, grad_scores, word, num_rows, code_stride)
     with device_of(table):
         constants = step_constants(lr, step, rule)
-        if row_ids.numel() < SHORT_RUN * num_rows:
-            lookups = sort_by_row(*lookup, is_checked=is_checked)
+        if ordered is None and is_seldom(row_ids, num_rows):
+            grad_scores, limit = torch.empty_like(scores), code_stride or num_rows
+            word = error_word(name, limit, is_code=code_stride > 0)
+            lookup = (row_ids, scores, grad_scores, word, num_rows, code_stride)
+            lookups = sort_by_row(*lookup, is_checked=can_be_bad(row_ids, limit))
             update_by_windows(table, state, grad_output, lookups, grad_scores, constants, offsets, NUMBERS[rule.kind])
             return grad_scores
-        order = order_by_row(*lookup, is_checked=is_checked)
+        order, cut, grad_scores = ordered or ordered_lookups(row_ids, scores, num_rows, code_stride, name)
         needs_squares = rule.kind == "rowwise_adagrad"
-        is_short = has_short_runs(row_ids, num_rows, grad_output) and not needs_squares
-        # Squares of a whole row are wanted first: of more slices, more sums would be kept for them.
-        parts = slices(dim, widest(grad_output, is_short=is_short, is_cached=not needs_squares))
+        parts = slices(dim, widest(grad_output, row_ids, num_rows, needs_squares=needs_squares))
         plan = passes(parts, needs_squares=needs_squares)
         num_kept = parts[-1].first if len(plan) > len(parts) else 0
         is_kept = 0 < num_kept * num_rows * scores.itemsize <= _MOST_KEPT_BYTES
         sums = scores.new_empty(num_rows * num_kept if is_kept else 0)
         squares = scores.new_empty(num_rows if len(parts) > 1 else 0)
-        num_pieces = row_ids.numel() // PIECE
-        pieces = scores.new_empty(num_pieces * max(part.columns for part in parts))
+        pieces = scores.new_empty(cut.num_windows * max(part.columns for part in parts))
         states = two_states(state, table)
         for part in plan[: len(parts)] if is_kept else plan:
             ways = reach(grad_output, part.first_column + part.columns)
-            tile = (row_ids.shape[1], PIECE, part.columns, part.first_column > 0, part.has_products, *ways)
+            tile = (row_ids.shape[1], cut.length, part.columns, part.first_column > 0, part.has_products, *ways)
             options = warp_options(part.columns, grad_output)
-            if num_pieces:
-                sum_piece[(num_pieces,)](
-                    table, row_ids, grad_output, *order, pieces, grad_scores,
+            if cut.num_windows:
+                sum_piece[(cut.num_windows,)](
+                    table, row_ids, grad_output, *order, cut.windows, pieces, grad_scores,
                     dim, code_stride, part.first_column, num_rows, *tile, **options,
                 )  # fmt: skip
             _update_row[(num_rows,)](

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import Slice, add_pieces, cut_pieces, sum_lookups
+from mfdist.kernels.row_gradient.triton_pieces import add_pieces, cut_pieces
+from mfdist.kernels.row_gradient.triton_slices import Slice
+from mfdist.kernels.row_gradient.triton_sums import sum_lookups
 from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, accumulate, load_constants, update_row
 from mfdist.kernels.triton_rows import as_fp32
 

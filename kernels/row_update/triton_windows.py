@@ -13,15 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_impl import slices, store_piece
 from mfdist.kernels.row_gradient.triton_order import SortedLookups, lookup_of, score_of
+from mfdist.kernels.row_gradient.triton_pieces import store_piece
+from mfdist.kernels.row_gradient.triton_slices import slices
 from mfdist.kernels.row_update.triton_passes import finish_row, passes, two_states, update_run
 from mfdist.kernels.row_update.triton_rule import ROWWISE_ADAGRAD, load_constants
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, at_most_registers
 from mfdist.kernels.triton_rows import as_fp32
 
-#: Lookups a row, on average, below which rows are taken by windows.
-SHORT_RUN = 4
 _WINDOW = 32
 #: Lookups of a piece: few rows have so many, and their pieces' sums take memory for the worst case.
 PIECE = 512

@@ -4,6 +4,7 @@ Shape letters: N tokens, K lookups a token, R rows and D columns of the part, U 
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from mfdist.errors import ConfigError
 from mfdist.kernels import fused_row_update, row_update, updating_gather_sum
 from mfdist.optim.row_optimizer import RowOptimizer
 from mfdist.spec import Region
+
+if TYPE_CHECKING:
+    from mfdist.kernels.row_gradient.triton_ordered import Ordered
 
 
 class RowState:
@@ -148,7 +152,14 @@ class RowState:
         )
 
     def update_by_lookup(
-        self, rows: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int, name: str
+        self,
+        rows: Tensor,
+        row_ids: Tensor,
+        scores: Tensor,
+        grad_output: Tensor,
+        code_stride: int,
+        name: str,
+        ordered: "Ordered | None" = None,
     ) -> Tensor:
         """Update rows [R, D] in place by what a lookup contributed; return the gradient [N, K] of its scores.
 
@@ -170,6 +181,7 @@ class RowState:
             column_offset=self.region.columns[0],
             code_stride=code_stride,
             name=name,
+            ordered=ordered,
         )
 
     @property

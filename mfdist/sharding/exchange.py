@@ -254,23 +254,32 @@ class Exchange:
         sizes: Sequence[int],
         arriving: Sequence[int],
         largest: int,
-    ) -> list[Tensor]:
-        """Send each rank what is made for it, this rank's own last, and return what `lend_pieces` would.
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Lent:
+        """Send each rank what is made for it, this rank's own last, and get theirs; see `lend`.
 
-        On GPUs that reach each other one part travels while the next is made.
+        On a GPU one part travels while the next is made, if GPUs reach each other, and all of them beside `meanwhile`.
 
         Args:
             opened, dtype, sizes, arriving, largest: see `lend`.
             make: returns what a rank gets, contiguous and of `dtype`; called for this rank, and for each that gets any.
+            meanwhile: what is computed once all is made; then this rank's own part lies beside what arrives.
         """
+        self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
         boxes = self._boxes(opened, largest * dtype.itemsize, is_lent=True)
         if boxes is None:
             payload = torch.cat([make(rank).view(-1) for rank in range(self.world_size)])
-            return self.lend_pieces(opened, payload, sizes, arriving, largest)
+            pending = self._send(opened, payload, sizes, arriving, largest, is_beside=meanwhile is not None)
+            if meanwhile is not None:
+                meanwhile()
+            received = pending.wait()
+            return Lent(list(received.split_with_sizes(list(arriving))), received)
         assert self._memory is not None
         put, own = self._memory.put, []
-        self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
-        self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=True))
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        has_own = meanwhile is None
+        self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=has_own))
         with explained(opened, LinkError):
             lent = boxes.lend(
                 lambda rank, part: put(part, make(rank).view(-1)),
@@ -278,11 +287,11 @@ class Exchange:
                 sizes,
                 arriving,
                 largest,
-                [rank for rank in range(self.world_size) if rank != self.rank],
-                lambda: own.append(make(self.rank).view(-1)),
+                others if has_own else range(self.world_size),
+                meanwhile or (lambda: own.append(make(self.rank).view(-1))),
             )
         opened.start()
-        return lent.with_part(self.rank, own[0]).parts
+        return lent.with_part(self.rank, own[0]) if has_own else lent
 
     def send_together(self, opened: Opened, parts: Sequence[Part], *, is_beside: bool = True) -> PendingParts:
         """Send each rank its pieces of several tensors in one message, and get theirs.

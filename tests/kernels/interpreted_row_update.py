@@ -12,8 +12,11 @@ from torch import Tensor
 
 from mfdist.errors import RowIdError
 from mfdist.kernels import check_errors
-from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
+from mfdist.kernels.row_gradient import triton_pieces as pieces
+from mfdist.kernels.row_gradient import triton_slices as slicing
+from mfdist.kernels.row_gradient import triton_sums as summing
+from mfdist.kernels.row_gradient.triton_ordered import ordered_lookups
 from mfdist.kernels.row_update import RowRule, reference, triton_impl, triton_windows
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.lookups import RUNS_BY_EIGHT, Lookup, make_lookup, make_runs
@@ -22,15 +25,17 @@ from tests.kernels.updates import ADAGRAD, LR, RULES, STEP, assert_close, make_u
 
 
 def check(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.float32) -> None:
-    """Compare the fused update, a repetition of it, and the update from a gradient with the reference."""
+    """Compare the fused update, and a repetition with lookups that were put in order before, with the reference."""
     offsets = (1 << 40, 3)
     before = make_updated(lookup.table, rule, state_dtype)
     results = []
-    for _ in range(2):
-        got = before.copy()
+    for is_repeated in (False, True):
+        got, ordered = before.copy(), None
+        if is_repeated and lookup.row_ids.numel() and not slicing.is_seldom(lookup.row_ids, lookup.table.shape[0]):
+            ordered = ordered_lookups(lookup.row_ids, lookup.scores, lookup.table.shape[0], lookup.code_stride, "t")
         grad_scores = triton_impl.fused_row_update(
             got.table, got.state, lookup.row_ids, lookup.scores, lookup.grad_output,
-            LR, STEP, rule, offsets, lookup.code_stride, "t",
+            LR, STEP, rule, offsets, lookup.code_stride, "t", ordered,
         )  # fmt: skip
         results.append((grad_scores, got.table, *got.state))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
@@ -74,11 +79,11 @@ def updates() -> None:
     check(make_lookup(6, 2, 2, 640, dtype=torch.bfloat16), adagrad)  # slices of two widths
     equal = make_lookup(63, 2, 4, 20, id_dtype=torch.int32)
     equal.row_ids.fill_(3)
-    gradients._COLUMNS_EACH = 16
+    slicing._COLUMNS_EACH = 16
     for rule in RULES:
         check(make_lookup(20, 2, 4, 40), rule)
     # Long runs, wide rows and few columns a warp, at small sizes.
-    triton_impl.PIECE, gradients._MOST_COLUMNS = 8, 16
+    pieces._LENGTH, slicing._MOST_COLUMNS = 8, 16
     check(equal, adagrad)
     check(make_lookup(36, 2, 2, 40, is_compact=False), adagrad)
     check(make_lookup(36, 2, 2, 40, dtype=torch.bfloat16), adagrad)
@@ -87,12 +92,17 @@ def updates() -> None:
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check(make_lookup(36, 2, 2, 40), sgd)
     # Slices of 16, 32 and 32 columns, the wide ones two lookups at a time.
-    gradients._MOST_COLUMNS = gradients._COLUMNS_EACH = 32
-    gradients._ELEMENTS = tl.constexpr(32)
+    slicing._MOST_COLUMNS = slicing._COLUMNS_EACH = 32
+    summing._ELEMENTS = tl.constexpr(32)
     check(make_runs(RUNS_BY_EIGHT, 10, 80, dtype=torch.bfloat16), adagrad)
     triton_impl._MOST_KEPT_BYTES, triton_impl._KEPT_COLUMNS = 1 << 20, 32  # of the 48 that are kept
     for rule in RULES:
         check(make_runs(RUNS_BY_EIGHT, 10, 80), rule)
+    # As of many tokens, whose pieces go in their order.
+    slicing._CACHED_BYTES, slicing._SPAN_BYTES, slicing._LONG_RUN, pieces._LENGTH_BY_TOKEN = 1, 128, 1, 8
+    for rule in RULES:
+        check(make_runs(RUNS_BY_EIGHT, 10, 80), rule)
+        check(make_lookup(90, 2, 3, 40, dtype=torch.bfloat16), rule)
 
 
 def windows() -> None:
@@ -117,7 +127,7 @@ def windows() -> None:
             check(lookup, rule)
     # Slices of 16, 32 and 32 columns, or of 16 and 32; long runs take the wide ones two lookups at a time.
     triton_windows._COLUMNS = triton_windows._WHOLE_COLUMNS = 32
-    gradients._ELEMENTS = tl.constexpr(32)
+    summing._ELEMENTS = tl.constexpr(32)
     for rule in RULES:
         check(make_runs([1, 16, 15, 35, 12, 1], 80, 80), rule)
     check(make_runs([1, 2, 27, 18], 80, 48, dtype=torch.bfloat16), adagrad)

@@ -21,7 +21,11 @@ from mfdist.kernels.quantize import QuantizedRows, quantize, reference
 from mfdist.kernels.ragged_gradient import triton_impl as ragged
 from mfdist.kernels.row_gradient import triton_impl as gradients
 from mfdist.kernels.row_gradient import triton_order as ordering
+from mfdist.kernels.row_gradient import triton_pieces as pieces
+from mfdist.kernels.row_gradient import triton_slices as slicing
 from mfdist.kernels.row_gradient import triton_sort as sorts
+from mfdist.kernels.row_gradient import triton_sums as summing
+from mfdist.kernels.row_gradient.triton_ordered import ordered_lookups
 from mfdist.kernels.sign_hash import triton_impl as hashes
 from mfdist.testing import oracles
 from mfdist.testing.tolerances import TOLERANCES, relative_error
@@ -50,6 +54,10 @@ def check_lookup(lookup: Lookup) -> None:
     check(grads, expected_gradients(lookup)[0])
     ids = lookup.row_ids.long() + lookup.code_stride * torch.arange(lookup.row_ids.shape[1])
     assert torch.equal(is_read.nonzero().squeeze(1), ids.unique()) and torch.equal(grad_scores, got[1])
+    if ids.numel():
+        ahead = ordered_lookups(lookup.row_ids, lookup.scores, lookup.table.shape[0], lookup.code_stride, "t")
+        ordered = gradients.marked_row_gradient(*arguments, lookup.grad_output, *options, ahead)
+        assert all(torch.equal(one, two) for one, two in zip(ordered, (grads, is_read, grad_scores), strict=True))
 
 
 def lookups() -> None:
@@ -69,14 +77,14 @@ def lookups() -> None:
     check_lookup(make_lookup(40, 2, 8, 96, dtype=torch.bfloat16, id_dtype=torch.int32))
     # As for many tokens and long runs.
     sums._STREAMED_OF_FEW = ()
-    gradients._MOST_COLUMNS = gradients._COLUMNS_EACH = 32
-    gradients.PIECE = 8
+    slicing._MOST_COLUMNS = slicing._COLUMNS_EACH = 32
+    pieces._LENGTH = 8
     ordering._MIN_CHUNK = ordering._MIN_BINS = 16
     ordering._PLACED_TOGETHER = 8
     check_lookup(make_lookup(70, 2, 8, 40))
     check_lookup(make_lookup(70, 3, 2, 70, is_compact=False))
     check_lookup(equal)
-    gradients._ELEMENTS = tl.constexpr(32)  # slices of 32 columns go two lookups at a time, narrower ones more
+    summing._ELEMENTS = tl.constexpr(32)  # slices of 32 columns go two lookups at a time, narrower ones more
     check_lookup(make_runs(RUNS_BY_EIGHT, 10, 80))  # 16, 32 and 32
     check_lookup(make_runs(RUNS_BY_EIGHT, 10, 60, dtype=torch.bfloat16))  # 32 and 28
     few_rows = make_lookup(70, 2, 2, 33, id_dtype=torch.int32)
@@ -84,6 +92,28 @@ def lookups() -> None:
     ordering._MAX_COUNTED = 1  # as for codes too many to count
     check_lookup(few_rows)
     check_lookup(make_lookup(35, 2, 3, 20, id_dtype=torch.uint16))
+
+
+def by_token() -> None:
+    """The order in which pieces are summed changes no bit."""
+    pieces._LENGTH = pieces._LENGTH_BY_TOKEN = 8
+    slicing._MOST_COLUMNS = slicing._COLUMNS_EACH = slicing._LEAST_COLUMNS = 16
+    slicing._CACHED_BYTES, slicing._SPAN_BYTES = 1, 64
+    # Runs of one length and of many; gaps where ids are bad are in `bad_ids`.
+    for lookup in (
+        make_lookup(150, 3, 3, 40),
+        make_lookup(90, 2, 2, 24, is_compact=False),
+        make_runs([70, 9, 31], 4, 33),
+    ):
+        arguments = (lookup.table, lookup.row_ids, lookup.scores, lookup.grad_output, lookup.code_stride, "t")
+        slicing._LONG_RUN = 10**9
+        wanted = gradients.row_gradient(*arguments)
+        slicing._LONG_RUN = 1
+        found = ordered_lookups(lookup.row_ids, lookup.scores, lookup.table.shape[0], lookup.code_stride, "t").pieces
+        assert found.windows is not None and torch.equal(found.windows.sort().values, torch.arange(found.num_windows))
+        assert not torch.equal(found.windows, torch.arange(found.num_windows))
+        assert all(torch.equal(*both) for both in zip(gradients.row_gradient(*arguments), wanted, strict=True))
+        check_lookup(lookup)
 
 
 def sorting() -> None:
@@ -269,7 +299,7 @@ def bad_ids() -> None:
             # A part of the table without columns has nothing to sum, and tells of the id all the same.
             assert sums.gather_sum(table[:, :0], ids, scores, 0, "narrow").shape == (num_tokens, 0)
             expect_error(f'row id {bad} is outside table "narrow" (num_rows=12)')
-    gradients.PIECE = 8  # of which one ends where the order has a gap, within it and at its end
+    pieces._LENGTH = 8  # of which one ends where the order has a gap, within it and at its end
     for k in (0, 1):
         codes = torch.zeros(40, 2, dtype=torch.int32)
         codes[1, k] = 6
@@ -297,5 +327,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     sums.FEW_TOKENS = hashed.FEW_TOKENS = 32  # shapes here are small, and all kernels are to be met
     sums._MANY_SUMS = 0
-    parts = (lookups, sorting, ragged_lookups, quantised, hashing, attending, bad_ids)
+    parts = (lookups, by_token, sorting, ragged_lookups, quantised, hashing, attending, bad_ids)
     {part.__name__: part for part in parts}[sys.argv[1]]()

@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 from mfdist.errors import ConfigError, RowIdError
 from mfdist.kernels.row_gradient import cpu_impl as gradient_on_cpu
+from mfdist.kernels.row_gradient import order_lookups
 from mfdist.kernels.row_update import RowRule, cpu_impl, fused_row_update, reference, row_update, squared_sums
 from mfdist.kernels.row_update.arguments import rule_arguments
 from mfdist.testing.tolerances import TOLERANCES, relative_error
@@ -329,14 +330,21 @@ def test_in_the_interpreter(part: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [make_lookup, lambda *sizes, **kinds: make_lookup(*sizes, is_compact=False, **kinds)])
 def test_on_a_gpu(make: Callable[..., Lookup], dtype: torch.dtype, rule: RowRule) -> None:
-    for sizes in ((100, 5, 64, 300), (20, 3, 64, 1024), (100, 2, 8, 1536), (7, 1, 300, 12288)):
+    many_tokens = (70_000, 1, 40, 1040)  # whose pieces go in their order
+    for sizes in ((100, 5, 64, 300), (20, 3, 64, 1024), (100, 2, 8, 1536), (7, 1, 300, 12288), many_tokens):
         lookup = make(*sizes, dtype=dtype, id_dtype=torch.int32)
         before = make_updated(lookup.table, rule)
-        got = Updated(before.table.cuda(), [each.cuda() for each in before.state])
-        grad_scores = fused_row_update(
-            got.table, got.state, lookup.row_ids.cuda(), lookup.scores.cuda(), lookup.grad_output.cuda(), rule,
-            LR.cuda(), STEP.cuda(), code_stride=lookup.code_stride,
-        )  # fmt: skip
+        ids, scores, grads = lookup.row_ids.cuda(), lookup.scores.cuda(), lookup.grad_output.cuda()
+        results = []
+        for is_ahead in (False, True):
+            got = Updated(before.table.cuda(), [each.cuda() for each in before.state])
+            ordered = order_lookups(got.table, ids, scores, lookup.code_stride) if is_ahead else None
+            grad_scores = fused_row_update(
+                got.table, got.state, ids, scores, grads, rule, LR.cuda(), STEP.cuda(),
+                code_stride=lookup.code_stride, ordered=ordered,
+            )  # fmt: skip
+            results.append((grad_scores, got.table, *got.state))
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
         expected_scores, expected = reference_update(before, lookup, rule)
         assert relative_error(grad_scores.cpu().numpy(), expected_scores.numpy()) <= TOLERANCES["float32"]
         assert_close(got, expected)

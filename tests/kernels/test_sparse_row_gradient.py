@@ -52,7 +52,7 @@ def test_all_rows_have_their_gradient_in_full_precision_and_those_read_are_marke
 @pytest.mark.parametrize("is_compact", [True, False], ids=["codes", "ids"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_marked_on_a_gpu(is_compact: bool, dtype: torch.dtype) -> None:
-    for sizes in ((0, 3, 8, 8), (63, 3, 40, 100), (700, 2, 64, 1536)):
+    for sizes in ((0, 3, 8, 8), (63, 3, 40, 100), (700, 2, 64, 1536), (70_000, 2, 40, 600)):
         lookup = make_lookup(*sizes, dtype=dtype, is_compact=is_compact, id_dtype=torch.int32)
         arguments = (lookup.table, lookup.row_ids, lookup.scores, lookup.grad_output)
         got = marked_row_gradient(*(each.cuda() for each in arguments), lookup.code_stride)

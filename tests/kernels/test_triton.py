@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "part", ["lookups", "sorting", "ragged_lookups", "quantised", "hashing", "attending", "bad_ids"]
+    "part", ["lookups", "by_token", "sorting", "ragged_lookups", "quantised", "hashing", "attending", "bad_ids"]
 )
 def test_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -149,7 +149,8 @@ KERNELS = {
     "ragged_gradient.triton_impl._sum_piece": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
-    "row_gradient.triton_impl.sum_piece": (SUMS, {**SLICE, **WAYS}),
+    "row_gradient.triton_pieces.sum_piece": (SUMS, {**SLICE, **WAYS, "windows": None}),
+    "row_gradient.triton_pieces.sum_piece by token": ({**SUMS, "windows": "*i64"}, {**SLICE, **WAYS}),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, **WAYS, "IS_ADDED": False}),
     "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, **WAYS, "COLUMNS": 1024}),
     "row_gradient.triton_impl._sum_row of narrow slices": (

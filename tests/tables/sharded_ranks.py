@@ -13,7 +13,6 @@ from mfdist.optim import RowAdagrad, RowAdam, RowSGD
 from mfdist.sharding import exchange, kinds
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges
-from mfdist.sharding.routes import column_wise
 from mfdist.spec import TableSpec
 from mfdist.tables.local import LocalTable
 from mfdist.tables.sharded import ShardedTable
@@ -91,11 +90,11 @@ def spoil_what_was_lent(exchange):
         numbers = (payload.dtype, sizes, arriving, largest)
         return exchange.lend(opened, write, *numbers, own=pieces[exchange.rank]).parts
 
-    def lends_made(*arguments):
+    def lends_made(*arguments, meanwhile=None):
         spoil()
-        parts = lend_made(*arguments)
-        lent_before.extend(part for rank, part in enumerate(parts) if rank != exchange.rank)
-        return parts
+        lent = lend_made(*arguments, meanwhile=meanwhile)
+        lent_before.extend(part for rank, part in enumerate(lent.parts) if meanwhile or rank != exchange.rank)
+        return lent
 
     exchange.lend, exchange._send, exchange.lend_pieces = lends, sends, lends_pieces
     exchange.lend_made = lends_made
@@ -195,26 +194,6 @@ def chunked(rank, kind, stride):
     return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), messages
 
 
-def made_in_parts(rank, kind, stride):
-    """Return whether sums made and sent rank by rank have the bits of those made at once, and were in each case."""
-    made, results = column_wise.ColumnWise._return_parts, []
-    times = []
-
-    def counted(*arguments, **options):
-        times.append(len(results))
-        return made(*arguments, **options)
-
-    before, column_wise._PART_BYTES = column_wise._PART_BYTES, 1
-    column_wise.ColumnWise._return_parts = counted
-    try:
-        results.append(compared(rank, kind, stride, {})[0])
-        column_wise._PART_BYTES = before
-        results.append(compared(rank, kind, stride, {})[0])
-    finally:
-        column_wise._PART_BYTES, column_wise.ColumnWise._return_parts = before, made
-    return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), set(times)
-
-
 def messages(rank, kind, stride):
     """Return how many messages this rank sent to the other in a lookup and its backward."""
     spec = TableSpec(name="t", num_rows=5 * (stride or 40), row_dim=23)
@@ -223,42 +202,6 @@ def messages(rank, kind, stride):
     ids, scores, grads = lookup_of(stride, 5, spec.num_rows, 40, spec.row_dim)
     table(ids, scores.requires_grad_(), code_stride=stride).backward(grads)
     return exchanges.everyone.traffic.num_messages
-
-
-def hasty(rank, kind, stride):
-    """Return whether lookups begun before it is known how much arrives have the bits of others, and their messages.
-
-    Then what this rank is told where rank 1 gives a code outside, and whether the next lookup has those bits again.
-    """
-    spec = TableSpec(name="t", num_rows=5 * stride, row_dim=23)
-    rows = torch.randn(spec.num_rows, spec.row_dim, generator=torch.Generator().manual_seed(3))
-    tables = [sharded(rows, make_plan(kind, spec, 2, stride), exchanges_for(kind, 2)) for _ in range(2)]
-    tables[1].exchanges.everyone.is_hasty = True
-
-    def same(seed, num_tokens):
-        """Look up in both tables; return whether the bits are the same, and the second one's messages."""
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, stride, (num_tokens, 5), generator=generator).int()
-        scores = torch.randn(num_tokens, 5, generator=generator)
-        found = []
-        for table in tables:
-            table.weight.grad, traffic = None, table.exchanges.everyone.traffic
-            own, before = scores.clone().requires_grad_(), traffic.num_messages
-            out = table(ids, own, code_stride=stride)
-            sent = traffic.num_messages - before
-            out.sum().backward()
-            found.append((out.detach(), table.weight.grad, own.grad))
-        return all(torch.equal(one, two) for one, two in zip(*found, strict=True)), sent
-
-    counts = ((5, 9), (5, 9), (5, 9), (5, 3), (5, 3), (5, 3), (6, 9))
-    results = [same(10 * call + rank, each[rank]) for call, each in enumerate(counts)]
-    results += [same(rank, 4) for _ in range(2)]
-    told = ""
-    try:
-        tables[1](torch.full((4, 5), stride * rank, dtype=torch.int32), torch.ones(4, 5), code_stride=stride)
-    except MfdistError as error:
-        told = error.kind
-    return results, told, same(rank, 4)
 
 
 def in_pieces(rank, kind, stride):

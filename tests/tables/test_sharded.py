@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
+from mfdist.optim import RowAdagrad, RowSGD
 from mfdist.testing.run_ranks import RankPool
 from mfdist.testing.tolerances import TOLERANCES, relative_error
-from tests.tables import autocast_ranks
+from tests.tables import autocast_ranks, meanwhile_ranks
 from tests.tables import sharded_ranks as ranks
 
 KINDS = (
@@ -125,8 +126,19 @@ def test_chunks_change_no_bit(pool, kind):
 
 @pytest.mark.parametrize(("kind", "world_size"), [("column_wise", 2), ("column_wise", 4), ("uneven_columns", 4)])
 def test_sums_that_travel_while_others_are_made_change_no_bit(pool, kind, world_size):
-    for is_same, times in pool.run(ranks.made_in_parts, world_size, kind, 8):
+    for is_same, times in pool.run(meanwhile_ranks.made_in_parts, world_size, kind, 8):
         assert is_same and times == {0}  # the first time, and not the second
+
+
+@pytest.mark.parametrize(
+    "reaches", [meanwhile_ranks.ordered_meanwhile, ranks.on_hosts_of_their_own], ids=["memory", "gloo"]
+)
+@pytest.mark.parametrize("rule", [RowSGD, RowAdagrad])
+@pytest.mark.parametrize(("kind", "world_size"), [("column_wise", 4), ("uneven_columns", 4), ("table_wise", 3)])
+def test_lookups_put_in_order_while_gradients_travel_change_no_bit(pool, kind, world_size, rule, reaches):
+    asked = () if reaches is meanwhile_ranks.ordered_meanwhile else (meanwhile_ranks.ordered_meanwhile,)
+    for is_same, times in pool.run(reaches, world_size, *asked, kind, rule):
+        assert is_same and times == [2, 2]  # in the first table's updates
 
 
 @pytest.mark.parametrize(
@@ -140,7 +152,7 @@ def test_what_is_there_together_travels_in_one_message(pool, kind, number):
 
 @pytest.mark.parametrize("kind", ["column_wise", "uneven_columns", "table_wise"])
 def test_lookups_that_begin_before_the_sizes_are_known(pool, kind):
-    (first, kind_first, after_first), (second, kind_second, after_second) = pool.run(ranks.hasty, 2, kind, 8)
+    (first, kind_first, after_first), (second, kind_second, after_second) = pool.run(meanwhile_ranks.hasty, 2, kind, 8)
     for results in (first, second, [after_first], [after_second]):
         assert all(is_same for is_same, _ in results)
     # The fourth and the seventh were begun with numbers of tokens that had changed, and made again.

@@ -124,7 +124,7 @@ class ColumnWise(Route):
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows; see `Route.update`. A rule that takes whole rows' mean squares gets them from all ranks."""
         opened = self._exchange.open(replace(kept.others[0], phase="update"))
-        everyones, below = self._dispatch(opened, weight, kept, grad_output)
+        everyones, below = self._dispatch(opened, weight, kept, grad_output, is_update=True)
         if state.optimizer.rule.kind != "rowwise_adagrad":
             return self._combine(opened, kept, self._below.update(weight, below, everyones, state))
         call, num_tokens, _ = kept.others
@@ -144,26 +144,40 @@ class ColumnWise(Route):
         state.update(weight, gradient.values, touched=gradient.row_ids, mean_squares=mean_squares, name=self._name)
         return grad_scores
 
-    def _dispatch(self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[Tensor, Kept]:
-        """Send each owner its columns of the gradient; return this rank's columns for all tokens."""
-        _, num_tokens, below = kept.others
-        exchange, wire = self._exchange, Wire(grad_output.dtype, self._backward_wire)
-        own, most = num_tokens[exchange.rank], max(num_tokens)
+    def _dispatch(
+        self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor, *, is_update: bool = False
+    ) -> tuple[Tensor, Kept]:
+        """Send each owner its columns of the gradient; return this rank's columns for all tokens, and what goes below.
+
+        On a GPU the lookups of an update are put in order while these travel.
+        """
+        _, num_tokens, others = kept.others
+        exchange, wire, below = self._exchange, Wire(grad_output.dtype, self._backward_wire), self._below
         widths = [wire.width(each) for each in self._widths]
+        own, width = num_tokens[exchange.rank], widths[exchange.rank]
+        sizes = ([own * each for each in widths], [each * width for each in num_tokens], max(num_tokens) * max(widths))
+        kept_below = Kept(kept.tensors, others)
+
+        def columns(rank: int) -> Tensor:
+            begin, end = self._columns[rank]
+            return grad_output[:, begin:end]
 
         def write(rank: int, part: Tensor) -> None:
-            begin, end = self._columns[rank]
-            wire.write(grad_output[:, begin:end], part.view(own, widths[rank]))
+            wire.write(columns(rank), part.view(own, widths[rank]))
 
-        grads = exchange.lend(
-            opened,
-            write,
-            wire.payload_dtype,
-            [own * width for width in widths],
-            [count * widths[exchange.rank] for count in num_tokens],
-            most * max(widths),
-        ).joined()
-        return wire.decode(grads.view(sum(num_tokens), widths[exchange.rank])), Kept(kept.tensors, below)
+        if is_update and exchange.is_hasty and isinstance(below, LocalRoute):
+            local = below
+
+            def order() -> None:
+                nonlocal kept_below
+                kept_below = local.ordered(weight, kept_below)
+
+            lent = exchange.lend_made(
+                opened, lambda rank: wire.encode(columns(rank)), wire.payload_dtype, *sizes, meanwhile=order
+            )
+        else:
+            lent = exchange.lend(opened, write, wire.payload_dtype, *sizes)
+        return wire.decode(lent.joined().view(sum(num_tokens), width)), kept_below
 
     def _combine(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
         """Send each rank this rank's shares of its score gradients; return the sum of those for this rank."""
@@ -260,7 +274,7 @@ class ColumnWise(Route):
         sizes = [count * widths[rank] for count in counts]
         arriving = [counts[rank] * width for width in widths]
         largest = max(counts) * max(widths)
-        returned = self._exchange.lend_made(opened, make, wire.payload_dtype, sizes, arriving, largest)
+        returned = self._exchange.lend_made(opened, make, wire.payload_dtype, sizes, arriving, largest).parts
         return returned, Kept((everyone.row_ids, everyone.scores), kept.others)
 
     def _place(self, parts: Sequence[Tensor], out: Tensor, wire: Wire) -> None:

@@ -1,9 +1,11 @@
 """The route that ends here: all rows, or all that are asked for, lie on this rank."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from mfdist.kernels import gather_sum, marked_row_gradient, ragged_gradient, row_gradient
+from mfdist.kernels import gather_sum, marked_row_gradient, order_lookups, ragged_gradient, row_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
 
@@ -41,6 +43,16 @@ class LocalRoute(Route):
         rows, grad_scores = row_gradient(weight, row_ids, scores, grad_output, kept.others, self._name)
         return RowGradient(rows), grad_scores
 
+    def ordered(self, weight: Tensor, kept: Kept) -> Kept:
+        """Return what a lookup has kept, with what can be made of it before its gradient is there.
+
+        It serves one `update` or `marked`.
+        """
+        row_ids, scores = kept.tensors
+        if not weight.numel():
+            return kept
+        return replace(kept, ordered=order_lookups(weight, row_ids, scores, kept.others, self._name))
+
     def marked(self, weight: Tensor, kept: Kept, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of all rows held [R, d], which were looked up [R], and the scores' gradients [n, K].
 
@@ -50,12 +62,12 @@ class LocalRoute(Route):
         if not weight.numel():
             is_read = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
             return weight.new_zeros(weight.shape, dtype=summed_dtype(weight)), is_read, torch.zeros_like(scores)
-        return marked_row_gradient(weight, row_ids, scores, grad_output, kept.others, self._name)
+        return marked_row_gradient(weight, row_ids, scores, grad_output, kept.others, self._name, kept.ordered)
 
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows; see `Route.update`."""
         row_ids, scores = kept.tensors
-        return state.update_by_lookup(weight, row_ids, scores, grad_output, kept.others, self._name)
+        return state.update_by_lookup(weight, row_ids, scores, grad_output, kept.others, self._name, kept.ordered)
 
     def _listed(
         self, weight: Tensor, row_ids: Tensor, scores: Tensor, grad_output: Tensor, code_stride: int

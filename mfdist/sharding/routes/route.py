@@ -6,7 +6,7 @@ R and d the rows and columns this rank holds.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from mfdist.errors import MfdistError
 from mfdist.optim import RowState
 from mfdist.sharding.tags import Call
+
+if TYPE_CHECKING:
+    from mfdist.kernels.row_gradient.triton_ordered import Ordered
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ class LookupArguments:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a lookup leaves for its gradient: tensors, which autograd keeps, and what else the route needs."""
+    """What a lookup leaves for its gradient: tensors, which autograd keeps, and what else the route needs.
+
+    `ordered` is what was made of the lookup while its gradient was on its way; see `LocalRoute.ordered`.
+    """
 
     tensors: tuple[Tensor, ...] = ()
     others: Any = None
+    ordered: "Ordered | None" = None
 
 
 @dataclass(frozen=True)

@@ -116,27 +116,37 @@ class TableWise(Route):
         if kept.others[0] is None:
             return self._otherwise.update(weight, Kept(kept.tensors, kept.others[1]), grad_output, state)
         opened = self._exchange.open(replace(kept.others[0], phase="update"))
-        everyones, local = self._dispatch_gradient(opened, weight, kept, grad_output)
+        everyones, local = self._dispatch_gradient(opened, weight, kept, grad_output, is_update=True)
         return self._combine(opened, kept, self._local.update(weight, local, everyones, state))
 
     def _dispatch_gradient(
-        self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor
+        self, opened: Opened, weight: Tensor, kept: Kept, grad_output: Tensor, *, is_update: bool = False
     ) -> tuple[Tensor, Kept]:
-        """Send all owners the gradient; return that of all tokens."""
+        """Send all owners the gradient; return that of all tokens, and what the lookup leaves for it.
+
+        On a GPU the lookups of an update are put in order while these travel.
+        """
         _, num_tokens, _, stride = kept.others
         exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         own, width, owners = num_tokens[exchange.rank], wire.width(self._row_dim), self._owners
         is_owner = owners[exchange.rank]
-        encoded = wire.encode(grad_output)
-        arrived = exchange.lend(
-            opened,
-            lambda rank, part: part.copy_(encoded.view(-1)),
-            wire.payload_dtype,
-            [own * width * each for each in owners],
-            [count * width * is_owner for count in num_tokens],
-            max(num_tokens) * width,
-        ).joined()
-        return wire.decode(arrived.view(sum(num_tokens) * is_owner, width)), Kept(kept.tensors, stride)
+        encoded = wire.encode(grad_output).view(-1)
+        sizes = [own * width * each for each in owners], [count * width * is_owner for count in num_tokens]
+        numbers = (wire.payload_dtype, *sizes, max(num_tokens) * width)
+        local = Kept(kept.tensors, stride)
+
+        def order() -> None:
+            nonlocal local
+            local = self._local.ordered(weight, local)
+
+        if is_update and exchange.is_hasty:
+            nothing = encoded[:0]
+            lent = exchange.lend_made(
+                opened, lambda rank: encoded if owners[rank] else nothing, *numbers, meanwhile=order
+            )
+        else:
+            lent = exchange.lend(opened, lambda rank, part: part.copy_(encoded), *numbers)
+        return wire.decode(lent.joined().view(sum(num_tokens) * is_owner, width)), local
 
     def _combine(self, opened: Opened, kept: Kept, slot_gradients: Tensor) -> Tensor:
         """Send each rank the score gradients of this rank's slots; return all of this rank's tokens'."""

@@ -1,0 +1,110 @@
+"""Pieces: long runs of lookups are cut, and a program sums each piece, so that no frequent row's outlasts all others.
+
+Where all rows are looked up often, the pieces are taken in the order of their tokens. Those at work together then read
+the same part of grad_output, which stays in the second-level cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfdist.kernels.row_gradient.triton_order import Order, lookup_of
+from mfdist.kernels.row_gradient.triton_slices import is_by_token
+from mfdist.kernels.row_gradient.triton_sums import sum_lookups
+from mfdist.kernels.triton_rows import as_fp32
+
+_LENGTH = 128
+#: Where pieces go by token: shorter ones leave less of a run to its row's program, which goes over all tokens.
+_LENGTH_BY_TOKEN = 64
+#: Of all tokens, the parts in whose order pieces are taken.
+_NUM_SPANS = 64
+_LOOKUP_BITS = (1 << 32) - 1
+
+
+class Pieces(NamedTuple):
+    """How runs are cut.
+
+    Args:
+        length: lookups of a piece.
+        num_windows: of as many lookups each; in each a piece may start.
+        windows: [num_windows], in which order they are taken; None: as they lie.
+    """
+
+    length: int
+    num_windows: int
+    windows: Tensor | None
+
+
+def pieces_of(order: Order, row_ids: Tensor, num_rows: int) -> Pieces:
+    """Return how the runs of [N, K] lookups in R rows are cut."""
+    num_ids = row_ids.numel()
+    if not is_by_token(row_ids, num_rows):
+        return Pieces(_LENGTH, num_ids // _LENGTH, None)
+    last = order.words[_LENGTH_BY_TOKEN - 1 :: _LENGTH_BY_TOKEN] & _LOOKUP_BITS
+    spans = (last * _NUM_SPANS // num_ids).to(torch.uint8)  # bad ids lie anywhere
+    return Pieces(_LENGTH_BY_TOKEN, num_ids // _LENGTH_BY_TOKEN, spans.argsort(stable=True))
+
+
+@triton.jit
+def sum_piece(
+    table, row_ids, grad_output, words, starts, ends, windows, pieces, grad_scores,
+    D, S, first_column, R,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`."""
+    window = tl.program_id(0).to(tl.int64)
+    if windows is not None:
+        window = tl.load(windows + window)
+    last = window * PIECE + PIECE - 1
+    if last < tl.load(ends + R - 1):  # past it are bad ids
+        word = tl.load(words + last)
+        if word != -1:  # within the order they leave gaps
+            lookup = lookup_of(word)
+            row = tl.load(row_ids + lookup).to(tl.int64) + (lookup % K).to(tl.int64) * S
+            store_piece(
+                table, grad_output, words, pieces, grad_scores,
+                row, tl.load(starts + row).to(tl.int64), tl.load(ends + row).to(tl.int64), window, D, first_column,
+                K, PIECE, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
+            )  # fmt: skip
+
+
+@triton.jit
+def store_piece(
+    table, grad_output, words, pieces, grad_scores,
+    row, start, end, window, D, first_column,
+    K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of the piece that starts in a window, if there is one.
+
+    Pieces count from where their run starts, so a run's pieces start in successive windows, and no window has two. The
+    last lookup of the window, which is one of the row in [start, end), belongs to the piece.
+    """
+    first = start + (window * PIECE + PIECE - 1 - start) // PIECE * PIECE
+    if (end - start >= 2 * PIECE) & (first + PIECE <= end):
+        c = first_column + tl.arange(0, COLUMNS)
+        is_column = c < D
+        values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0))
+        total = sum_lookups(
+            grad_output, words, grad_scores, values, first_column, is_column,
+            first, first + PIECE, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
+        )  # fmt: skip
+        tl.store(pieces + window * COLUMNS + tl.arange(0, COLUMNS), total)
+
+
+@triton.jit
+def cut_pieces(start, end, PIECE: tl.constexpr):
+    """Return where what is left of a run starts once its pieces are cut off."""
+    return tl.where(end - start >= 2 * PIECE, end - (end - start) % PIECE, start)
+
+
+@triton.jit
+def add_pieces(total, pieces, start, cut, PIECE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the total [COLUMNS] and the sums of the pieces of [start, cut)."""
+    for window in range(start // PIECE, start // PIECE + (cut - start) // PIECE):
+        total += tl.load(pieces + tl.cast(window, tl.int64) * COLUMNS + tl.arange(0, COLUMNS))
+    return total
