@@ -14,14 +14,16 @@ from torch import Tensor
 from mfdist.kernels.row_gradient.triton_order import Order, lookup_of
 from mfdist.kernels.row_gradient.triton_slices import is_by_token
 from mfdist.kernels.row_gradient.triton_sums import sum_lookups
+from mfdist.kernels.triton_launch import LAUNCH_OPTIONS
 from mfdist.kernels.triton_rows import as_fp32
 
 _LENGTH = 128
 #: Where pieces go by token: shorter ones leave less of a run to its row's program, which goes over all tokens.
 _LENGTH_BY_TOKEN = 64
-#: Of all tokens, the parts in whose order pieces are taken.
-_NUM_SPANS = 64
-_LOOKUP_BITS = (1 << 32) - 1
+#: Windows put in order together: all of a lookup k of 131 072 tokens.
+_GROUP = 2048
+#: Bits of a token's number that fit a word beside the place of a window in its group.
+_TOKEN_BITS = 20
 
 
 class Pieces(NamedTuple):
@@ -30,7 +32,7 @@ class Pieces(NamedTuple):
     Args:
         length: lookups of a piece.
         num_windows: of as many lookups each; in each a piece may start.
-        windows: [num_windows], in which order they are taken; None: as they lie.
+        windows: [num_windows] int32, in which order they are taken, -1 for none; None: as they lie.
     """
 
     length: int
@@ -43,9 +45,33 @@ def pieces_of(order: Order, row_ids: Tensor, num_rows: int) -> Pieces:
     num_ids = row_ids.numel()
     if not is_by_token(row_ids, num_rows):
         return Pieces(_LENGTH, num_ids // _LENGTH, None)
-    last = order.words[_LENGTH_BY_TOKEN - 1 :: _LENGTH_BY_TOKEN] & _LOOKUP_BITS
-    spans = (last * _NUM_SPANS // num_ids).to(torch.uint8)  # bad ids lie anywhere
-    return Pieces(_LENGTH_BY_TOKEN, num_ids // _LENGTH_BY_TOKEN, spans.argsort(stable=True))
+    num_tokens, num_lookups = row_ids.shape
+    num_windows = num_ids // _LENGTH_BY_TOKEN
+    num_groups = triton.cdiv(num_windows, _GROUP)
+    windows = row_ids.new_empty(num_groups * _GROUP, dtype=torch.int32)
+    shift = max(0, num_tokens.bit_length() - _TOKEN_BITS)
+    _order_windows[(num_groups,)](
+        order.words, windows, num_tokens, num_lookups, num_windows, shift, _LENGTH_BY_TOKEN, _GROUP,
+        num_warps=8, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    return Pieces(_LENGTH_BY_TOKEN, windows.numel(), windows)
+
+
+@triton.jit
+def _order_windows(words, windows, N, K, num_windows, SHIFT, LENGTH: tl.constexpr, GROUP: tl.constexpr):
+    """Write which windows of a group come first, second and so on by the tokens of their last lookups.
+
+    Groups take turns: all their first windows lie together, then all their second ones. -1 stands for none.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, GROUP)
+    window = group * GROUP + i
+    word = tl.load(words + window * LENGTH + LENGTH - 1, mask=window < num_windows, other=-1)
+    # The token of a bad id, or of no window, is taken for the last.
+    token = tl.minimum(lookup_of(word).to(tl.int64) // K, N - 1)
+    found = group * GROUP + (tl.sort((token >> SHIFT).to(tl.int32) * GROUP + i) & (GROUP - 1))
+    at = i.to(tl.int64) * tl.num_programs(0) + group
+    tl.store(windows + at, tl.where(found < num_windows, found, -1).to(tl.int32))
 
 
 @triton.jit
@@ -58,9 +84,9 @@ def sum_piece(
     """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`."""
     window = tl.program_id(0).to(tl.int64)
     if windows is not None:
-        window = tl.load(windows + window)
+        window = tl.load(windows + window).to(tl.int64)
     last = window * PIECE + PIECE - 1
-    if last < tl.load(ends + R - 1):  # past it are bad ids
+    if (last > 0) & (last < tl.load(ends + R - 1)):  # past it are bad ids
         word = tl.load(words + last)
         if word != -1:  # within the order they leave gaps
             lookup = lookup_of(word)

@@ -33,7 +33,7 @@ from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tag_links import LinkError, connect
 from mfdist.sharding.tags import Call
-from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
+from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained, pieces_of
 
 #: Numbers that travel with a tag besides it.
 NUM_COUNTS = 6
@@ -199,6 +199,7 @@ class Exchange:
         largest: int,
         *,
         own: Tensor | None = None,
+        payload_bytes: Sequence[int] | None = None,
     ) -> Lent:
         """Send each rank what is written for it, and get theirs, which the exchange's next message may overwrite.
 
@@ -210,12 +211,13 @@ class Exchange:
             dtype, sizes, arriving, largest: see `send`.
             own: flat, what stays here, where it need not lie beside what arrives; otherwise it is written too. All
                 ranks give one, or none does.
+            payload_bytes: [W] of `sizes`, where not all of it is payload.
 
         Returns:
             What arrived; it is to be used, or the use queued in the same stream, before anything else is sent.
         """
         ranks = [rank for rank in range(self.world_size) if own is None or rank != self.rank]
-        self._count(opened.call.phase, [size * dtype.itemsize for size in sizes])
+        self._count(opened.call.phase, payload_bytes or [size * dtype.itemsize for size in sizes])
         boxes = self._boxes(opened, largest * dtype.itemsize, is_lent=True)
         if boxes is not None:
             self._note(Sent(dtype, list(sizes), list(arriving), largest, is_lent=True, has_own=own is not None))
@@ -306,11 +308,21 @@ class Exchange:
             copied where nothing else is there, so that it may be the piece itself.
         """
         packed = pack(parts, self.rank)
-        self._count(opened.call.phase, packed.payload_bytes)
         self.traffic.control_bytes += packed.words.nbytes - sum(packed.payload_bytes)
         largest = sum(part.largest_words for part in parts)
-        pending = self._send(opened, packed.words, packed.sizes, packed.arriving, largest, is_beside)
-        return PendingParts(pending, tuple(parts))
+        numbers = (packed.sizes, packed.arriving, largest)
+        if not is_beside and self.lends(largest * packed.words.itemsize):
+            pieces, nothing = packed.words.split_with_sizes(packed.sizes), packed.words[:0]
+
+            def write(rank: int, part: Tensor) -> None:
+                part.copy_(pieces[rank])
+
+            sent_bytes = packed.payload_bytes
+            lent = self.lend(opened, write, packed.words.dtype, *numbers, own=nothing, payload_bytes=sent_bytes)
+            return PendingParts(lambda: lent.parts, parts, self.rank, is_lent=True)
+        self._count(opened.call.phase, packed.payload_bytes)
+        pending = self._send(opened, packed.words, *numbers, is_beside)
+        return PendingParts(lambda: pending.wait().split_with_sizes(packed.arriving), parts, self.rank)
 
     def _send(
         self,
@@ -336,7 +348,7 @@ class Exchange:
             pending.start(received, payload, arriving, sizes)
             return pending
         for first in range(0, largest, step):
-            pieces = [_pieces(part, first, step) for part in (sizes, arriving)]
+            pieces = [pieces_of(part, first, step) for part in (sizes, arriving)]
             piece = torch.cat([payload[begin:end] for begin, end in pieces[0]])
             into = payload.new_empty(sum(end - begin for begin, end in pieces[1]))
             pending.start(into, piece, *[[end - begin for begin, end in part] for part in reversed(pieces)])
@@ -383,12 +395,3 @@ class Exchange:
         if self._memory is not None:
             self._memory.give_up()
         return explained
-
-
-def _pieces(sizes: Sequence[int], first: int, step: int) -> list[tuple[int, int]]:
-    """Return where [first, first + step) of each part lies, the parts lying one after the other."""
-    places, start = [], 0
-    for size in sizes:
-        places.append((start + min(first, size), start + min(first + step, size)))
-        start += size
-    return places

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 _ALIGNMENT = 16
 #: What memory is mapped by.
 _GRANULE_BYTES = 2 << 20
+#: Messages of so many sizes have their places kept, because a host takes its time to view memory.
+_MOST_KNOWN = 256
 
 
 def slot_bytes(num_bytes: int) -> int:
@@ -51,6 +54,13 @@ class Lent:
         return Lent([*self.parts[:rank], part, *self.parts[rank + 1 :]], None)
 
 
+class _Places(NamedTuple):
+    """Where a message is written, in the order of the ranks it goes to, and what arrives."""
+
+    written: list[tuple[int, Tensor]]
+    read: Lent
+
+
 class Mailboxes:
     """One rank's view of all ranks' memory.
 
@@ -67,6 +77,7 @@ class Mailboxes:
         self._rank, self._memory, self._wait = rank, list(memory), wait
         self._half_bytes = memory[0].numel() // 2
         self._turn = 0
+        self._known: dict[tuple[object, ...], _Places] = {}
 
     def have_room(self, num_bytes: int) -> bool:
         """Return whether a message of at most so many bytes to each fits."""
@@ -91,21 +102,34 @@ class Mailboxes:
             ranks: those that `write` is called for, and whose parts are of use afterwards.
             meanwhile: what is computed once all is written, while it travels.
         """
-        item, rank, world_size = dtype.itemsize, self._rank, len(self._memory)
-        slot = slot_bytes(largest * item)
         self._turn = 1 - self._turn
-        begin = self._turn * self._half_bytes
-        for step in range(1, world_size + 1):  # not all to one at a time
-            peer = (rank + step) % world_size
-            if peer in ranks and sizes[peer]:
-                start = begin + rank * slot
-                write(peer, self._memory[peer][start : start + sizes[peer] * item].view(dtype))
+        key = (self._turn, dtype, *sizes, *arriving, largest)
+        places = self._known.get(key)
+        if places is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            places = self._known[key] = self._places(dtype, sizes, arriving, largest)
+        for peer, part in places.written:
+            if peer in ranks:
+                write(peer, part)
         meanwhile()
         self._wait()
+        return places.read
+
+    def _places(self, dtype: torch.dtype, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> "_Places":
+        item, rank, world_size = dtype.itemsize, self._rank, len(self._memory)
+        slot = slot_bytes(largest * item)
+        begin = self._turn * self._half_bytes
+        start = begin + rank * slot
+        peers = ((rank + step) % world_size for step in range(1, world_size + 1))  # not all to one at a time
+        written = [
+            (peer, self._memory[peer][start : start + sizes[peer] * item].view(dtype)) for peer in peers if sizes[peer]
+        ]
         own = self._memory[rank][begin : begin + world_size * slot]
         starts = [source * slot for source in range(world_size)]
         parts = [own[start : start + size * item].view(dtype) for start, size in zip(starts, arriving, strict=True)]
-        return Lent(parts, own.view(dtype) if all(size * item == slot for size in arriving) else None)
+        whole = own.view(dtype) if all(size * item == slot for size in arriving) else None
+        return _Places(written, Lent(parts, whole))
 
     def swap(self, payload: Tensor, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> Tensor:
         """Exchange the pieces of a flat tensor; return what arrives, copied; see `lend`.

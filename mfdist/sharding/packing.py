@@ -81,11 +81,18 @@ def pack(parts: Sequence[Part], own: int) -> Packed:
     return Packed(words, sizes, arriving, [sum(line) for line in num_bytes])
 
 
-def unpack(words: Tensor, parts: Sequence[Part], own: int) -> list[Tensor]:
-    """Return each part's elements from all ranks, in their order; what arrived may be viewed and not copied."""
-    arrived, begin = words.view(torch.uint8), 0
+def unpack(messages: Sequence[Tensor], parts: Sequence[Part], own: int, *, is_lent: bool = False) -> list[Tensor]:
+    """Return each part's elements from all ranks, in their order.
+
+    Args:
+        messages: [W] words, from each rank.
+        parts: of which this rank, the `own`-th, has its own pieces.
+        own: its number.
+        is_lent: the messages will be overwritten; else they may be viewed and not copied, as this rank's pieces may.
+    """
     found: list[list[Tensor]] = [[] for _ in parts]
-    for rank in range(len(parts[0].pieces)):
+    for rank, message in enumerate(messages):
+        arrived, begin = message.view(torch.uint8), 0
         for part, pieces in zip(parts, found, strict=True):
             if rank == own:
                 pieces.append(part.pieces[own].detach())
@@ -93,12 +100,15 @@ def unpack(words: Tensor, parts: Sequence[Part], own: int) -> list[Tensor]:
             size = part.arriving[rank] * part.dtype.itemsize
             pieces.append(arrived[begin : begin + size].view(part.dtype))
             begin += _words(size) * WORD_BYTES
-    return [_joined(pieces) for pieces in found]
+    return [_joined(pieces, own, is_lent=is_lent) for pieces in found]
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    filled = [piece for piece in pieces if piece.numel()]
-    return torch.cat(filled) if len(filled) > 1 else filled[0] if filled else pieces[0]
+def _joined(pieces: list[Tensor], own: int, *, is_lent: bool) -> Tensor:
+    filled = [rank for rank, piece in enumerate(pieces) if piece.numel()]
+    if len(filled) > 1:
+        return torch.cat([pieces[rank] for rank in filled])
+    only = filled[0] if filled else own
+    return pieces[only].clone() if is_lent and only != own else pieces[only]
 
 
 def _words(num_bytes: int) -> int:

@@ -71,6 +71,7 @@ class PeerMemory(GrowingMailboxes):
         self._stream: torch.cuda.Stream | None = None  # of the last message
         self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied: list[Tensor] = []  # until the stream has waited for them
         self._releases: list[tuple[Tensor, Tensor]] = []
         atexit.register(_leave, weakref.ref(self))  # or the process could not end before the wait's time is out
@@ -101,9 +102,14 @@ class PeerMemory(GrowingMailboxes):
 
     def put(self, part: Tensor, values: Tensor) -> None:
         """Copy into a part, beside what is computed next."""
-        self._copying.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copying):
+        computing = torch.cuda.current_stream(self._device)
+        self._ready.record(computing)
+        self._copying.wait_event(self._ready)
+        torch.cuda.set_stream(self._copying)  # a context would take longer than the copy takes to be queued
+        try:
             part.copy_(values)
+        finally:
+            torch.cuda.set_stream(computing)
         self._copied.append(values)
 
     def _wait(self) -> None:

@@ -1,6 +1,6 @@
 """What is under way in an exchange: the tags of a call, payloads, and what goes wrong with them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +116,14 @@ class Pending:
 class PendingParts:
     """Several tensors that are under way in one message."""
 
-    pending: Pending
-    parts: tuple[Part, ...]
+    messages: Callable[[], Sequence[Tensor]]  # words, from each rank
+    parts: Sequence[Part]
+    own: int
+    is_lent: bool = False
 
     def wait(self) -> list[Tensor]:
         """Return what arrived of each part, once; see `Pending.wait`."""
-        return unpack(self.pending.wait(), self.parts, self.pending.exchange.rank)
+        return unpack(self.messages(), self.parts, self.own, is_lent=self.is_lent)
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,12 @@ class explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and isinstance(error, self.kind) and not isinstance(error, MfdistError):
             raise self.opened.exchange.explain(self.opened.told, error) from error
+
+
+def pieces_of(sizes: Sequence[int], first: int, step: int) -> list[tuple[int, int]]:
+    """Return where [first, first + step) of each part lies, the parts lying one after the other."""
+    places, start = [], 0
+    for size in sizes:
+        places.append((start + min(first, size), start + min(first + step, size)))
+        start += size
+    return places

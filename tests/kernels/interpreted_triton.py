@@ -96,7 +96,7 @@ def lookups() -> None:
 
 def by_token() -> None:
     """The order in which pieces are summed changes no bit."""
-    pieces._LENGTH = pieces._LENGTH_BY_TOKEN = 8
+    pieces._LENGTH, pieces._LENGTH_BY_TOKEN, pieces._GROUP = 8, 8, 16
     slicing._MOST_COLUMNS = slicing._COLUMNS_EACH = slicing._LEAST_COLUMNS = 16
     slicing._CACHED_BYTES, slicing._SPAN_BYTES = 1, 64
     # Runs of one length and of many; gaps where ids are bad are in `bad_ids`.
@@ -109,11 +109,24 @@ def by_token() -> None:
         slicing._LONG_RUN = 10**9
         wanted = gradients.row_gradient(*arguments)
         slicing._LONG_RUN = 1
-        found = ordered_lookups(lookup.row_ids, lookup.scores, lookup.table.shape[0], lookup.code_stride, "t").pieces
-        assert found.windows is not None and torch.equal(found.windows.sort().values, torch.arange(found.num_windows))
-        assert not torch.equal(found.windows, torch.arange(found.num_windows))
+        check_windows(lookup)
         assert all(torch.equal(*both) for both in zip(gradients.row_gradient(*arguments), wanted, strict=True))
         check_lookup(lookup)
+
+
+def check_windows(lookup: Lookup) -> None:
+    """Each window is there once, and those of a group lie at the places of a stride in the order of their tokens."""
+    ids, num_rows = lookup.row_ids, lookup.table.shape[0]
+    ordered = ordered_lookups(ids, lookup.scores, num_rows, lookup.code_stride, "t")
+    windows, num_windows = ordered.pieces.windows, ids.numel() // 8
+    assert windows is not None and windows.numel() == ordered.pieces.num_windows
+    num_groups = -(-num_windows // 16)
+    for group in range(num_groups):
+        found = windows[group::num_groups]
+        found = found[found >= 0].long()
+        assert found.sort().values.tolist() == list(range(16 * group, min(16 * group + 16, num_windows)))
+        tokens = ordered.order.words[8 * found + 7] % (1 << 32) // ids.shape[1]
+        assert torch.equal(tokens, tokens.sort().values)
 
 
 def sorting() -> None:

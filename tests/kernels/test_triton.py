@@ -149,8 +149,12 @@ KERNELS = {
     "ragged_gradient.triton_impl._sum_piece": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._sum_row": (RAGGED, {"ENTRIES": 4, "COLUMNS": 512, "PIECE": 256}),
     "ragged_gradient.triton_impl._multiply": (RAGGED, {"COLUMNS": 512}),
+    "row_gradient.triton_pieces._order_windows": (
+        {**SUMS, "windows": "*i32", "num_windows": "i32", "SHIFT": "i32"},
+        {"LENGTH": 64, "GROUP": 2048},
+    ),
     "row_gradient.triton_pieces.sum_piece": (SUMS, {**SLICE, **WAYS, "windows": None}),
-    "row_gradient.triton_pieces.sum_piece by token": ({**SUMS, "windows": "*i64"}, {**SLICE, **WAYS}),
+    "row_gradient.triton_pieces.sum_piece by token": ({**SUMS, "windows": "*i32"}, {**SLICE, **WAYS}),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, **WAYS, "IS_ADDED": False}),
     "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, **WAYS, "COLUMNS": 1024}),
     "row_gradient.triton_impl._sum_row of narrow slices": (

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from mfdist.sharding import mailboxes
 from mfdist.sharding.mailboxes import Lent, Mailboxes, slot_bytes
 
 WAIT_S = 20.0
@@ -49,6 +50,20 @@ def test_what_arrives_is_there_until_the_next_message_however_late_ranks_are(wor
         return turn
 
     assert on_ranks(world_size, 2 * world_size * slot_bytes(200 * 8), work) == [119] * world_size
+
+
+def test_sizes_that_come_again_among_more_than_are_remembered(monkeypatch):
+    monkeypatch.setattr(mailboxes, "_MOST_KNOWN", 3)
+
+    def work(rank, boxes):
+        for turn, size in enumerate([4, 2, 4, 3, 1, 4, 4, 2]):
+            lent = boxes.lend(
+                lambda to, part, turn=turn: part.fill_(10 * turn + to), torch.int32, [size] * 2, [size] * 2, 4, [0, 1]
+            )
+            assert lent.joined().tolist() == [10 * turn + rank] * 2 * size
+        return True
+
+    assert on_ranks(2, 64, work) == [True] * 2
 
 
 def test_equal_parts_lie_one_after_the_other_and_are_not_copied():

@@ -44,7 +44,7 @@ def test_what_is_packed_arrives(drawn):
         assert max(each.sizes) <= sum(part.largest_words for part in made[rank])
         messages = [one.words.split(one.sizes)[rank] for one in packed]
         assert [message.numel() for message in messages] == each.arriving
-        found = unpack(torch.cat(messages), made[rank], rank)
+        found = unpack(messages, made[rank], rank)
         for got, (dtype, _), pieces in zip(found, parts, values, strict=True):
             wanted = torch.cat([one[rank] for one in pieces])
             assert got.dtype == dtype and torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
@@ -62,8 +62,17 @@ def test_pieces_that_begin_within_a_word():
     packed = pack([part], 0)
     assert packed.sizes == [0, 18] and packed.payload_bytes == [0, 36 * 4]
     assert torch.equal(packed.words.view(torch.int32), whole[4:])
-    (found,) = unpack(torch.arange(8, dtype=torch.int32).view(torch.int64), [part], 0)
+    (found,) = unpack([whole[:0], torch.arange(8, dtype=torch.int32)], [part], 0)
     assert found.tolist() == [1, 2, 3, *range(8)]
+
+
+@pytest.mark.parametrize("own_size", [0, 2])
+def test_what_is_lent_is_not_kept(own_size):
+    part = Part(pieces=[torch.arange(own_size), torch.arange(3)], arriving=[own_size, 4], largest=4)
+    message = torch.arange(4)
+    (found,) = unpack([message[:0], message], [part], 0, is_lent=True)
+    message.fill_(-1)
+    assert found.tolist() == [*range(own_size), *range(4)]
 
 
 @pytest.mark.parametrize("num_elements", [5, 6])

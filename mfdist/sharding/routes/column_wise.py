@@ -299,7 +299,11 @@ def _narrower(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
 
 def sum_in_order(shares: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors in their order, whichever order torch's own `sum` has; in fp32 for narrower dtypes."""
-    total = shares[0].to(torch.promote_types(shares[0].dtype, torch.float32), copy=True)
-    for share in shares[1:]:
+    first, *others = shares
+    wide = torch.promote_types(first.dtype, torch.float32)
+    if not others:
+        return first.clone()
+    total = first.to(wide) + others[0]
+    for share in others[1:]:
         total += share
-    return total.to(shares[0].dtype)
+    return total.to(first.dtype)
