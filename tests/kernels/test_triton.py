@@ -12,8 +12,8 @@ import torch
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
-from mfdist.kernels.row_gradient.triton_impl import slices, widest
 from mfdist.kernels.row_gradient.triton_order import place_dtype
+from mfdist.kernels.row_gradient.triton_slices import slices, widest
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
@@ -352,16 +352,31 @@ def test_sizes_of_tiles() -> None:
         assert [part.columns for part in found] == expected
         assert [part.first for part in found] == [sum(expected[:index]) for index in range(len(expected))]
     assert [part.columns for part in slices(12288, 512)] == [512] * 24
-    for dim, columns in {40: 512, 960: 512, 1024: 1024, 1280: 512, 1536: 512, 3072: 1024}.items():
-        grads = torch.empty(1, dim, device="meta")
-        assert (widest(grads, is_short=False), widest(grads, is_short=True)) == (columns, 512)
-    # Of many tokens, what the second-level cache holds, and no less than 256 columns.
-    for num_tokens, columns in {16384: 1024, 16385: 512, 32768: 512, 50_000: 256, 65536: 256, 1 << 20: 256}.items():
-        assert widest(torch.empty(num_tokens, 3072, device="meta"), is_short=False) == columns
-        assert widest(torch.empty(num_tokens, 3072, device="meta"), is_short=False, is_cached=False) == 1024
-    assert widest(torch.empty(32768, 3072, device="meta", dtype=torch.bfloat16), is_short=False) == 1024
     assert [part.columns for part in slices(1536, 512)] == [512] * 3
     assert [part.columns for part in slices(768, 256)] == [256] * 3
+
+
+def test_widths_of_slices() -> None:
+    def most(num_tokens: int, dim: int, mean_run: int, dtype: torch.dtype = torch.float32, **options: bool) -> int:
+        grads, ids = (
+            torch.empty(num_tokens, dim, device="meta", dtype=dtype),
+            torch.empty(num_tokens, 512, device="meta"),
+        )
+        return widest(grads, ids, ids.numel() // mean_run, **options)
+
+    for dim, columns in {40: 512, 960: 512, 1024: 1024, 1280: 512, 1536: 512, 3072: 1024}.items():
+        assert (most(64, dim, 32), most(64, dim, 31)) == (columns, 512)
+        assert most(64, dim, 31, torch.bfloat16) == columns
+    # Of many tokens, what the second-level cache holds, and no less than 256 columns.
+    for num_tokens, columns in {16384: 1024, 16385: 512, 32768: 512, 50_000: 256, 65536: 256, 1 << 20: 256}.items():
+        assert most(num_tokens, 3072, 64) == columns
+        assert most(num_tokens, 3072, 64, needs_squares=True) == 1024
+    assert most(32768, 3072, 64, torch.bfloat16) == 1024
+    # Where pieces go by token, as many bytes as pay.
+    assert [most(65536, 3072, run, torch.bfloat16) for run in (128, 256)] == [512, 512]
+    assert [most(131_072, 3072, run, torch.bfloat16) for run in (128, 256)] == [256, 512]
+    assert [most(131_072, 3072, run) for run in (128, 256)] == [256, 256]
+    assert most(131_072, 3072, 256, torch.bfloat16, needs_squares=True) == 1024
 
 
 @pytest.mark.gpu
