@@ -118,3 +118,11 @@ def _words(num_bytes: int) -> int:
 def _is_whole(piece: Tensor) -> bool:
     """Return whether a piece is of whole words that lie as words do."""
     return not piece.nbytes % WORD_BYTES and not piece.storage_offset() * piece.element_size() % WORD_BYTES
+
+
+def columns_apart(values: Tensor, begin: int, end: int) -> Tensor:
+    """Return columns [begin, end) of [n, D] as a tensor of their own, copied by words where they consist of such."""
+    each = WORD_BYTES // values.element_size()
+    if begin % each or end % each or values.shape[1] % each or not (values.is_contiguous() and _is_whole(values)):
+        return values[:, begin:end].contiguous()
+    return values.view(torch.int64)[:, begin // each : end // each].contiguous().view(values.dtype)

@@ -151,19 +151,18 @@ class Topology:
 def h100(world_size: int, num_hosts: int = 1, *, memory_bytes: int = 80_000_000_000) -> Topology:
     """Return GPUs of the H100 kind, NVLink within a host, one 400 Gb/s InfiniBand port a GPU between hosts.
 
-    Rates of memory and lookups were measured on one of them; links within a host and the host's times on two H200,
-    where up to 4 MiB took 0.1 ms, which are spread over seven peers here; see docs/results. Between hosts it is 90 % of
-    what is nominal, and not measured.
+    Rates of memory and lookups were measured on one of them; links within a host and the host's times on four H200 of a
+    virtual machine; see docs/results. Between hosts it is 90 % of what is nominal, and not measured.
     """
     return Topology(
         name="h100",
         world_size=world_size,
         num_hosts=num_hosts,
         memory_bytes=memory_bytes,
-        inside=Link(bytes_per_s=320e9, latency_s=15e-6),
+        inside=Link(bytes_per_s=337e9, latency_s=9e-6),
         between=Link(bytes_per_s=45e9, latency_s=15e-6),
-        collective_s=0.34e-3,
-        host_lookup_s=1.04e-3,
+        collective_s=0.22e-3,
+        host_lookup_s=1.44e-3,
         control=Link(bytes_per_s=5e9, latency_s=12e-6),
         copy_bytes_per_s=2.97e12,
         fresh_bytes_per_s=0.0,

@@ -16,10 +16,9 @@ WORK = workload(LOADS, batch_tokens=32768)
 def test_golden_explanations():
     found = explain(decide(SPECS, h100(8), WORK))
     assert [f"{item.cost.plan.name}: {described(item.cost)}; {item.reason}" for item in found] == [
-        "blocks.0.qkv: column_wise; next best is table_wise, 1.77× as long: 3.76 ms in exchanges against 1.13 ms",
-        "blocks.0.ffn1: replicated; next best is column_wise, 1.04× as long: "
-        "1.23 ms in waiting for the host against 0 ms",
-        "blocks.0.ffn2: table_wise; next best is column_wise, 1.08× as long: 2.22 ms in lookups against 0.716 ms",
+        "blocks.0.qkv: column_wise; next best is table_wise, 1.79× as long: 3.48 ms in exchanges against 0.943 ms",
+        "blocks.0.ffn1: column_wise; next best is table_wise, 1.00× as long: 1.7 ms in exchanges against 0.721 ms",
+        "blocks.0.ffn2: table_wise; next best is column_wise, 1.14× as long: 2.22 ms in lookups against 0.716 ms",
     ]
 
 

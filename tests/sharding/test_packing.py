@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfdist.sharding.packing import WORD_BYTES, Part, pack, unpack
+from mfdist.sharding.packing import WORD_BYTES, Part, columns_apart, pack, unpack
 
 DTYPES = (torch.uint8, torch.uint16, torch.bfloat16, torch.int32, torch.float32, torch.int64, torch.float64)
 
@@ -82,3 +82,14 @@ def test_one_tensor_for_all_ranks(num_elements):
     assert packed.sizes == [3, 0, 3] and packed.arriving == [0, 0, 1]
     first, last = packed.words.view(torch.float32).split(3 * WORD_BYTES // 4)
     assert first[:num_elements].tolist() == last[:num_elements].tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_columns_apart(dtype):
+    values = torch.arange(5 * 24).view(5, 24).to(dtype)
+    late = torch.arange(5 * 24 + 1)[1:].view(5, 24).to(dtype)
+    for each in (values, late, values[1:], values[:, 1:], values[:, :16], values[:0]):
+        for begin, end in ((0, 8), (8, 16), (3, 11), (0, 15), (4, 4)):
+            got = columns_apart(each, begin, end)
+            assert got.is_contiguous() and torch.equal(got, each[:, begin:end])
+            assert not got.numel() or got.data_ptr() != each[:, begin:end].data_ptr()

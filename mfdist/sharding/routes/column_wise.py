@@ -14,7 +14,7 @@ from torch import Tensor
 from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange
-from mfdist.sharding.packing import Part
+from mfdist.sharding.packing import Part, columns_apart
 from mfdist.sharding.routes.checks import note_ids, refusal_of
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
@@ -158,12 +158,9 @@ class ColumnWise(Route):
         sizes = ([own * each for each in widths], [each * width for each in num_tokens], max(num_tokens) * max(widths))
         kept_below = Kept(kept.tensors, others)
 
-        def columns(rank: int) -> Tensor:
-            begin, end = self._columns[rank]
-            return grad_output[:, begin:end]
-
         def write(rank: int, part: Tensor) -> None:
-            wire.write(columns(rank), part.view(own, widths[rank]))
+            begin, end = self._columns[rank]
+            wire.write(grad_output[:, begin:end], part.view(own, widths[rank]))
 
         if is_update and exchange.is_hasty and isinstance(below, LocalRoute):
             local = below
@@ -172,9 +169,10 @@ class ColumnWise(Route):
                 nonlocal kept_below
                 kept_below = local.ordered(weight, kept_below)
 
-            lent = exchange.lend_made(
-                opened, lambda rank: wire.encode(columns(rank)), wire.payload_dtype, *sizes, meanwhile=order
-            )
+            def make(rank: int) -> Tensor:
+                return wire.encode(columns_apart(grad_output, *self._columns[rank]))
+
+            lent = exchange.lend_made(opened, make, wire.payload_dtype, *sizes, meanwhile=order)
         else:
             lent = exchange.lend(opened, write, wire.payload_dtype, *sizes)
         return wire.decode(lent.joined().view(sum(num_tokens), width)), kept_below
