@@ -99,7 +99,8 @@ def updates() -> None:
     for rule in RULES:
         check(make_runs(RUNS_BY_EIGHT, 10, 80), rule)
     # As of many tokens, whose pieces go in their order.
-    slicing._CACHED_BYTES, slicing._SPAN_BYTES, slicing._LONG_RUN, pieces._LENGTH_BY_TOKEN = 1, 128, 1, 8
+    slicing._CACHED_BYTES, slicing._SPAN_BYTES, slicing._LONG_RUN = 1, 128, 1
+    pieces._LENGTH_BY_TOKEN, pieces._GROUP = 8, 8
     for rule in RULES:
         check(make_runs(RUNS_BY_EIGHT, 10, 80), rule)
         check(make_lookup(90, 2, 3, 40, dtype=torch.bfloat16), rule)

@@ -101,7 +101,7 @@ def by_token() -> None:
     slicing._CACHED_BYTES, slicing._SPAN_BYTES = 1, 64
     # Runs of one length and of many; gaps where ids are bad are in `bad_ids`.
     for lookup in (
-        make_lookup(150, 3, 3, 40),
+        make_lookup(70, 3, 3, 40),
         make_lookup(90, 2, 2, 24, is_compact=False),
         make_runs([70, 9, 31], 4, 33),
     ):

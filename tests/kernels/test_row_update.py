@@ -1,11 +1,7 @@
 """row_update against the float64 reference: on the CPU, in Triton's interpreter, and as torch operators."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +14,11 @@ from mfdist.kernels.row_gradient import order_lookups
 from mfdist.kernels.row_update import RowRule, cpu_impl, fused_row_update, reference, row_update, squared_sums
 from mfdist.kernels.row_update.arguments import rule_arguments
 from mfdist.testing.tolerances import TOLERANCES, relative_error
+from tests.kernels.conftest import Interpret
 from tests.kernels.lookups import Lookup, make_lookup
 from tests.kernels.updates import LR, RULES, STEP, Updated, assert_close, make_updated, reference_update, touched_rows
 
-ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = "interpreted_row_update"
 OFFSETS = (1 << 40, 3)
 SGD, ADAGRAD, ADAM = RULES
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
@@ -312,16 +309,8 @@ def test_a_table_past_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("part", ["updates", "windows", "rounding", "moments", "bad_ids", "not_finite"])
-def test_in_the_interpreter(part: str) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_row_update", part],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def test_in_the_interpreter(part: str, interpret: Interpret) -> None:
+    done = interpret(INTERPRETED, part)
     assert done.returncode == 0, done.stderr
 
 

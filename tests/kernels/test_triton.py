@@ -1,10 +1,6 @@
 """The Triton kernels where there is no GPU: run in Triton's interpreter, and compiled for two generations of GPU."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,23 +12,17 @@ from mfdist.kernels.row_gradient.triton_order import place_dtype
 from mfdist.kernels.row_gradient.triton_slices import slices, widest
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
+from tests.kernels.conftest import Interpret
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
 
-ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = "interpreted_triton"
 
 
 @pytest.mark.parametrize(
     "part", ["lookups", "by_token", "sorting", "ragged_lookups", "quantised", "hashing", "attending", "bad_ids"]
 )
-def test_in_the_interpreter(part: str) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_triton", part],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+def test_in_the_interpreter(part: str, interpret: Interpret) -> None:
+    done = interpret(INTERPRETED, part)
     assert done.returncode == 0, done.stderr
 
 
