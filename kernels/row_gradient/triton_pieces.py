@@ -1,7 +1,8 @@
 """Pieces: long runs of lookups are cut, and a program sums each piece, so that no frequent row's outlasts all others.
 
 Where all rows are looked up often, the pieces are taken in the order of their tokens. Those at work together then read
-the same part of grad_output, which stays in the second-level cache.
+the same part of grad_output, which stays in the second-level cache. The sums of pieces take four bytes a column of the
+widest slice for every 64 lookups then, and for every 128 else.
 """
 
 from typing import NamedTuple
@@ -31,8 +32,8 @@ class Pieces(NamedTuple):
 
     Args:
         length: lookups of a piece.
-        num_windows: of as many lookups each; in each a piece may start.
-        windows: [num_windows] int32, in which order they are taken, -1 for none; None: as they lie.
+        num_windows: programs that sum a piece, if one starts in their window of as many lookups.
+        windows: [num_windows] int32, the window of each, -1 for none; None: as they lie.
     """
 
     length: int

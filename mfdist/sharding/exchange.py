@@ -27,13 +27,13 @@ from torch import Tensor
 from mfdist.errors import MfdistError
 from mfdist.sharding.host_memory import HostMemory
 from mfdist.sharding.mailboxes import GrowingMailboxes, Lent, Mailboxes
-from mfdist.sharding.packing import Part, pack
+from mfdist.sharding.packing import Part, pack, places_of, unpack
 from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tag_links import LinkError, connect
 from mfdist.sharding.tags import Call
-from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained, pieces_of
+from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
 
 #: Numbers that travel with a tag besides it.
 NUM_COUNTS = 6
@@ -54,8 +54,8 @@ class Exchange:
             256 MiB on a GPU, whose links take longer for that than another collective takes to begin, and no chunks on
             a CPU, which has no cores to spare.
         uses_peer_memory: ranks of one host write messages into each other's memory. Between GPUs, NCCL carries what is
-            longer than `mfdist.sharding.peer_memory.MOST_BYTES`, what there is something to compute beside, and
-            everything where they do not reach each other.
+            longer than `mfdist.sharding.peer_memory.MOST_BYTES`, what is sent to be waited for later, and everything
+            where they do not reach each other.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -319,10 +319,11 @@ class Exchange:
 
             sent_bytes = packed.payload_bytes
             lent = self.lend(opened, write, packed.words.dtype, *numbers, own=nothing, payload_bytes=sent_bytes)
-            return PendingParts(lambda: lent.parts, parts, self.rank, is_lent=True)
+            found = unpack(lent.parts, parts, self.rank, is_lent=True)
+            return PendingParts(lambda: found)
         self._count(opened.call.phase, packed.payload_bytes)
         pending = self._send(opened, packed.words, *numbers, is_beside)
-        return PendingParts(lambda: pending.wait().split_with_sizes(packed.arriving), parts, self.rank)
+        return PendingParts(lambda: unpack(pending.wait().split_with_sizes(packed.arriving), parts, self.rank))
 
     def _send(
         self,
@@ -348,7 +349,7 @@ class Exchange:
             pending.start(received, payload, arriving, sizes)
             return pending
         for first in range(0, largest, step):
-            pieces = [pieces_of(part, first, step) for part in (sizes, arriving)]
+            pieces = [places_of(part, first, step) for part in (sizes, arriving)]
             piece = torch.cat([payload[begin:end] for begin, end in pieces[0]])
             into = payload.new_empty(sum(end - begin for begin, end in pieces[1]))
             pending.start(into, piece, *[[end - begin for begin, end in part] for part in reversed(pieces)])

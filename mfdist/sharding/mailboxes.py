@@ -116,6 +116,7 @@ class Mailboxes:
         self._wait()
         return places.read
 
+    @torch.inference_mode(False)  # what an evaluation views is written to in training, too
     def _places(self, dtype: torch.dtype, sizes: Sequence[int], arriving: Sequence[int], largest: int) -> "_Places":
         item, rank, world_size = dtype.itemsize, self._rank, len(self._memory)
         slot = slot_bytes(largest * item)
@@ -198,7 +199,8 @@ class GrowingMailboxes(ABC):
             agree()
             wanted = max(needed, min(self._half_bytes * 3 // 2, self._most_bytes))
             self._half_bytes = -(-wanted // _GRANULE_BYTES) * _GRANULE_BYTES
-            self._made = self._make(2 * self._half_bytes)
+            with torch.inference_mode(False):
+                self._made = self._make(2 * self._half_bytes)
             self.works = self._made is not None
         return self._made
 

@@ -121,8 +121,18 @@ def _is_whole(piece: Tensor) -> bool:
 
 
 def columns_apart(values: Tensor, begin: int, end: int) -> Tensor:
-    """Return columns [begin, end) of [n, D] as a tensor of their own, copied by words where they consist of such."""
+    """Return columns [begin, end) of [n, D], contiguous; copied, if they are, by words where they consist of such."""
     each = WORD_BYTES // values.element_size()
-    if begin % each or end % each or values.shape[1] % each or not (values.is_contiguous() and _is_whole(values)):
+    is_whole = values.numel() > 0 and values.is_contiguous() and _is_whole(values)
+    if begin % each or end % each or values.shape[1] % each or not is_whole:
         return values[:, begin:end].contiguous()
     return values.view(torch.int64)[:, begin // each : end // each].contiguous().view(values.dtype)
+
+
+def places_of(sizes: Sequence[int], first: int, step: int) -> list[tuple[int, int]]:
+    """Return where [first, first + step) of each part lies, the parts lying one after the other."""
+    places, start = [], 0
+    for size in sizes:
+        places.append((start + min(first, size), start + min(first + step, size)))
+        start += size
+    return places

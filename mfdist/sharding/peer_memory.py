@@ -105,11 +105,12 @@ class PeerMemory(GrowingMailboxes):
         computing = torch.cuda.current_stream(self._device)
         self._ready.record(computing)
         self._copying.wait_event(self._ready)
-        torch.cuda.set_stream(self._copying)  # a context would take longer than the copy takes to be queued
-        try:
-            part.copy_(values)
-        finally:
-            torch.cuda.set_stream(computing)
+        with torch.cuda.device(self._device):  # which streams that are set bring with them
+            torch.cuda.set_stream(self._copying)
+            try:
+                part.copy_(values)
+            finally:
+                torch.cuda.set_stream(computing)
         self._copied.append(values)
 
     def _wait(self) -> None:

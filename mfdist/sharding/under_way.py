@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mfdist.errors import ConsistencyError, MfdistError
-from mfdist.sharding.packing import Part, unpack
 from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
 
 if TYPE_CHECKING:
@@ -116,14 +115,11 @@ class Pending:
 class PendingParts:
     """Several tensors that are under way in one message."""
 
-    messages: Callable[[], Sequence[Tensor]]  # words, from each rank
-    parts: Sequence[Part]
-    own: int
-    is_lent: bool = False
+    arrived: Callable[[], list[Tensor]]
 
     def wait(self) -> list[Tensor]:
         """Return what arrived of each part, once; see `Pending.wait`."""
-        return unpack(self.messages(), self.parts, self.own, is_lent=self.is_lent)
+        return self.arrived()
 
 
 @dataclass(frozen=True)
@@ -139,12 +135,3 @@ class explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and isinstance(error, self.kind) and not isinstance(error, MfdistError):
             raise self.opened.exchange.explain(self.opened.told, error) from error
-
-
-def pieces_of(sizes: Sequence[int], first: int, step: int) -> list[tuple[int, int]]:
-    """Return where [first, first + step) of each part lies, the parts lying one after the other."""
-    places, start = [], 0
-    for size in sizes:
-        places.append((start + min(first, size), start + min(first + step, size)))
-        start += size
-    return places

@@ -97,6 +97,7 @@ def lookups() -> None:
 def by_token() -> None:
     """The order in which pieces are summed changes no bit."""
     pieces._LENGTH, pieces._LENGTH_BY_TOKEN, pieces._GROUP = 8, 8, 16
+    token_bits = pieces._TOKEN_BITS
     slicing._MOST_COLUMNS = slicing._COLUMNS_EACH = slicing._LEAST_COLUMNS = 16
     slicing._CACHED_BYTES, slicing._SPAN_BYTES = 1, 64
     # Runs of one length and of many; gaps where ids are bad are in `bad_ids`.
@@ -109,8 +110,9 @@ def by_token() -> None:
         slicing._LONG_RUN = 10**9
         wanted = gradients.row_gradient(*arguments)
         slicing._LONG_RUN = 1
-        check_windows(lookup)
-        assert all(torch.equal(*both) for both in zip(gradients.row_gradient(*arguments), wanted, strict=True))
+        for pieces._TOKEN_BITS in (token_bits, 3):  # the second as of more tokens than their bits can tell apart
+            check_windows(lookup)
+            assert all(torch.equal(*both) for both in zip(gradients.row_gradient(*arguments), wanted, strict=True))
         check_lookup(lookup)
 
 
@@ -126,7 +128,8 @@ def check_windows(lookup: Lookup) -> None:
         found = found[found >= 0].long()
         assert found.sort().values.tolist() == list(range(16 * group, min(16 * group + 16, num_windows)))
         tokens = ordered.order.words[8 * found + 7] % (1 << 32) // ids.shape[1]
-        assert torch.equal(tokens, tokens.sort().values)
+        told_apart = tokens >> max(0, ids.shape[0].bit_length() - pieces._TOKEN_BITS)
+        assert torch.equal(told_apart, told_apart.sort().values)
 
 
 def sorting() -> None:
@@ -312,8 +315,9 @@ def bad_ids() -> None:
             # A part of the table without columns has nothing to sum, and tells of the id all the same.
             assert sums.gather_sum(table[:, :0], ids, scores, 0, "narrow").shape == (num_tokens, 0)
             expect_error(f'row id {bad} is outside table "narrow" (num_rows=12)')
-    pieces._LENGTH = 8  # of which one ends where the order has a gap, within it and at its end
-    for k in (0, 1):
+    # Of pieces one ends where the order has a gap, within it and at its end; once as they lie, once by token.
+    pieces._LENGTH, pieces._LENGTH_BY_TOKEN, pieces._GROUP, slicing._CACHED_BYTES = 8, 8, 8, 1
+    for k, slicing._LONG_RUN in ((0, 10**9), (1, 10**9), (0, 1), (1, 1)):
         codes = torch.zeros(40, 2, dtype=torch.int32)
         codes[1, k] = 6
         grads = gradients.row_gradient(table, codes, torch.ones(40, 2), torch.ones(40, 8), 6, "codes")

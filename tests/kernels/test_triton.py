@@ -9,9 +9,10 @@ import torch
 from mfdist.errors import ConfigError
 from mfdist.kernels import gather_sum, implementation, row_gradient, sign_hash
 from mfdist.kernels.row_gradient.triton_order import place_dtype
-from mfdist.kernels.row_gradient.triton_slices import slices, widest
+from mfdist.kernels.row_gradient.triton_slices import is_seldom, slices, widest
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.kernels.triton_launch import LAUNCH_OPTIONS, next_power_of_2
+from mfdist.sharding.workload import reads_most_rows
 from tests.kernels.conftest import Interpret
 from tests.kernels.lookups import assert_is, expected_gradients, expected_sum, make_lookup
 
@@ -344,6 +345,11 @@ def test_sizes_of_tiles() -> None:
     assert [part.columns for part in slices(12288, 512)] == [512] * 24
     assert [part.columns for part in slices(1536, 512)] == [512] * 3
     assert [part.columns for part in slices(768, 256)] == [256] * 3
+
+
+def test_lookups_are_put_in_order_ahead_where_all_rows_are_summed() -> None:
+    for num_lookups in (0, 399, 400, 401, 4000):
+        assert is_seldom(torch.empty(num_lookups, 1, device="meta"), 100) is not reads_most_rows(num_lookups, 100)
 
 
 def test_widths_of_slices() -> None:

@@ -66,6 +66,23 @@ def test_sizes_that_come_again_among_more_than_are_remembered(monkeypatch):
     assert on_ranks(2, 64, work) == [True] * 2
 
 
+@pytest.mark.parametrize("makes_places", ["evaluation", "training"])
+def test_what_is_sent_in_inference_mode_may_be_sent_in_training(makes_places):
+    def work(rank, boxes):
+        found = []
+        for turn in range(4):
+            is_evaluated = (turn < 2) == (makes_places == "evaluation")
+            with torch.inference_mode(is_evaluated):
+                lent = boxes.lend(
+                    lambda to, part, t=turn: part.fill_(10 * t + to), torch.int32, [3] * 2, [3] * 2, 3, [0, 1]
+                )
+                found.append(lent.joined().tolist())
+            assert not lent.parts[0].is_inference()
+        return found
+
+    assert on_ranks(2, 64, work) == [[[10 * turn + rank] * 6 for turn in range(4)] for rank in range(2)]
+
+
 def test_equal_parts_lie_one_after_the_other_and_are_not_copied():
     def work(rank, boxes):
         lent = boxes.lend(lambda to, part: part.fill_(10 * rank + to), torch.int32, [4, 4], [4, 4], 4, [0, 1])

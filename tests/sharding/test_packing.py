@@ -87,8 +87,9 @@ def test_one_tensor_for_all_ranks(num_elements):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
 def test_columns_apart(dtype):
     values = torch.arange(5 * 24).view(5, 24).to(dtype)
-    late = torch.arange(5 * 24 + 1)[1:].view(5, 24).to(dtype)
-    for each in (values, late, values[1:], values[:, 1:], values[:, :16], values[:0]):
+    late = torch.arange(5 * 24 + 1).to(dtype)[1:].view(5, 24)
+    empty = torch.zeros((), dtype=dtype).expand(0, 24)
+    for each in (values, late, values[1:], values[:, 1:], values[:, :16], values[:0], empty, empty[:, :15]):
         for begin, end in ((0, 8), (8, 16), (3, 11), (0, 15), (4, 4)):
             got = columns_apart(each, begin, end)
             assert got.is_contiguous() and torch.equal(got, each[:, begin:end])

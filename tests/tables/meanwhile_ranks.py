@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from mfdist.errors import MfdistError
+from mfdist.optim import RowSGD
 from mfdist.sharding.routes import column_wise
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.spec import TableSpec
@@ -62,6 +63,24 @@ def ordered_meanwhile(rank, kind, rule):
         results.append((table.weight.detach().clone(), own.grad))
         times.append(len(asked))
     return all(torch.equal(one, two) for one, two in zip(*results, strict=True)), times
+
+
+def evaluated_first(rank, kind):
+    """Return whether rows trained after evaluations in inference mode are those of a training without."""
+    world_size, stride = dist.get_world_size(), 8
+    spec = TableSpec(name="t", num_rows=5 * stride, row_dim=23)
+    rows = []
+    for is_evaluated in (True, False):
+        table = ShardedTable(make_plan(kind, spec, world_size, stride), exchanges_for(kind, world_size), seed=3)
+        table.fuse(RowSGD(lr=0.1))
+        for num_tokens in (6, 4):
+            ids, scores, grads = lookup_of(stride, 5, spec.num_rows, num_tokens, spec.row_dim)
+            if is_evaluated:
+                with torch.inference_mode():
+                    table(ids, scores, code_stride=stride)
+            table(ids, scores.requires_grad_(), code_stride=stride).backward(grads)
+        rows.append(table.weight.detach().clone())
+    return torch.equal(*rows)
 
 
 def hasty(rank, kind, stride):

@@ -141,6 +141,11 @@ def test_lookups_put_in_order_while_gradients_travel_change_no_bit(pool, kind, w
         assert is_same and times == [2, 2]  # in the first table's updates
 
 
+@pytest.mark.parametrize("kind", ["column_wise", "table_wise", "row_wise", "pooled_rows", "replicated"])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(pool, kind):
+    assert all(pool.run(meanwhile_ranks.evaluated_first, 2, kind))
+
+
 @pytest.mark.parametrize(
     ("kind", "number"),
     [("column_wise", 4), ("table_wise", 4), ("pooled_rows", 4), ("row_wise", 5), ("replicated", 2)],
