@@ -114,7 +114,6 @@ def _sum_row(
     is_column = c < D
     start = tl.load(starts + row)
     end = tl.load(ends + row)
-    total = tl.zeros([COLUMNS], tl.float32)
     if end > start:
         values = as_fp32(tl.load(table + row * D + c, mask=is_column, other=0.0, eviction_policy="evict_first"))
         cut = cut_pieces(start, end, PIECE)
@@ -122,7 +121,12 @@ def _sum_row(
             grad_output, words, grad_scores, values, first_column, is_column,
             cut, end, D, K, COLUMNS, IS_ADDED, HAS_PRODUCTS, IS_WHOLE, OFFSET,
         )  # fmt: skip
-        total = add_pieces(total, pieces, start, cut, PIECE, COLUMNS)
-    tl.store(
-        grad_table + row * D + c, total.to(grad_table.dtype.element_ty), mask=is_column, eviction_policy="evict_first"
-    )
+        _store(grad_table + row * D + c, add_pieces(total, pieces, start, cut, PIECE, COLUMNS), is_column)
+    else:
+        _store(grad_table + row * D + c, tl.zeros([COLUMNS], tl.float32), is_column)
+
+
+@triton.jit
+def _store(at, total, is_column):
+    """Write a row's sum; it is not handed from either branch to one place, where wide rows' would not fit registers."""
+    tl.store(at, total.to(at.dtype.element_ty), mask=is_column, eviction_policy="evict_first")

@@ -75,7 +75,7 @@ class ShardingResult:
         exchange_s: the same sends without the lookups, queued behind other work.
         plain_s: one all-to-all of as many bytes, queued likewise.
         started_s, plain_started_s: the same two, begun while the device is idle.
-        overlap: on a GPU, the share of the time in NCCL during which other kernels ran.
+        overlap: on a GPU, the share of the time of messages, waits for them included, during which kernels computed.
         peak_bytes: on a GPU, the most memory held during a step, by all contenders of the case together.
         error: the largest distance from an unsharded table's sums; None where that is too large to be made.
         is_wrong: whether it was further off than it may be.

@@ -20,6 +20,10 @@ _TURNS = 7
 #: Products of fp32 matrices that keep a GPU at work for some milliseconds, longer than a host takes to queue a step.
 _BUSY_SIZE, _BUSY_TIMES = 4096, 4
 _CALL = Call(table="", kind="bench", phase="check")
+#: Bytes that the parts of a plain all-to-all are a multiple of: NCCL copies others far slower.
+_ALIGNED = 512
+#: What only moves data between GPUs, or waits for others' to arrive, has one of these in its name in a profile.
+_EXCHANGING = ("nccl", "memcpy ptop", "symmetric_memory::barrier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,8 @@ def exchange_alone(table: ShardedTable, step: Callable[[], object]) -> Alone:
     size = -(-num_bytes // (exchanges.world_size - 1))
     largest = max(line[0] for line in exchanges.everyone.open(_CALL, [size]).wait())
     device = exchanges.device
-    payload = torch.zeros(largest * exchanges.world_size, dtype=torch.uint8, device=device)
+    part = -(-largest // _ALIGNED) * _ALIGNED
+    payload = torch.zeros(part * exchanges.world_size, dtype=torch.uint8, device=device)
     started_s, exchange_s = _median_s(lambda: _replay(sends), device)
     plain_started_s, plain_s = _median_s(lambda: _plain(payload), device)
     return Alone(
@@ -72,16 +77,19 @@ def exchange_alone(table: ShardedTable, step: Callable[[], object]) -> Alone:
 
 
 def overlap(step: Callable[[], object]) -> float | None:
-    """Return the share of a step's time in NCCL during which other kernels ran too; None where it was never in NCCL."""
+    """Return the share of the time a step exchanges during which kernels compute; None where it never exchanges.
+
+    It exchanges while NCCL's kernels run, copies to other GPUs, or waits for what they write here.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         step()
-    nccl: list[tuple[float, float]] = []
-    others: list[tuple[float, float]] = []
+    exchanging: list[tuple[float, float]] = []
+    computing: list[tuple[float, float]] = []
     for event in profile.events() or ():
         if event.device_type == DeviceType.CUDA:
             span = (event.time_range.start, event.time_range.end)
-            (nccl if "nccl" in event.name.lower() else others).append(span)
-    return shared_share(nccl, others)
+            (exchanging if any(name in event.name.lower() for name in _EXCHANGING) else computing).append(span)
+    return shared_share(exchanging, computing)
 
 
 def shared_share(exchanging: Sequence[tuple[float, float]], computing: Sequence[tuple[float, float]]) -> float | None:

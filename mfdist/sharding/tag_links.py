@@ -4,12 +4,15 @@ Tags arrive in the order they were sent. A rank that ends closes its sockets, an
 """
 
 import contextlib
+import os
+import select
 import socket
 import struct
 import tempfile
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from torch import Tensor
 
 _RANK = struct.Struct("<i")
 _ACCEPT_S = 60.0
+#: For so long a rank asks again and again what has come, before it sleeps: to be woken takes a virtual machine as long.
+_AWAKE_S = 2e-4
 
 
 class LinkError(RuntimeError):
@@ -30,6 +35,8 @@ class TagLinks:
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
         self.rank, self.world_size = rank, len(sockets) + 1
         self._sockets = sockets
+        for link in sockets.values():
+            link.setblocking(False)
         weakref.finalize(self, _close, list(sockets.values()))
         self._under_way: deque[TagWork] = deque()
 
@@ -39,12 +46,11 @@ class TagLinks:
         Raises:
             LinkError: a rank has ended.
         """
-        received[self.rank] = sent[self.rank]
         lines = sent.numpy()
+        received.numpy()[self.rank] = lines[self.rank]
+        until_s = time.monotonic() + deadline_s
         for rank, link in self._sockets.items():
-            with _told(rank):
-                link.settimeout(deadline_s)
-                link.sendall(lines[rank].tobytes())
+            _move(link, link.send, select.POLLOUT, rank, memoryview(lines[rank]).cast("B"), until_s)
         work = TagWork(self, received, deadline_s)
         self._under_way.append(work)
         return work
@@ -58,13 +64,17 @@ class TagLinks:
         if self._under_way:
             self.receive(self._under_way[-1])
         files = {self.rank: file}
-        for rank, link in self._sockets.items():
-            with _told(rank):
-                link.settimeout(deadline_s)
-                socket.send_fds(link, [b"f"], [file])
-        for rank, link in self._sockets.items():
-            with _told(rank):
-                _, (files[rank], *_), _, _ = socket.recv_fds(link, 1, 1)
+        try:
+            for rank, link in self._sockets.items():
+                with _told(rank):
+                    link.settimeout(deadline_s)
+                    socket.send_fds(link, [b"f"], [file])
+            for rank, link in self._sockets.items():
+                with _told(rank):
+                    _, (files[rank], *_), _, _ = socket.recv_fds(link, 1, 1)
+        finally:
+            for link in self._sockets.values():
+                link.setblocking(False)
         return [files[rank] for rank in range(self.world_size)]
 
     def receive(self, last: "TagWork") -> None:
@@ -74,7 +84,7 @@ class TagLinks:
             work = self._under_way[0]
             lines = work.received.numpy()
             for rank, link in self._sockets.items():
-                _fill(link, rank, memoryview(lines[rank]).cast("B"), until_s)
+                _move(link, link.recv_into, select.POLLIN, rank, memoryview(lines[rank]).cast("B"), until_s)
             work.is_done = True
             self._under_way.popleft()
 
@@ -167,14 +177,34 @@ def _host() -> tuple[str, str, int]:
     return socket.gethostname(), "", 0
 
 
-def _fill(link: socket.socket, rank: int, line: memoryview, until_s: float) -> None:
-    while line:
-        with _told(rank):
-            link.settimeout(max(until_s - time.monotonic(), 1e-3))
-            size = link.recv_into(line)
+def _move(
+    link: socket.socket, move: Callable[[memoryview], int], event: int, rank: int, line: memoryview, until_s: float
+) -> None:
+    """Have a socket `move` a line, which it can whenever there is an event, before a deadline."""
+    asleep_s = 0.0
+    with _told(rank):
+        while line:
+            try:
+                size = move(line)
+            except BlockingIOError:
+                now_s = time.monotonic()
+                asleep_s = asleep_s or now_s + _AWAKE_S
+                if now_s < asleep_s:
+                    os.sched_yield()
+                else:
+                    _sleep(link, event, until_s - now_s)
+                continue
             if not size:
                 raise ConnectionResetError("Connection closed by peer")
-        line = line[size:]
+            line = line[size:]
+
+
+def _sleep(link: socket.socket, event: int, seconds: float) -> None:
+    """Return once there is an event, such as that something has come."""
+    waiting = select.poll()
+    waiting.register(link, event)
+    if seconds <= 0 or not waiting.poll(1e3 * seconds):
+        raise TimeoutError("timed out")
 
 
 @contextlib.contextmanager

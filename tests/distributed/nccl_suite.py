@@ -268,7 +268,7 @@ def _bench_line(result) -> str:
         line += f", {result.sent_bytes / 1e6:.1f} MB sent, {result.share_of_plain or 0:.2f} of a plain all-to-all"
         line += f" ({(result.sent_bytes / result.plain_s if result.plain_s else 0) / 1e9:.1f} GB/s)"
     if result.overlap is not None:
-        line += f", {result.overlap:.0%} of NCCL's time overlapped"
+        line += f", {result.overlap:.0%} of it hidden by computing"
     return line if result.peak_bytes is None else f"{line}, peak {result.peak_bytes / 1e9:.2f} GB"
 
 

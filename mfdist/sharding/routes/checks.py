@@ -1,7 +1,9 @@
 """What a rank checks of its own lookup before it tells the others of it."""
 
+from functools import lru_cache
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from mfdist.errors import MfdistError
@@ -27,11 +29,17 @@ def shape_refusal(lookup: LookupArguments, num_rows: int, weight: Tensor, name: 
     if lookup.refusal is not None:
         return lookup.refusal
     try:
-        whole = weight.new_empty(1, weight.shape[1]).expand(num_rows, -1)  # the shape of it, without its memory
+        whole = _shaped(num_rows, weight.shape[1], weight.dtype, weight.device)
         check_lookup(whole, lookup.row_ids, lookup.scores, lookup.code_stride, name)
     except MfdistError as error:
         return error
     return None
+
+
+@lru_cache(maxsize=1024)
+def _shaped(num_rows: int, row_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what has the shape of a table, without its memory."""
+    return torch.empty(1, row_dim, dtype=dtype, device=device).expand(num_rows, -1)
 
 
 def id_refusal(lookup: LookupArguments, num_rows: int, name: str) -> MfdistError | None:
