@@ -16,7 +16,14 @@ from mfdist.kernels.ragged_gradient import ragged_gradient
 from mfdist.kernels.row_gradient import marked_row_gradient, order_lookups, row_gradient, sparse_row_gradient
 from mfdist.kernels.row_id_check import check_errors
 from mfdist.kernels.row_products import row_products
-from mfdist.kernels.row_update import RowRule, fused_row_update, row_update, squared_sums, updating_gather_sum
+from mfdist.kernels.row_update import (
+    RowRule,
+    fused_row_update,
+    ragged_row_update,
+    row_update,
+    squared_sums,
+    updating_gather_sum,
+)
 from mfdist.kernels.sign_hash import sign_hash
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "quantize",
     "quantized_gather_sum",
     "ragged_gradient",
+    "ragged_row_update",
     "row_gradient",
     "row_products",
     "row_update",

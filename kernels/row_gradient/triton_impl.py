@@ -48,7 +48,8 @@ def marked_row_gradient(
 
 def order_lookups(row_ids: Tensor, scores: Tensor, num_rows: int, code_stride: int, name: str) -> Ordered | None:
     """Return the lookups in order, if that is how they are taken; see `mfdist.kernels.row_gradient.order_lookups`."""
-    return None if is_seldom(row_ids, num_rows) else ordered_lookups(row_ids, scores, num_rows, code_stride, name)
+    is_later = is_seldom(row_ids.numel(), num_rows)
+    return None if is_later else ordered_lookups(row_ids, scores, num_rows, code_stride, name)
 
 
 def _row_gradient(
@@ -71,30 +72,23 @@ def _row_gradient(
     grad_table = table.new_empty(num_rows, dim, dtype=dtype)
     with device_of(table):
         ordered = ordered or ordered_lookups(row_ids, scores, num_rows, code_stride, name)
-        _sum(table, row_ids, grad_output, ordered, grad_table, code_stride)
+        _sum(table, grad_output, ordered, grad_table)
     return grad_table, ordered, ordered.grad_scores
 
 
-def _sum(
-    table: Tensor,
-    row_ids: Tensor,
-    grad_output: Tensor,
-    ordered: Ordered,
-    grad_table: Tensor,
-    code_stride: int,
-) -> None:
+def _sum(table: Tensor, grad_output: Tensor, ordered: Ordered, grad_table: Tensor) -> None:
     """Fill both gradients, one slice of columns after the other."""
     num_rows, dim = table.shape
     order, cut, grad_scores = ordered
-    parts = slices(dim, widest(grad_output, row_ids, num_rows))
+    parts = slices(dim, widest(grad_output, order.words.numel(), num_rows))
     pieces = grad_scores.new_empty(cut.num_windows * max(part.columns for part in parts))
     for first, columns in parts:
         options = warp_options(columns, grad_output)
-        constants = (row_ids.shape[1], cut.length, columns, first > 0, True, *reach(grad_output, first + columns))
+        constants = (grad_scores.shape[1], cut.length, columns, first > 0, True, *reach(grad_output, first + columns))
         if cut.num_windows:
             sum_piece[(cut.num_windows,)](
-                table, row_ids, grad_output, *order, cut.windows, pieces, grad_scores,
-                dim, code_stride, first, num_rows, *constants, **options,
+                table, cut.row_ids, grad_output, *order, cut.windows, pieces, grad_scores,
+                dim, cut.code_stride, first, num_rows, *constants, **options,
             )  # fmt: skip
         _sum_row[(num_rows,)](
             table, grad_output, *order, pieces, grad_table, grad_scores, dim, first, *constants, **options

@@ -90,12 +90,30 @@ def order_by_row(
     """
     if 0 < code_stride <= _MAX_COUNTED:
         return _by_counting(row_ids, scores, grad_scores, error_word, code_stride, is_checked=is_checked)
-    rows, words = sort_by_row(row_ids, scores, grad_scores, error_word, num_rows, code_stride, is_checked=is_checked)
-    kind = place_dtype(row_ids.numel())
-    bounds = words.new_zeros(num_rows + 1, dtype=kind)
-    numbers = torch.arange(num_rows, dtype=rows.dtype, device=rows.device)
-    torch.searchsorted(rows, numbers, right=True, out_int32=kind == torch.int32, out=bounds[1:])
-    return Order(words, bounds[:-1], bounds[1:])
+    lookups = (row_ids, scores, grad_scores, error_word)
+    return bounded(sort_by_row(*lookups, num_rows, code_stride, is_checked=is_checked), num_rows)
+
+
+def bounded(lookups: SortedLookups, num_rows: int) -> Order:
+    """Return sorted lookups with the bounds of each of R rows' runs."""
+    kind = place_dtype(lookups.rows.numel())
+    bounds = lookups.words.new_zeros(num_rows + 1, dtype=kind)
+    rows = torch.arange(num_rows, dtype=lookups.rows.dtype, device=bounds.device)
+    torch.searchsorted(lookups.rows, rows, right=True, out_int32=kind == torch.int32, out=bounds[1:])
+    return Order(lookups.words, bounds[:-1], bounds[1:])
+
+
+def sort_list(row_ids: Tensor, scores: Tensor, numbers: Tensor, num_rows: int) -> SortedLookups:
+    """Return listed lookups in order; see `order_by_row`.
+
+    Args:
+        row_ids: [M], in [0, R), contiguous, not empty.
+        scores: [M], contiguous.
+        numbers: [M] int64, rising: n · K + k, which words have then.
+        num_rows: R.
+    """
+    # Nothing is checked, and so no score's gradient is set.
+    return sort_by_row(row_ids[:, None], scores, scores, scores, num_rows, 0, is_checked=False, numbers=numbers)
 
 
 def sort_by_row(
@@ -107,9 +125,13 @@ def sort_by_row(
     code_stride: int,
     *,
     is_checked: bool,
+    numbers: Tensor | None = None,
 ) -> SortedLookups:
-    """Return all lookups in order, without going over the rows that are not looked up; see `order_by_row`."""
-    num_ids, (num_tokens, num_lookups) = _checked_count(row_ids), row_ids.shape
+    """Return all lookups in order, without going over the rows that are not looked up; see `order_by_row`.
+
+    Words have the lookups' `numbers`, where they are given.
+    """
+    num_ids, (num_tokens, num_lookups) = checked_count(*row_ids.shape), row_ids.shape
     largest = num_rows if is_checked else num_rows - 1
     lookup_bits, row_bits = num_ids.bit_length(), max(1, largest.bit_length())
     if lookup_bits + row_bits > _WORD_BITS:
@@ -121,30 +143,32 @@ def sort_by_row(
     is_turned = code_stride > 0 and not is_checked
     sizes = (num_tokens, num_lookups, code_stride)
     keys = row_ids.new_empty((num_lookups, num_tokens) if is_turned else (1, num_ids), dtype=torch.int64)
-    _make_keys[(triton.cdiv(num_tokens, _TURNED_TOKENS), triton.cdiv(num_lookups, _TURNED_LOOKUPS))](
+    lookups = min(_TURNED_LOOKUPS, next_power_of_2(num_lookups))
+    tokens = _TURNED_TOKENS * _TURNED_LOOKUPS // lookups
+    _make_keys[(triton.cdiv(num_tokens, tokens), triton.cdiv(num_lookups, lookups))](
         row_ids, keys, grad_scores, error_word, *sizes, code_stride or num_rows, num_rows, lookup_bits,
-        _TURNED_TOKENS, _TURNED_LOOKUPS, is_checked, is_turned, **LAUNCH_OPTIONS,
+        tokens, lookups, is_checked, is_turned, **LAUNCH_OPTIONS,
     )  # fmt: skip
     keys = sort_by_bits(keys, lookup_bits, code_stride.bit_length() - 1 if is_turned else row_bits).view(-1)
     rows = keys.new_empty(num_ids, dtype=torch.int32 if largest <= _INT32_MAX else torch.int64)
     _split_keys[(triton.cdiv(num_ids, _KEYS_TOGETHER),)](
-        keys, rows, scores, num_ids, lookup_bits, _KEYS_TOGETHER, **LAUNCH_OPTIONS
+        keys, rows, scores, numbers, num_ids, lookup_bits, _KEYS_TOGETHER, **LAUNCH_OPTIONS
     )
     return SortedLookups(rows, keys)
 
 
-def _checked_count(row_ids: Tensor) -> int:
+def checked_count(num_tokens: int, num_lookups: int) -> int:
     """Return N · K.
 
     Raises:
         ConfigError: it does not fit half a word.
     """
-    if row_ids.numel() > _MAX_LOOKUPS:
+    if num_tokens * num_lookups > _MAX_LOOKUPS:
         raise ConfigError(
-            f"gradients on a GPU take at most {_MAX_LOOKUPS} lookups; got N · K = {row_ids.numel()} from "
-            f"{list(row_ids.shape)}; split the tokens"
+            f"gradients on a GPU take at most {_MAX_LOOKUPS} lookups; got N · K = {num_tokens * num_lookups} from "
+            f"{[num_tokens, num_lookups]}; split the tokens"
         )
-    return row_ids.numel()
+    return num_tokens * num_lookups
 
 
 def place_dtype(num_ids: int) -> torch.dtype:
@@ -162,7 +186,7 @@ def _by_counting(
     is_checked: bool,
 ) -> Order:
     num_tokens, num_lookups = row_ids.shape
-    kind = place_dtype(_checked_count(row_ids))
+    kind = place_dtype(checked_count(num_tokens, num_lookups))
     bins = max(_MIN_BINS, next_power_of_2(code_stride))
     chunk = min(_MAX_CHUNK, next_power_of_2(triton.cdiv(num_tokens, _WANTED_CHUNKS)))
     chunk = max(_MIN_CHUNK, bins, chunk)
@@ -216,15 +240,17 @@ def _make_keys(
 
 
 @triton.jit
-def _split_keys(keys, rows, scores, num_ids, LOOKUP_BITS, IDS: tl.constexpr):
-    """Write the rows of sorted keys, and turn the keys into words where they lie."""
+def _split_keys(keys, rows, scores, numbers, num_ids, LOOKUP_BITS, IDS: tl.constexpr):
+    """Write the rows of sorted keys, and turn the keys into words where they lie; numbers: of the lookups, or None."""
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     is_id = at < num_ids
     key = tl.load(keys + at, mask=is_id, other=0)
     row = key >> LOOKUP_BITS
     lookup = key - (row << LOOKUP_BITS)
     tl.store(rows + at, row.to(rows.dtype.element_ty), mask=is_id)
-    tl.store(keys + at, _word_of(lookup, tl.load(scores + lookup, mask=is_id, other=0.0)), mask=is_id)
+    score = tl.load(scores + lookup, mask=is_id, other=0.0)
+    number = lookup if numbers is None else tl.load(numbers + lookup, mask=is_id, other=0)
+    tl.store(keys + at, _word_of(number, score), mask=is_id)
 
 
 @triton.jit

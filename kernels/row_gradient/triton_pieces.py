@@ -34,19 +34,31 @@ class Pieces(NamedTuple):
         length: lookups of a piece.
         num_windows: programs that sum a piece, if one starts in their window of as many lookups.
         windows: [num_windows] int32, the window of each, -1 for none; None: as they lie.
+        row_ids: of each lookup by its number, [N, K], where there is a code stride.
+        code_stride: see gather_sum; None: `row_ids` [M] are of the lookups in their order.
     """
 
     length: int
     num_windows: int
     windows: Tensor | None
+    row_ids: Tensor
+    code_stride: int | None
 
 
-def pieces_of(order: Order, row_ids: Tensor, num_rows: int) -> Pieces:
-    """Return how the runs of [N, K] lookups in R rows are cut."""
+def pieces_of(
+    order: Order, num_tokens: int, num_lookups: int, num_rows: int, row_ids: Tensor, code_stride: int | None
+) -> Pieces:
+    """Return how the runs of R rows' lookups, which are numbered n · K + k, are cut.
+
+    Args:
+        order: of the lookups.
+        num_tokens, num_lookups: N and K.
+        num_rows: R.
+        row_ids, code_stride: see `Pieces`.
+    """
     num_ids = row_ids.numel()
-    if not is_by_token(row_ids, num_rows):
-        return Pieces(_LENGTH, num_ids // _LENGTH, None)
-    num_tokens, num_lookups = row_ids.shape
+    if not is_by_token(num_tokens, num_ids, num_rows):
+        return Pieces(_LENGTH, num_ids // _LENGTH, None, row_ids, code_stride)
     num_windows = num_ids // _LENGTH_BY_TOKEN
     num_groups = triton.cdiv(num_windows, _GROUP)
     windows = row_ids.new_empty(num_groups * _GROUP, dtype=torch.int32)
@@ -55,7 +67,7 @@ def pieces_of(order: Order, row_ids: Tensor, num_rows: int) -> Pieces:
         order.words, windows, num_tokens, num_lookups, num_windows, shift, _LENGTH_BY_TOKEN, _GROUP,
         num_warps=8, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    return Pieces(_LENGTH_BY_TOKEN, windows.numel(), windows)
+    return Pieces(_LENGTH_BY_TOKEN, windows.numel(), windows, row_ids, code_stride)
 
 
 @triton.jit
@@ -82,7 +94,10 @@ def sum_piece(
     K: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, IS_ADDED: tl.constexpr, HAS_PRODUCTS: tl.constexpr,
     IS_WHOLE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`."""
+    """Sum score · grad_output over the piece that starts in one window of PIECE lookups, into that row of `pieces`.
+
+    row_ids and S: see `Pieces`.
+    """
     window = tl.program_id(0).to(tl.int64)
     if windows is not None:
         window = tl.load(windows + window).to(tl.int64)
@@ -90,8 +105,11 @@ def sum_piece(
     if (last > 0) & (last < tl.load(ends + R - 1)):  # past it are bad ids
         word = tl.load(words + last)
         if word != -1:  # within the order they leave gaps
-            lookup = lookup_of(word)
-            row = tl.load(row_ids + lookup).to(tl.int64) + (lookup % K).to(tl.int64) * S
+            if S is None:
+                row = tl.load(row_ids + last).to(tl.int64)
+            else:
+                lookup = lookup_of(word)
+                row = tl.load(row_ids + lookup).to(tl.int64) + (lookup % K).to(tl.int64) * S
             store_piece(
                 table, grad_output, words, pieces, grad_scores,
                 row, tl.load(starts + row).to(tl.int64), tl.load(ends + row).to(tl.int64), window, D, first_column,

@@ -42,34 +42,34 @@ class Slice(NamedTuple):
     columns: int
 
 
-def widest(grad_output: Tensor, row_ids: Tensor, num_rows: int, *, needs_squares: bool = False) -> int:
+def widest(grad_output: Tensor, num_ids: int, num_rows: int, *, needs_squares: bool = False) -> int:
     """Return the most columns of [N, D] that a warp takes at a time.
 
     Args:
         grad_output: [N, D].
-        row_ids: [N, K].
+        num_ids: lookups of all tokens.
         num_rows: R.
         needs_squares: those of whole rows are wanted before any is updated, and of more slices more sums are kept.
     """
     num_tokens, dim = grad_output.shape
     if needs_squares:
         return _COLUMNS_EACH if dim % _MOST_COLUMNS else _MOST_COLUMNS
-    if is_by_token(row_ids, num_rows):
+    if is_by_token(num_tokens, num_ids, num_rows):
         return _SPAN_BYTES // grad_output.itemsize
-    is_short = grad_output.itemsize > _NARROW_BYTES and row_ids.numel() < _SHORT_RUN * num_rows
+    is_short = grad_output.itemsize > _NARROW_BYTES and num_ids < _SHORT_RUN * num_rows
     most = _COLUMNS_EACH if is_short or dim % _MOST_COLUMNS else _MOST_COLUMNS
     cached = _CACHED_BYTES // (num_tokens * grad_output.itemsize)
     return min(most, max(_LEAST_COLUMNS, 1 << max(0, cached.bit_length() - 1)))
 
 
-def is_by_token(row_ids: Tensor, num_rows: int) -> bool:
-    """Return whether pieces of runs are summed in the order of their tokens, of [N, K] lookups in R rows."""
-    return row_ids.numel() >= _LONG_RUN * num_rows and row_ids.shape[0] * _SPAN_BYTES >= _CACHED_BYTES
+def is_by_token(num_tokens: int, num_ids: int, num_rows: int) -> bool:
+    """Return whether pieces of runs are summed in the order of their tokens, N of them."""
+    return num_ids >= _LONG_RUN * num_rows and num_tokens * _SPAN_BYTES >= _CACHED_BYTES
 
 
-def is_seldom(row_ids: Tensor, num_rows: int) -> bool:
+def is_seldom(num_ids: int, num_rows: int) -> bool:
     """Return whether rows are looked up so seldom that a fused update takes them by windows; see `triton_windows`."""
-    return row_ids.numel() < _SELDOM * num_rows
+    return num_ids < _SELDOM * num_rows
 
 
 def slices(dim: int, most: int) -> list[Slice]:

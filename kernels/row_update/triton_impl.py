@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_order import sort_by_row
-from mfdist.kernels.row_gradient.triton_ordered import Ordered, ordered_lookups
+from mfdist.kernels.row_gradient.triton_order import checked_count, sort_by_row, sort_list
+from mfdist.kernels.row_gradient.triton_ordered import Ordered, order_list, ordered_lookups
 from mfdist.kernels.row_gradient.triton_pieces import sum_piece
 from mfdist.kernels.row_gradient.triton_slices import is_seldom, reach, slices, warp_options, widest
 from mfdist.kernels.row_id_check import can_be_bad, error_word
@@ -58,43 +58,97 @@ def fused_row_update(
     row_ids, scores, grad_output = row_ids.contiguous(), scores.contiguous(), grad_output.contiguous()
     with device_of(table):
         constants = step_constants(lr, step, rule)
-        if ordered is None and is_seldom(row_ids, num_rows):
+        if ordered is None and is_seldom(row_ids.numel(), num_rows):
             grad_scores, limit = torch.empty_like(scores), code_stride or num_rows
             word = error_word(name, limit, is_code=code_stride > 0)
             lookup = (row_ids, scores, grad_scores, word, num_rows, code_stride)
             lookups = sort_by_row(*lookup, is_checked=can_be_bad(row_ids, limit))
             update_by_windows(table, state, grad_output, lookups, grad_scores, constants, offsets, NUMBERS[rule.kind])
             return grad_scores
-        order, cut, grad_scores = ordered or ordered_lookups(row_ids, scores, num_rows, code_stride, name)
-        needs_squares = rule.kind == "rowwise_adagrad"
-        parts = slices(dim, widest(grad_output, row_ids, num_rows, needs_squares=needs_squares))
-        plan = passes(parts, needs_squares=needs_squares)
-        num_kept = parts[-1].first if len(plan) > len(parts) else 0
-        is_kept = 0 < num_kept * num_rows * scores.itemsize <= _MOST_KEPT_BYTES
-        sums = scores.new_empty(num_rows * num_kept if is_kept else 0)
-        squares = scores.new_empty(num_rows if len(parts) > 1 else 0)
-        pieces = scores.new_empty(cut.num_windows * max(part.columns for part in parts))
-        states = two_states(state, table)
-        for part in plan[: len(parts)] if is_kept else plan:
-            ways = reach(grad_output, part.first_column + part.columns)
-            tile = (row_ids.shape[1], cut.length, part.columns, part.first_column > 0, part.has_products, *ways)
-            options = warp_options(part.columns, grad_output)
-            if cut.num_windows:
-                sum_piece[(cut.num_windows,)](
-                    table, row_ids, grad_output, *order, cut.windows, pieces, grad_scores,
-                    dim, code_stride, part.first_column, num_rows, *tile, **options,
-                )  # fmt: skip
-            _update_row[(num_rows,)](
-                table, *states, grad_output, *order, pieces, grad_scores, squares, sums, *constants,
-                dim, part.first_column, num_kept, *offsets,
-                *tile, NUMBERS[rule.kind], part.is_updated, part.squares, is_kept, **options,
+        ordered = ordered or ordered_lookups(row_ids, scores, num_rows, code_stride, name)
+        _update_by_rows(table, state, grad_output, ordered, constants, offsets, NUMBERS[rule.kind])
+    return ordered.grad_scores
+
+
+def ragged_row_update(
+    table: Tensor,
+    state: list[Tensor],
+    row_ids: Tensor,
+    runs: Tensor,
+    scores: Tensor,
+    grad_output: Tensor,
+    num_lookups: int,
+    lr: Tensor,
+    step: Tensor,
+    rule: RowRule,
+    offsets: tuple[int, int],
+) -> Tensor:
+    """Update the rows in place and return the scores' gradient; see `mfdist.kernels.ragged_row_update`."""
+    num_rows, dim = table.shape
+    num_ids = row_ids.numel()
+    if not num_ids * dim:
+        return torch.zeros_like(scores)
+    row_ids, scores, grad_output = row_ids.contiguous(), scores.contiguous(), grad_output.contiguous()
+    with device_of(table):
+        constants = step_constants(lr, step, rule)
+        checked_count(runs.numel(), num_lookups)
+        grad_scores, numbers = scores.new_empty(runs.numel(), num_lookups), _numbers(runs, num_ids, num_lookups)
+        if is_seldom(num_ids, num_rows):
+            lookups = sort_list(row_ids, scores, numbers, num_rows)
+            update_by_windows(table, state, grad_output, lookups, grad_scores, constants, offsets, NUMBERS[rule.kind])
+        else:
+            ordered = order_list(row_ids, scores, numbers, grad_scores, num_rows)
+            _update_by_rows(table, state, grad_output, ordered, constants, offsets, NUMBERS[rule.kind])
+        return grad_scores.view(-1)[numbers]
+
+
+def _numbers(runs: Tensor, num_ids: int, num_lookups: int) -> Tensor:
+    """Return the numbers n · K + k of listed lookups, as though every token had K of which some are not there."""
+    missing = num_lookups - runs.long()
+    skipped = torch.repeat_interleave(missing.cumsum(0) - missing, runs, output_size=num_ids)
+    return skipped.add_(torch.arange(num_ids, device=runs.device))
+
+
+def _update_by_rows(
+    table: Tensor,
+    state: list[Tensor],
+    grad_output: Tensor,
+    ordered: Ordered,
+    constants: tuple[Tensor, Tensor],
+    offsets: tuple[int, int],
+    rule: int,
+) -> None:
+    """Update the rows that are looked up, a slice of columns at a time, and fill the scores' gradients."""
+    num_rows, dim = table.shape
+    order, cut, grad_scores = ordered
+    needs_squares = rule == ROWWISE_ADAGRAD.value
+    parts = slices(dim, widest(grad_output, order.words.numel(), num_rows, needs_squares=needs_squares))
+    plan = passes(parts, needs_squares=needs_squares)
+    num_kept = parts[-1].first if len(plan) > len(parts) else 0
+    is_kept = 0 < num_kept * num_rows * grad_scores.itemsize <= _MOST_KEPT_BYTES
+    sums = grad_scores.new_empty(num_rows * num_kept if is_kept else 0)
+    squares = grad_scores.new_empty(num_rows if len(parts) > 1 else 0)
+    pieces = grad_scores.new_empty(cut.num_windows * max(part.columns for part in parts))
+    states = two_states(state, table)
+    for part in plan[: len(parts)] if is_kept else plan:
+        ways = reach(grad_output, part.first_column + part.columns)
+        tile = (grad_scores.shape[1], cut.length, part.columns, part.first_column > 0, part.has_products, *ways)
+        options = warp_options(part.columns, grad_output)
+        if cut.num_windows:
+            sum_piece[(cut.num_windows,)](
+                table, cut.row_ids, grad_output, *order, cut.windows, pieces, grad_scores,
+                dim, cut.code_stride, part.first_column, num_rows, *tile, **options,
             )  # fmt: skip
-        if is_kept:
-            _update_kept[(num_rows, triton.cdiv(num_kept, _KEPT_COLUMNS))](
-                table, *states, order.starts, order.ends, squares, sums, *constants,
-                dim, num_kept, *offsets, _KEPT_COLUMNS, NUMBERS[rule.kind], num_warps=1, **LAUNCH_OPTIONS,
-            )  # fmt: skip
-    return grad_scores
+        _update_row[(num_rows,)](
+            table, *states, grad_output, *order, pieces, grad_scores, squares, sums, *constants,
+            dim, part.first_column, num_kept, *offsets,
+            *tile, rule, part.is_updated, part.squares, is_kept, **options,
+        )  # fmt: skip
+    if is_kept:
+        _update_kept[(num_rows, triton.cdiv(num_kept, _KEPT_COLUMNS))](
+            table, *states, order.starts, order.ends, squares, sums, *constants,
+            dim, num_kept, *offsets, _KEPT_COLUMNS, rule, num_warps=1, **LAUNCH_OPTIONS,
+        )  # fmt: skip
 
 
 def row_update(

@@ -45,7 +45,7 @@ def update_by_windows(
 ) -> None:
     """Update the rows that are looked up, a slice of columns at a time, and fill `grad_scores`."""
     num_rows, dim = table.shape
-    num_ids, needs_squares = grad_scores.numel(), rule == ROWWISE_ADAGRAD.value
+    num_ids, needs_squares = lookups.words.numel(), rule == ROWWISE_ADAGRAD.value
     parts = slices(dim, _WHOLE_COLUMNS if needs_squares else _COLUMNS)
     num_pieces = num_ids // PIECE
     pieces = grad_scores.new_empty(num_pieces * max(part.columns for part in parts))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
-from mfdist.kernels import fused_row_update, row_update, updating_gather_sum
+from mfdist.kernels import fused_row_update, ragged_row_update, row_update, updating_gather_sum
 from mfdist.optim.row_optimizer import RowOptimizer
 from mfdist.spec import Region
 
@@ -182,6 +182,39 @@ class RowState:
             code_stride=code_stride,
             name=name,
             ordered=ordered,
+        )
+
+    def update_by_list(
+        self,
+        rows: Tensor,
+        row_ids: Tensor,
+        runs: Tensor,
+        scores: Tensor,
+        grad_output: Tensor,
+        num_lookups: int,
+        name: str,
+    ) -> Tensor:
+        """Update rows [R, D] in place by what listed lookups contributed; return the gradient [M] of their scores.
+
+        See `mfdist.kernels.ragged_row_update`.
+        """
+        self._step.add_(1)
+        if not rows.numel():  # a process without rows counts along
+            return torch.zeros_like(scores)
+        return ragged_row_update(
+            rows.detach(),
+            list(self.tensors.values()),
+            row_ids,
+            runs,
+            scores,
+            grad_output,
+            num_lookups,
+            self.optimizer.rule,
+            self._lr,
+            self._step,
+            row_offset=self.region.rows[0],
+            column_offset=self.region.columns[0],
+            name=name,
         )
 
     @property

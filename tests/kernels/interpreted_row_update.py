@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.errors import RowIdError
+from mfdist.errors import ConfigError, RowIdError
 from mfdist.kernels import check_errors
 from mfdist.kernels.row_gradient import triton_order as ordering
 from mfdist.kernels.row_gradient import triton_pieces as pieces
@@ -20,6 +20,7 @@ from mfdist.kernels.row_gradient.triton_ordered import ordered_lookups
 from mfdist.kernels.row_update import RowRule, reference, triton_impl, triton_windows
 from mfdist.testing.tolerances import TOLERANCES, relative_error
 from tests.kernels.lookups import RUNS_BY_EIGHT, Lookup, make_lookup, make_runs
+from tests.kernels.ragged_lookups import TokenList, make_token_list
 from tests.kernels.row_moments import assert_rounds_as_the_reference
 from tests.kernels.updates import ADAGRAD, LR, RULES, STEP, assert_close, make_updated, reference_update, touched_rows
 
@@ -31,8 +32,9 @@ def check(lookup: Lookup, rule: RowRule, state_dtype: torch.dtype = torch.float3
     results = []
     for is_repeated in (False, True):
         got, ordered = before.copy(), None
-        if is_repeated and lookup.row_ids.numel() and not slicing.is_seldom(lookup.row_ids, lookup.table.shape[0]):
-            ordered = ordered_lookups(lookup.row_ids, lookup.scores, lookup.table.shape[0], lookup.code_stride, "t")
+        num_ids, num_rows = lookup.row_ids.numel(), lookup.table.shape[0]
+        if is_repeated and num_ids and not slicing.is_seldom(num_ids, num_rows):
+            ordered = ordered_lookups(lookup.row_ids, lookup.scores, num_rows, lookup.code_stride, "t")
         grad_scores = triton_impl.fused_row_update(
             got.table, got.state, lookup.row_ids, lookup.scores, lookup.grad_output,
             LR, STEP, rule, offsets, lookup.code_stride, "t", ordered,
@@ -134,6 +136,51 @@ def windows() -> None:
     check(make_runs([1, 2, 27, 18], 80, 48, dtype=torch.bfloat16), adagrad)
 
 
+def lists() -> None:
+    """Lookups listed token by token, of which tokens have up to K."""
+    sgd, adagrad, adam = RULES
+    for rule in RULES:
+        check_list(make_token_list(30, 5, 12, 40), rule)
+        check_list(make_token_list(9, 3, 90, 24, dtype=torch.bfloat16, id_dtype=torch.int64), rule)
+    check_list(make_token_list(0, 3, 8, 8), sgd)
+    check_list(make_token_list(20, 1, 1, 1), adam)
+    pieces._LENGTH, slicing._COLUMNS_EACH, slicing._MOST_COLUMNS = 8, 16, 16
+    for rule in RULES:
+        check_list(make_token_list(60, 4, 5, 40), rule)
+    # As of many tokens, whose pieces go in their order.
+    slicing._CACHED_BYTES, slicing._SPAN_BYTES, slicing._LONG_RUN = 1, 128, 1
+    pieces._LENGTH_BY_TOKEN, pieces._GROUP = 8, 8
+    check_list(make_token_list(90, 3, 5, 40, dtype=torch.bfloat16), adagrad)
+    check_list(make_token_list(90, 3, 5, 40), sgd)
+    try:
+        triton_impl.ragged_row_update(
+            torch.ones(2, 2), [], torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.ones(2),
+            torch.ones(2, 2), 1 << 31, LR, STEP, sgd, (0, 0),
+        )  # fmt: skip
+    except ConfigError as error:
+        assert "split the tokens" in str(error)
+    else:
+        raise AssertionError("numbers that do not fit half a word must be refused")
+
+
+def check_list(listed: TokenList, rule: RowRule) -> None:
+    """Compare the update by a list, and a repetition, with the reference."""
+    offsets = (1 << 40, 3)
+    before = make_updated(listed.table, rule)
+    results = []
+    for _ in range(2):
+        got = before.copy()
+        grad_scores = triton_impl.ragged_row_update(
+            got.table, got.state, listed.row_ids, listed.runs, listed.scores, listed.grad_output, listed.num_lookups,
+            LR, STEP, rule, offsets,
+        )  # fmt: skip
+        results.append((grad_scores, got.table, *got.state))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    expected_scores, expected = listed.reference_update(before, rule, offsets)
+    assert relative_error(grad_scores.numpy(), expected_scores.numpy()) <= TOLERANCES["float32"]
+    assert_close(got, expected)
+
+
 def rounding() -> None:
     """fp32 values that every implementation has exactly are rounded to the reference's bits."""
     table = torch.zeros(5, 300, dtype=torch.bfloat16)
@@ -220,5 +267,5 @@ def expect_error(start: str) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    parts = (updates, windows, rounding, moments, bad_ids, not_finite)
+    parts = (updates, windows, lists, rounding, moments, bad_ids, not_finite)
     {part.__name__: part for part in parts}[sys.argv[1]]()

@@ -1,10 +1,15 @@
-"""Lookups listed one by one, and what the oracle says of their gradients."""
+"""Lookups listed one by one, or token by token, and what the oracle or the reference says of them."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mfdist.kernels.row_update import RowRule
 from mfdist.testing import oracles
+from tests.kernels.lookups import Lookup
+from tests.kernels.updates import Updated, reference_update
 
 
 def make_list(
@@ -29,3 +34,44 @@ def expected_of_list(
     grad_table, grad_scores = oracles.row_gradient(*exact)
     rows = np.unique(ids)
     return rows, grad_table[rows], grad_scores[:, 0]
+
+
+@dataclass(frozen=True)
+class TokenList:
+    """Arguments of ragged_row_update: lookups of tokens that have up to K of them."""
+
+    table: Tensor
+    row_ids: Tensor
+    runs: Tensor
+    scores: Tensor
+    grad_output: Tensor
+    num_lookups: int
+
+    def reference_update(self, before: Updated, rule: RowRule, offsets: tuple[int, int]) -> tuple[Tensor, Updated]:
+        """Return the reference's score gradients [M], table and state, every lookup taken as a token of its own."""
+        grads = self.grad_output.repeat_interleave(self.runs.long(), dim=0)
+        alone = Lookup(self.table, self.row_ids[:, None], self.scores[:, None], grads, 0)
+        expected_scores, expected = reference_update(before, alone, rule, offsets)
+        return expected_scores.view(-1), expected
+
+
+def make_token_list(
+    num_tokens: int,
+    num_lookups: int,
+    num_rows: int,
+    row_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    id_dtype: torch.dtype = torch.int32,
+) -> TokenList:
+    """Return a list in which tokens have between none and all of K lookups."""
+    runs = torch.randint(0, num_lookups + 1, (num_tokens,), dtype=torch.int32)
+    num_ids = int(runs.sum())
+    return TokenList(
+        torch.randn(num_rows, row_dim).to(dtype),
+        torch.randint(0, num_rows, (num_ids,), dtype=id_dtype),
+        runs,
+        torch.randn(num_ids),
+        torch.randn(num_tokens, row_dim).to(dtype),
+        num_lookups,
+    )

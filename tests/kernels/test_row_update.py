@@ -308,7 +308,7 @@ def test_a_table_past_two_to_the_31_elements() -> None:
     assert_close(Updated(table[rows], [each[rows] for each in state]), expected)
 
 
-@pytest.mark.parametrize("part", ["updates", "windows", "rounding", "moments", "bad_ids", "not_finite"])
+@pytest.mark.parametrize("part", ["updates", "windows", "lists", "rounding", "moments", "bad_ids", "not_finite"])
 def test_in_the_interpreter(part: str, interpret: Interpret) -> None:
     done = interpret(INTERPRETED, part)
     assert done.returncode == 0, done.stderr

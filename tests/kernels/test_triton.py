@@ -145,6 +145,10 @@ KERNELS = {
         {"LENGTH": 64, "GROUP": 2048},
     ),
     "row_gradient.triton_pieces.sum_piece": (SUMS, {**SLICE, **WAYS, "windows": None}),
+    "row_gradient.triton_pieces.sum_piece of a list": (
+        {**SUMS, "row_ids": "*i32"},
+        {**SLICE, **WAYS, "windows": None, "S": None},
+    ),
     "row_gradient.triton_pieces.sum_piece by token": ({**SUMS, "windows": "*i32"}, {**SLICE, **WAYS}),
     "row_gradient.triton_impl._sum_row": (SUMS, {**SLICE, **WAYS, "IS_ADDED": False}),
     "row_gradient.triton_impl._sum_row of whole rows": (SUMS, {**SLICE, **WAYS, "COLUMNS": 1024}),
@@ -154,6 +158,10 @@ KERNELS = {
     ),
     "row_gradient.triton_order._split_keys": (
         {**SUMS, "keys": "*i64", "rows": "*i32", "LOOKUP_BITS": "i32"},
+        {"IDS": 1024, "numbers": None},
+    ),
+    "row_gradient.triton_order._split_keys of a list": (
+        {**SUMS, "keys": "*i64", "rows": "*i32", "LOOKUP_BITS": "i32", "numbers": "*i64"},
         {"IDS": 1024},
     ),
     "row_gradient.triton_sort._count": (SORTING, {"CHUNK": 1024, "BINS": 128}),
@@ -349,16 +357,13 @@ def test_sizes_of_tiles() -> None:
 
 def test_lookups_are_put_in_order_ahead_where_all_rows_are_summed() -> None:
     for num_lookups in (0, 399, 400, 401, 4000):
-        assert is_seldom(torch.empty(num_lookups, 1, device="meta"), 100) is not reads_most_rows(num_lookups, 100)
+        assert is_seldom(num_lookups, 100) is not reads_most_rows(num_lookups, 100)
 
 
 def test_widths_of_slices() -> None:
     def most(num_tokens: int, dim: int, mean_run: int, dtype: torch.dtype = torch.float32, **options: bool) -> int:
-        grads, ids = (
-            torch.empty(num_tokens, dim, device="meta", dtype=dtype),
-            torch.empty(num_tokens, 512, device="meta"),
-        )
-        return widest(grads, ids, ids.numel() // mean_run, **options)
+        grads, num_ids = torch.empty(num_tokens, dim, device="meta", dtype=dtype), 512 * num_tokens
+        return widest(grads, num_ids, num_ids // mean_run, **options)
 
     for dim, columns in {40: 512, 960: 512, 1024: 1024, 1280: 512, 1536: 512, 3072: 1024}.items():
         assert (most(64, dim, 32), most(64, dim, 31)) == (columns, 512)

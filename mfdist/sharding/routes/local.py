@@ -15,6 +15,24 @@ def summed_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def listed_gradient(
+    weight: Tensor, row_ids: Tensor, runs: Tensor, scores: Tensor, grads: Tensor, name: str, dtype: torch.dtype
+) -> tuple[RowGradient, Tensor]:
+    """Return the gradient of the rows that listed lookups read, in `dtype`, and that of their scores [M].
+
+    Args:
+        weight: [R, d].
+        row_ids, scores: [M], token by token.
+        runs: [T], how many lookups each token has.
+        grads: [T, d], of the tokens' sums.
+        name: the table's.
+        dtype: of the gradient.
+    """
+    tokens = torch.repeat_interleave(runs, output_size=row_ids.numel())
+    rows, values, shares = ragged_gradient(weight, row_ids, tokens, scores, grads, name, dtype=dtype)
+    return RowGradient(values, rows), shares
+
+
 class LocalRoute(Route):
     """Sums and gradients by the kernels, without a word to anyone.
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mfdist.kernels import ragged_gradient
 from mfdist.optim import RowState
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import id_refusal, refuse, shape_refusal
-from mfdist.sharding.routes.local import summed_dtype
+from mfdist.sharding.routes.local import listed_gradient, summed_dtype
 from mfdist.sharding.routes.rank_rows import RankRows
 from mfdist.sharding.routes.requests import by_owner
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
+from mfdist.sharding.under_way import Opened
 from mfdist.sharding.wire import Wire
 
 
@@ -94,42 +94,46 @@ class PooledRows(Route):
         self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
     ) -> tuple[RowGradient, Tensor]:
         """Return the gradients, always of the rows that were looked up; see `Route.backward`."""
-        return self._backward(
-            weight, kept, grad_output, "gradient", summed_dtype(weight) if must_list else weight.dtype
-        )
+        dtype = summed_dtype(weight) if must_list else weight.dtype
+        row_ids, scores, runs, *_ = kept.tensors
+        opened, grads = self._arriving(weight, kept, grad_output, "gradient")
+        gradient, shares = listed_gradient(self._as_wide(weight), row_ids, runs, scores, grads, self._name, dtype)
+        return gradient, self._returned(opened, kept, shares)
 
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows; see `Route.update`."""
-        gradient, grad_scores = self._backward(weight, kept, grad_output, "update", summed_dtype(weight))
-        state.update(weight, gradient.values, touched=gradient.row_ids, name=self._name)
-        return grad_scores
+        row_ids, scores, runs, own_scores, *_ = kept.tensors
+        opened, grads = self._arriving(weight, kept, grad_output, "update")
+        shares = state.update_by_list(
+            self._as_wide(weight), row_ids, runs, scores, grads, own_scores.shape[1], self._name
+        )
+        return self._returned(opened, kept, shares)
 
-    def _backward(
-        self, weight: Tensor, kept: Kept, grad_output: Tensor, phase: str, dtype: torch.dtype
-    ) -> tuple[RowGradient, Tensor]:
-        call, (token_counts, lookup_counts), (their_tokens, their_lookups), most = kept.others
-        row_ids, their_scores, runs, scores, tokens, lookups = kept.tensors
-        exchange, weight = self._exchange, self._as_wide(weight)
+    def _arriving(self, weight: Tensor, kept: Kept, grad_output: Tensor, phase: str) -> tuple[Opened, Tensor]:
+        """Send gradients to the owners; return the call, and those of the tokens that looked up rows here."""
+        call, (token_counts, _), (their_tokens, _), most = kept.others
+        runs, tokens = kept.tensors[2], kept.tensors[4]
         wire = Wire(weight.dtype, self._backward_wire)
         width = wire.width(self._row_dim)
-        opened = exchange.open(replace(call, phase=phase))
-        arriving = exchange.send(
+        opened = self._exchange.open(replace(call, phase=phase))
+        arriving = self._exchange.swap(
             opened,
             wire.encode(grad_output[tokens]),
             [count * width for count in token_counts],
             [count * width for count in their_tokens],
             most[0] * width,
         )
-        places = torch.repeat_interleave(runs, output_size=row_ids.numel())
-        grads = wire.decode(arriving.wait().view(runs.numel(), width))
-        rows, values, shares = ragged_gradient(
-            weight, row_ids.long(), places, their_scores, grads, self._name, dtype=dtype
-        )
-        returned = exchange.swap(opened, shares, their_lookups, lookup_counts, most[1])
+        return opened, wire.decode(arriving.view(runs.numel(), width))
+
+    def _returned(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
+        """Send owners' gradients of scores back; return those of this rank's [n, K]."""
+        _, (_, lookup_counts), (_, their_lookups), most = kept.others
+        scores, lookups = kept.tensors[3], kept.tensors[5]
+        returned = self._exchange.swap(opened, shares, their_lookups, lookup_counts, most[1])
         opened.wait()
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_scores.view(-1)[lookups] = returned
-        return RowGradient(values, rows), grad_scores
+        return grad_scores
 
     def _as_wide(self, weight: Tensor) -> Tensor:
         """Return the held rows, as wide as everyone's where there are none."""

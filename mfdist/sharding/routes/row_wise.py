@@ -14,13 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mfdist.kernels import gather_sum, ragged_gradient
+from mfdist.kernels import gather_sum
 from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange
 from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.checks import id_refusal, refuse, shape_refusal
-from mfdist.sharding.routes.local import summed_dtype
+from mfdist.sharding.routes.local import listed_gradient, summed_dtype
 from mfdist.sharding.routes.rank_rows import RankRows
 from mfdist.sharding.routes.requests import Requests, Returns, requested
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
@@ -95,23 +95,25 @@ class RowWise(Route):
         self, weight: Tensor, kept: Kept, grad_output: Tensor, *, must_list: bool = False
     ) -> tuple[RowGradient, Tensor]:
         """Return the gradients, always of the rows that were looked up; see `Route.backward`."""
-        return self._backward(
-            weight, kept, grad_output, "gradient", summed_dtype(weight) if must_list else weight.dtype
-        )
+        dtype = summed_dtype(weight) if must_list else weight.dtype
+        opened, lookups = self._arriving(weight, kept, grad_output, "gradient")
+        gradient, shares = listed_gradient(self._as_wide(weight), *lookups, self._name, dtype)
+        return gradient, self._returned(opened, kept, shares)
 
     def update(self, weight: Tensor, kept: Kept, grad_output: Tensor, state: RowState) -> Tensor:
         """Train the rows; see `Route.update`."""
-        gradient, grad_scores = self._backward(weight, kept, grad_output, "update", summed_dtype(weight))
-        state.update(weight, gradient.values, touched=gradient.row_ids, name=self._name)
-        return grad_scores
+        num_lookups = kept.tensors[1].shape[1]
+        opened, lookups = self._arriving(weight, kept, grad_output, "update")
+        shares = state.update_by_list(self._as_wide(weight), *lookups, num_lookups, self._name)
+        return self._returned(opened, kept, shares)
 
-    def _backward(
-        self, weight: Tensor, kept: Kept, grad_output: Tensor, phase: str, dtype: torch.dtype
-    ) -> tuple[RowGradient, Tensor]:
+    def _arriving(
+        self, weight: Tensor, kept: Kept, grad_output: Tensor, phase: str
+    ) -> tuple[Opened, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Send gradients to the owners; return the call and the lookups here, as `listed_gradient` takes them."""
         call, return_counts, sizes = kept.others
         asked, scores, tokens, runs, lookups, places = kept.tensors
-        exchange, weight = self._exchange, self._as_wide(weight)
-        wire = Wire(weight.dtype, self._backward_wire)
+        exchange, wire = self._exchange, Wire(weight.dtype, self._backward_wire)
         opened = exchange.open(replace(call, phase=phase))
         width = wire.width(self._row_dim)
         token_counts, lookup_counts = return_counts
@@ -129,18 +131,20 @@ class RowWise(Route):
             Part.cut(scores.reshape(-1)[lookups], *by_lookup),
         ]
         their_runs, their_places, their_scores = exchange.send_together(opened, parts).wait()
-        their_tokens = torch.repeat_interleave(their_runs, output_size=sum(sizes.lookups))
         by_rank = zip(their_places.split_with_sizes(sizes.lookups), _starts(sizes.asked), strict=True)
         row_ids = asked[torch.cat([part + start for part, start in by_rank])]
         everyones = wire.decode(grads.wait().view(sum(sizes.tokens), width))
-        rows, values, shares = ragged_gradient(
-            weight, row_ids, their_tokens, their_scores, everyones, self._name, dtype=dtype
-        )
-        returned = exchange.swap(opened, shares, sizes.lookups, lookup_counts, sizes.most[2])
+        return opened, (row_ids, their_runs, their_scores, everyones)
+
+    def _returned(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
+        """Send owners' gradients of scores back; return those of this rank's [n, K]."""
+        _, (_, lookup_counts), sizes = kept.others
+        scores, lookups = kept.tensors[1], kept.tensors[4]
+        returned = self._exchange.swap(opened, shares, sizes.lookups, lookup_counts, sizes.most[2])
         opened.wait()
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_scores.view(-1)[lookups] = returned
-        return RowGradient(values, rows), grad_scores
+        return grad_scores
 
     def _as_wide(self, weight: Tensor) -> Tensor:
         """Return the held rows, as wide as everyone's where there are none."""
