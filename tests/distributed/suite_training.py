@@ -75,6 +75,7 @@ def _asked(device, world_size, preset):
     name, settings = _SETTINGS[device]
     settings = {
         **settings,
+        "training.batch_size": max(settings["training.batch_size"], world_size),  # a sequence for each rank
         "data.source": f'"{ROOT / "docs"}"',  # a little text, tokenised within a second
         "training.steps": _STEPS,
         "training.precision": "fp32",
@@ -107,7 +108,7 @@ def _command(timeout_s, arguments, **variables):
         except subprocess.TimeoutExpired:
             out, err = _ended(process)
     if process.returncode:
-        said = f"{out[-1500:]}\n{err[-2500:]}"
+        said = f"{out[-1500:]}\n{err[:2500]}\n…\n{err[-2500:]}" if len(err) > 5000 else f"{out[-1500:]}\n{err}"
         spent = f"ended with {process.returncode} after {time.monotonic() - began:.0f} s of {timeout_s:.0f}"
         raise AssertionError(f"{' '.join(arguments[:8])} … {spent}\n{said}")
 

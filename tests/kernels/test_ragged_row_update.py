@@ -1,5 +1,7 @@
 """ragged_row_update on the CPU and a GPU: against the reference, and beside the update of tokens that all have K."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,9 +75,8 @@ def test_what_does_not_fit() -> None:
     assert torch.equal(got.table, listed.table)
     with pytest.raises(ConfigError, match="adam keeps 2 states"):
         update(got, listed, RULES[2])
-    wrong = TokenList(listed.table, listed.row_ids, listed.runs, listed.scores[1:], listed.grad_output, 5)
     with pytest.raises(ConfigError, match=r"scores \[M\]"):
-        update(got, wrong, SGD)
+        update(got, replace(listed, scores=listed.scores[1:]), SGD)
 
 
 @pytest.mark.gpu
@@ -91,8 +92,6 @@ def test_on_a_gpu(dtype: torch.dtype, rule: RowRule) -> None:
 @pytest.mark.gpu
 def test_too_many_lookups_for_a_gpu_are_told() -> None:
     listed = make_token_list(6, 5, 8, 4)
-    too_many = TokenList(
-        *(getattr(listed, name).cuda() for name in ("table", "row_ids", "runs", "scores", "grad_output")), 1 << 31
-    )
+    too_many = replace(listed, num_lookups=1 << 31)
     with pytest.raises(ConfigError, match="split the tokens"):
-        update(make_updated(listed.table, SGD), too_many, SGD)
+        update(Updated(listed.table.cuda(), []), too_many, SGD, "cuda")

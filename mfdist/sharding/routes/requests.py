@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfdist.kernels.row_id_check import can_be_bad
 from mfdist.sharding.routes.rank_rows import RankRows
@@ -149,40 +149,35 @@ class _Groups:
 
     @classmethod
     def of(cls, owners: Tensor, num_lookups: int, world_size: int) -> "_Groups":
-        lookups = torch.sort(owners.to(torch.int16), stable=True).indices
-        tokens, in_order = lookups // max(1, num_lookups), owners[lookups]
-        is_first = torch.ones_like(tokens, dtype=torch.bool)
-        is_first[1:] = (tokens[1:] != tokens[:-1]) | (in_order[1:] != in_order[:-1])
-        firsts = _Marks.of(is_first)
-        lookups_below = torch.searchsorted(in_order, torch.arange(world_size + 1, device=owners.device))
-        return cls(lookups, tokens, firsts, firsts.below(lookups_below), lookups_below)
+        in_order, lookups = torch.sort(owners.to(torch.int16), stable=True)
+        tokens = lookups // max(1, num_lookups)
+        firsts = _Marks.of(_is_first(torch.add(tokens, in_order, alpha=owners.numel())))
+        ranks = torch.arange(world_size + 1, dtype=in_order.dtype, device=owners.device)
+        lookups_below = torch.searchsorted(in_order, ranks)
+        return cls(lookups, tokens, firsts, firsts.before[lookups_below], lookups_below)
 
     def pairs(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the tokens [P] of all pairs, and how many lookups [P] int32 each has."""
-        firsts = self.firsts.places(number)
-        return self.tokens[firsts], nn.functional.pad(firsts, (0, 1), value=self.lookups.numel()).diff().int()
+        begins = self.firsts.places(number + 1)
+        return self.tokens[begins[:-1]], begins.diff().int()
 
 
 @dataclass(frozen=True)
 class _Marks:
     """Some marked places among many."""
 
-    is_marked: Tensor  # bool
-    up_to: Tensor  # int64: how many are marked up to each place and there
+    is_marked: Tensor  # [M] bool
+    before: Tensor  # [M + 1] int64: how many are marked before each place, and in all
 
     @classmethod
     def of(cls, is_marked: Tensor) -> "_Marks":
-        return cls(is_marked, is_marked.cumsum(0))
-
-    def below(self, places: Tensor) -> Tensor:
-        """Return how many are marked below some places."""
-        return nn.functional.pad(self.up_to, (1, 0))[places]
+        before = is_marked.new_zeros(is_marked.numel() + 1, dtype=torch.int64)
+        torch.cumsum(is_marked, 0, dtype=torch.int64, out=before[1:])
+        return cls(is_marked, before)
 
     def places(self, number: int) -> Tensor:
-        """Return the marked places, of which there are so many: `nonzero` would have a GPU count them once more."""
-        found = self.up_to.new_empty(number + 1)  # the last one takes what is not marked
-        places = torch.arange(self.up_to.numel(), device=found.device)
-        return found.scatter_(0, torch.where(self.is_marked, self.up_to - 1, number), places)[:number]
+        """Return so many marked places, and M in place of any more: `nonzero` would have a GPU count them again."""
+        return torch.nonzero_static(self.is_marked, size=number, fill_value=self.is_marked.numel()).view(-1)
 
 
 @dataclass(frozen=True)
@@ -207,13 +202,18 @@ def _unique(numbers: Tensor, rows: RankRows) -> _Listed:
         is_used[numbers] = True
         marks = _Marks.of(is_used)
         everyone = torch.arange(rows.num_rows, device=numbers.device)
-        return _Listed(marks.up_to[numbers] - 1, marks.below(starts), everyone, marks)
+        return _Listed(marks.before[numbers], marks.before[starts], everyone, marks)
     in_order, lookups = torch.sort(numbers)
-    is_first = torch.ones_like(in_order, dtype=torch.bool)
-    is_first[1:] = in_order[1:] != in_order[:-1]
-    marks = _Marks.of(is_first)
-    positions = torch.empty_like(lookups).scatter_(0, lookups, marks.up_to - 1)
-    return _Listed(positions, marks.below(torch.searchsorted(in_order, starts)), in_order, marks)
+    marks = _Marks.of(_is_first(in_order))
+    positions = torch.empty_like(lookups).scatter_(0, lookups, marks.before[1:] - 1)
+    return _Listed(positions, marks.before[torch.searchsorted(in_order, starts)], in_order, marks)
+
+
+def _is_first(values: Tensor) -> Tensor:
+    """Return which of a list's values differ from the one before."""
+    is_first = torch.ones_like(values, dtype=torch.bool)
+    torch.ne(values[1:], values[:-1], out=is_first[1:])
+    return is_first
 
 
 def _all(numbers: Tensor, groups: _Groups) -> _Listed:
