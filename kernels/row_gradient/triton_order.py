@@ -202,7 +202,7 @@ def _by_counting(
     _count[(num_lookups, chunks)](
         codes, counts, num_tokens, code_stride, chunks, chunk, bins, num_warps=2, **LAUNCH_OPTIONS
     )
-    starts, ends = row_ids.new_empty(2, num_lookups * code_stride, dtype=kind)
+    starts, ends = row_ids.new_empty(2, num_lookups * code_stride, dtype=kind).unbind()
     chunks_up = next_power_of_2(chunks)
     together = min(bins, max(1, _CODES_TOGETHER * _WANTED_CHUNKS // max(chunks_up, _WANTED_CHUNKS)))
     _bound[(num_lookups,)](

@@ -213,9 +213,15 @@ class GrowingMailboxes(ABC):
         """Return the bytes of this rank that the others write to."""
         return 2 * self._half_bytes if self._made is not None else 0
 
-    def put(self, part: Tensor, values: Tensor) -> None:
-        """Copy into a part that is to be written, within `Mailboxes.lend`; what comes next need not wait for it."""
-        part.copy_(values)
+    def put(self, made: list[tuple[Tensor, Tensor]]) -> None:
+        """Copy into parts that are to be written, within `Mailboxes.lend`; what comes next need not wait for it.
+
+        Args:
+            made: parts and what they get; it is emptied.
+        """
+        for part, values in made:
+            part.copy_(values)
+        made.clear()
 
     @abstractmethod
     def _make(self, num_bytes: int) -> Mailboxes | None:

@@ -44,41 +44,69 @@ class Part:
         return _words(self.largest * self.dtype.itemsize)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Packed:
     """Messages to all ranks but one's own.
 
     Args:
-        words: int64, the messages one after the other.
+        pieces: [W], of which each message consists, all in words or all in bytes.
+        nothing: a message without words.
         sizes: [W] words to each rank.
         arriving: [W] words from each rank.
         payload_bytes: [W] of `sizes`, without what fills up words.
     """
 
-    words: Tensor
+    pieces: list[list[Tensor]]
+    nothing: Tensor
     sizes: list[int]
     arriving: list[int]
     payload_bytes: list[int]
 
+    @property
+    def num_filling_bytes(self) -> int:
+        """Return how many bytes only fill up words."""
+        return sum(self.sizes) * WORD_BYTES - sum(self.payload_bytes)
+
+    def write(self, rank: int, words: Tensor) -> None:
+        """Write a message that is not empty."""
+        _write(self.pieces[rank], words)
+
+    def joined(self) -> Tensor:
+        """Return the messages one after the other."""
+        words = self.nothing.new_empty(sum(self.sizes))
+        _write([piece for message in self.pieces for piece in message], words)
+        return words
+
 
 def pack(parts: Sequence[Part], own: int) -> Packed:
-    """Return what this rank, the `own`-th, sends to each of the others."""
+    """Return what this rank, the `own`-th, sends to each of the others; nothing is copied yet."""
     ranks = range(len(parts[0].pieces))
     num_bytes = [[0 if rank == own else part.pieces[rank].nbytes for part in parts] for rank in ranks]
     arriving = [
         sum(_words(part.arriving[rank] * part.dtype.itemsize) for part in parts) if rank != own else 0 for rank in ranks
     ]
-    sizes = [sum(map(_words, line)) for line in num_bytes]
-    words = parts[0].pieces[own].new_empty(sum(sizes), dtype=torch.int64)
-    pieces = [part.pieces[rank].detach() for rank in ranks if rank != own for part in parts]
-    if all(_is_whole(piece) for piece in pieces):
-        if pieces:
-            torch.cat([piece.view(torch.int64) for piece in pieces], out=words)
+    nothing = parts[0].pieces[own].new_empty(0, dtype=torch.int64)
+    pieces = [[] if rank == own else [part.pieces[rank].detach() for part in parts] for rank in ranks]
+    if all(_is_whole(piece) for message in pieces for piece in message):
+        pieces = [[piece.view(torch.int64) for piece in message] for message in pieces]
     else:
-        filling = words.new_zeros(WORD_BYTES, dtype=torch.uint8)
-        filled = [each for piece in pieces for each in (piece.view(torch.uint8), filling[: -piece.nbytes % WORD_BYTES])]
-        torch.cat(filled, out=words.view(torch.uint8))
-    return Packed(words, sizes, arriving, [sum(line) for line in num_bytes])
+        filling = nothing.new_zeros(WORD_BYTES, dtype=torch.uint8)
+        pieces = [
+            [each for piece in message for each in (piece.view(torch.uint8), filling[: -piece.nbytes % WORD_BYTES])]
+            for message in pieces
+        ]
+    return Packed(
+        pieces=pieces,
+        nothing=nothing,
+        sizes=[sum(map(_words, line)) for line in num_bytes],
+        arriving=arriving,
+        payload_bytes=[sum(line) for line in num_bytes],
+    )
+
+
+def _write(pieces: list[Tensor], words: Tensor) -> None:
+    if pieces:
+        torch.cat(pieces, out=words.view(pieces[0].dtype))
 
 
 def unpack(messages: Sequence[Tensor], parts: Sequence[Part], own: int, *, is_lent: bool = False) -> list[Tensor]:

@@ -72,7 +72,7 @@ class PeerMemory(GrowingMailboxes):
         self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied: list[Tensor] = []  # until the stream has waited for them
+        self._copied: list[tuple[Tensor, Tensor]] = []  # until the stream has waited for them
         self._releases: list[tuple[Tensor, Tensor]] = []
         atexit.register(_leave, weakref.ref(self))  # or the process could not end before the wait's time is out
 
@@ -100,18 +100,20 @@ class PeerMemory(GrowingMailboxes):
         _log.warning("GPUs do not write into each other's memory; NCCL carries everything (%s)", errors[0])
         return None
 
-    def put(self, part: Tensor, values: Tensor) -> None:
-        """Copy into a part, beside what is computed next."""
+    def put(self, made: list[tuple[Tensor, Tensor]]) -> None:
+        """Copy into parts, beside what is computed next."""
         computing = torch.cuda.current_stream(self._device)
         self._ready.record(computing)
         self._copying.wait_event(self._ready)
         with torch.cuda.device(self._device):  # which streams that are set bring with them
             torch.cuda.set_stream(self._copying)
             try:
-                part.copy_(values)
+                for part, values in made:
+                    part.copy_(values)
             finally:
                 torch.cuda.set_stream(computing)
-        self._copied.append(values)
+        self._copied += made
+        made.clear()
 
     def _wait(self) -> None:
         self._stream = torch.cuda.current_stream(self._device)

@@ -40,10 +40,15 @@ def test_what_is_packed_arrives(drawn):
     packed = [pack(each, rank) for rank, each in enumerate(made)]
     for rank, each in enumerate(packed):
         assert each.sizes[rank] == each.arriving[rank] == 0
-        assert each.words.numel() == sum(each.sizes)
+        assert each.joined().numel() == sum(each.sizes)
         assert max(each.sizes) <= sum(part.largest_words for part in made[rank])
-        messages = [one.words.split(one.sizes)[rank] for one in packed]
+        messages = [one.joined().split(one.sizes)[rank] for one in packed]
         assert [message.numel() for message in messages] == each.arriving
+        for one, message in zip(packed, messages, strict=True):
+            if message.numel():
+                written = torch.full_like(message, -1)
+                one.write(rank, written)
+                assert torch.equal(written, message)
         found = unpack(messages, made[rank], rank)
         for got, (dtype, _), pieces in zip(found, parts, values, strict=True):
             wanted = torch.cat([one[rank] for one in pieces])
@@ -61,7 +66,7 @@ def test_pieces_that_begin_within_a_word():
     part = Part.cut(whole[1:], [3, 36], [3, 8], 36)  # 36 · 4 bytes are whole words, which begin 4 bytes late
     packed = pack([part], 0)
     assert packed.sizes == [0, 18] and packed.payload_bytes == [0, 36 * 4]
-    assert torch.equal(packed.words.view(torch.int32), whole[4:])
+    assert torch.equal(packed.joined().view(torch.int32), whole[4:])
     (found,) = unpack([whole[:0], torch.arange(8, dtype=torch.int32)], [part], 0)
     assert found.tolist() == [1, 2, 3, *range(8)]
 
@@ -80,7 +85,7 @@ def test_one_tensor_for_all_ranks(num_elements):
     own = torch.arange(float(num_elements), requires_grad=True)
     packed = pack([Part(pieces=[own] * 3, arriving=[0, num_elements, 1], largest=num_elements)], 1)
     assert packed.sizes == [3, 0, 3] and packed.arriving == [0, 0, 1]
-    first, last = packed.words.view(torch.float32).split(3 * WORD_BYTES // 4)
+    first, last = packed.joined().view(torch.float32).split(3 * WORD_BYTES // 4)
     assert first[:num_elements].tolist() == last[:num_elements].tolist() == own.tolist()
 
 
