@@ -61,6 +61,7 @@ class ShardedConformance(TableConformance, FusedConformance):
     def __init__(self, exchanges: MeshExchanges, make_plan: Any) -> None:
         self._exchanges = exchanges
         self._make_plan = make_plan
+        self.num_ranks = exchanges.world_size
 
     def make_table(self, rows: Tensor) -> ShardedTable:
         """Return a sharded table of the rows."""

@@ -31,6 +31,7 @@ KINDS = (
     "pooled_slots",
     "column_wise",
     "table_wise",
+    "few_slots",
     "one_owner",
     "replicated",
 )

@@ -44,6 +44,9 @@ def make_plan(kind, spec, world_size, stride=0, **options):
         return kinds.column_wise(spec, [*range(1, world_size - 1), 0], cuts=cuts, **options)
     if kind == "table_wise":
         return kinds.table_wise(spec, world_size, stride or 1, **options)
+    if kind == "few_slots":  # fewer than ranks; the first has none
+        cuts = even_cuts(spec.num_rows, max(1, world_size - 1), stride or 1)
+        return kinds.table_wise(spec, world_size, stride or 1, cuts=(0, *cuts)[-world_size - 1 :], **options)
     if kind == "one_owner":
         return kinds.table_wise(spec, [world_size - 1], 0, **options)
     if kind == "grid":

@@ -20,6 +20,7 @@ KINDS = (
     "column_wise",
     "uneven_columns",
     "table_wise",
+    "few_slots",
     "one_owner",
     "replicated",
 )

@@ -90,7 +90,7 @@ class TableWise(Route):
         is_owner = owners[exchange.rank]
         returned = exchange.lend_pieces(
             opened,
-            wire.encode(sums).view(-1),
+            wire.encode(sums if is_owner else sums[:0]).view(-1),
             [count * width * is_owner for count in num_tokens],
             [lookup.num_tokens * width * each for each in owners],
             max(num_tokens) * width,
