@@ -131,7 +131,7 @@ def sort_by_row(
 
     Words have the lookups' `numbers`, where they are given.
     """
-    num_ids, (num_tokens, num_lookups) = checked_count(*row_ids.shape), row_ids.shape
+    num_ids, (num_tokens, num_lookups) = _checked_count(*row_ids.shape), row_ids.shape
     largest = num_rows if is_checked else num_rows - 1
     lookup_bits, row_bits = num_ids.bit_length(), max(1, largest.bit_length())
     if lookup_bits + row_bits > _WORD_BITS:
@@ -157,7 +157,7 @@ def sort_by_row(
     return SortedLookups(rows, keys)
 
 
-def checked_count(num_tokens: int, num_lookups: int) -> int:
+def _checked_count(num_tokens: int, num_lookups: int) -> int:
     """Return N · K.
 
     Raises:
@@ -186,7 +186,7 @@ def _by_counting(
     is_checked: bool,
 ) -> Order:
     num_tokens, num_lookups = row_ids.shape
-    kind = place_dtype(checked_count(num_tokens, num_lookups))
+    kind = place_dtype(_checked_count(num_tokens, num_lookups))
     bins = max(_MIN_BINS, next_power_of_2(code_stride))
     chunk = min(_MAX_CHUNK, next_power_of_2(triton.cdiv(num_tokens, _WANTED_CHUNKS)))
     chunk = max(_MIN_CHUNK, bins, chunk)

@@ -10,6 +10,9 @@ from mfdist.kernels.row_update.arguments import check_update
 from mfdist.kernels.row_update.op import row_update
 from mfdist.kernels.row_update.rule import RowRule
 
+#: T · K of lookups that a GPU puts in order by their numbers.
+_MOST_NUMBERS = 2**32 - 1
+
 
 def ragged_row_update(
     table: Tensor,
@@ -55,11 +58,13 @@ def ragged_row_update(
             checked it).
         ConfigError: shapes, dtypes or devices do not fit together. Nothing was changed.
 
-    Cost: M·D elements of grad_output read, on a CPU twice, and of touched rows; touched rows and their states written;
-    on a CPU also the rows' gradients. A stable sort of M ids.
+    Cost: M·D elements of grad_output read, on a CPU twice, and of touched rows; touched rows and their states written.
+    A stable sort of M ids. Beside, on a GPU T·K scores' gradients; on a CPU, or where T·K does not fit 32 bits, the
+    rows' gradients.
     """
     check_update(table, state, rule, lr, step, name)
-    if not table.is_cuda:
+    # With more numbers than half a word has, an owner would be alone with an error.
+    if not table.is_cuda or runs.numel() * num_lookups > _MOST_NUMBERS:
         tokens = torch.repeat_interleave(runs, output_size=row_ids.numel())
         wide = torch.promote_types(table.dtype, torch.float32)
         rows, grads, grad_scores = ragged_gradient(table, row_ids, tokens, scores, grad_output, name, dtype=wide)

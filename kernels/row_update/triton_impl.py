@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfdist.kernels.row_gradient.triton_order import checked_count, sort_by_row, sort_list
+from mfdist.kernels.row_gradient.triton_order import sort_by_row, sort_list
 from mfdist.kernels.row_gradient.triton_ordered import Ordered, order_list, ordered_lookups
 from mfdist.kernels.row_gradient.triton_pieces import sum_piece
 from mfdist.kernels.row_gradient.triton_slices import is_seldom, reach, slices, warp_options, widest
@@ -91,7 +91,6 @@ def ragged_row_update(
     row_ids, scores, grad_output = row_ids.contiguous(), scores.contiguous(), grad_output.contiguous()
     with device_of(table):
         constants = step_constants(lr, step, rule)
-        checked_count(runs.numel(), num_lookups)
         grad_scores, numbers = scores.new_empty(runs.numel(), num_lookups), _numbers(runs, num_ids, num_lookups)
         if is_seldom(num_ids, num_rows):
             lookups = sort_list(row_ids, scores, numbers, num_rows)

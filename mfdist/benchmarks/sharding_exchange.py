@@ -79,7 +79,8 @@ def exchange_alone(table: ShardedTable, step: Callable[[], object]) -> Alone:
 def overlap(step: Callable[[], object]) -> float | None:
     """Return the share of the time a step exchanges during which kernels compute; None where it never exchanges.
 
-    It exchanges while NCCL's kernels run, copies to other GPUs, or waits for what they write here.
+    It exchanges while NCCL's kernels run, copies to other GPUs, or waits for what they write here; kernels that put
+    codes and scores together where others read them count as computing.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         step()

@@ -238,7 +238,7 @@ def _is_fetched(plan: TablePlan, topology: Topology) -> bool:
 
 
 def _is_by_rows(plan: TablePlan, topology: Topology) -> bool:
-    """Return whether rows are cut anywhere, so that owners list the gradients of those that were read."""
+    """Return whether rows are cut anywhere, so that lookups are listed by their owners."""
     return plan.kind == "row_wise" or (plan.kind == "grid" and not plan.code_stride and topology.num_hosts > 1)
 
 

@@ -262,7 +262,7 @@ class Exchange:
     ) -> Lent:
         """Send each rank what is made for it, this rank's own last, and get theirs; see `lend`.
 
-        On a GPU one part travels while the next is made, if GPUs reach each other, and all of them beside `meanwhile`.
+        Where GPUs reach each other one part travels while the next is made, or all of them beside `meanwhile`.
 
         Args:
             opened, dtype, sizes, arriving, largest: see `lend`.

@@ -15,6 +15,8 @@ from mfdist.sharding.workload import TableLoad, Workload
 
 _INDEX_BYTES = 8  # of a token's or a lookup's number
 _RUN_BYTES = 4
+#: Of a lookup while it is put in order with others that were listed: two words, a row and a number.
+_SORTING_BYTES = 28
 _ACCUMULATOR_BYTES = 4
 SUM_BYTES = 4  # what rows' gradients are summed in
 
@@ -29,7 +31,7 @@ class Footprint:
         states: what the row optimiser keeps.
         saved: kept from a lookup to its backward; adds up over the tables of a model.
         transient: lives during one exchange, a rank's share of its own included, and where rows' gradients are listed
-            before they are used, those; the largest table's counts.
+            before they are used, or lookups put in order, those; the largest table's counts.
     """
 
     weights: Floats
@@ -107,7 +109,13 @@ def _transient(
     if is_by_rows or has_squares:
         touched = summed_rows(plan, load, num_tokens * held.world_size) / plan.num_rows
         item_bytes = max(plan.dtype.itemsize, SUM_BYTES if workload.is_fused else 0)
-        fullest["backward"] = fullest["backward"] + touched * held.rows * held.columns * item_bytes
+        listed = touched * held.rows * held.columns * item_bytes
+        if is_by_rows and workload.is_fused:  # on a CPU; a GPU numbers and sorts lookups
+            tokens = float(num_tokens * held.world_size)
+            shares = tokens * owner_hits(plan, held, load) * load.num_lookups * SCORE_BYTES
+            sorting = tokens * load.num_lookups * held.rows / plan.num_rows * _SORTING_BYTES
+            listed = np.maximum(listed, shares + sorting)
+        fullest["backward"] = fullest["backward"] + listed
     return np.maximum(fullest["forward"], fullest["backward"])
 
 

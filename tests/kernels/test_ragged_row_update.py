@@ -83,15 +83,16 @@ def test_what_does_not_fit() -> None:
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype: torch.dtype, rule: RowRule) -> None:
-    # Rows that are looked up often, in slices, by windows, with long runs, and by token; and none.
+    # Rows that are looked up often, in slices, by windows, in long runs, and none; one often among many; by token.
     for sizes in ((700, 5, 64, 300), (60, 7, 20, 1536), (90, 3, 5000, 640), (9000, 2, 3, 100), (0, 3, 8, 8)):
         check(make_token_list(*sizes, dtype=dtype), rule, "cuda")
+    words = make_token_list(4000, 3, 50_000, 100, dtype=dtype)
+    words.row_ids[::2] = 11
+    check(words, rule, "cuda")
     check(make_token_list(70_000, 2, 40, 1040, dtype=dtype), rule, "cuda")
 
 
 @pytest.mark.gpu
-def test_too_many_lookups_for_a_gpu_are_told() -> None:
-    listed = make_token_list(6, 5, 8, 4)
-    too_many = replace(listed, num_lookups=1 << 31)
-    with pytest.raises(ConfigError, match="split the tokens"):
-        update(Updated(listed.table.cuda(), []), too_many, SGD, "cuda")
+def test_numbers_that_do_not_fit_half_a_word_on_a_gpu() -> None:
+    listed = make_token_list(63, 5, 20, 40)
+    check(replace(listed, num_lookups=1 << 31), SGD, "cuda")

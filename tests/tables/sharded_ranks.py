@@ -1,6 +1,7 @@
 """What ranks do in the tests of sharded tables; in a module of its own, since their processes import it."""
 
 import socket
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -315,3 +316,20 @@ def fused(rank, kind, stride, rule, dtype):
         table(ids[mine], scores[mine], code_stride=stride).backward(grads[mine].to(dtype))
     assert table.row_state.num_updates == 2 and table.weight.grad is None
     return put_together(table, table.weight), local.weight
+
+
+def updated_apart(rank, kind):
+    """Return the errors' kind and what changed where two ranks go backward through one of two tables each."""
+    spec, exchanges = TableSpec(name="a", num_rows=40, row_dim=8), exchanges_for(kind, 2, uses_peer_memory=False)
+    tables = []
+    for name in ("a", "b"):
+        plan = make_plan(kind, replace(spec, name=name), 2)
+        tables.append(ShardedTable(plan, exchanges, seed=3).fuse(RowAdagrad(lr=0.1)))
+    ids, scores, grads = lookup_of(0, 5, spec.num_rows, 9, spec.row_dim)
+    outs = [table(ids, scores.clone().requires_grad_()) for table in tables]
+    before = tables[rank].weight.detach().clone()
+    try:
+        outs[rank].backward(grads)
+    except MfdistError as error:
+        return error.kind, torch.equal(before, tables[rank].weight), int(tables[rank].row_state.count)
+    return None

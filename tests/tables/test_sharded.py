@@ -156,6 +156,11 @@ def test_what_is_there_together_travels_in_one_message(pool, kind, number):
     assert pool.run(ranks.messages, 2, kind, stride) == [number] * 2
 
 
+@pytest.mark.parametrize("kind", ["row_wise", "pooled_rows"])
+def test_rows_stay_where_ranks_update_different_tables(pool, kind):
+    assert pool.run(ranks.updated_apart, 2, kind) == [("consistency", True, 0)] * 2
+
+
 @pytest.mark.parametrize("kind", ["column_wise", "uneven_columns", "table_wise"])
 def test_lookups_that_begin_before_the_sizes_are_known(pool, kind):
     (first, kind_first, after_first), (second, kind_second, after_second) = pool.run(meanwhile_ranks.hasty, 2, kind, 8)

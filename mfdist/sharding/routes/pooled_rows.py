@@ -123,6 +123,7 @@ class PooledRows(Route):
             [count * width for count in their_tokens],
             most[0] * width,
         )
+        opened.wait()  # before anything is changed
         return opened, wire.decode(arriving.view(runs.numel(), width))
 
     def _returned(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
@@ -130,7 +131,6 @@ class PooledRows(Route):
         _, (_, lookup_counts), (_, their_lookups), most = kept.others
         scores, lookups = kept.tensors[3], kept.tensors[5]
         returned = self._exchange.swap(opened, shares, their_lookups, lookup_counts, most[1])
-        opened.wait()
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_scores.view(-1)[lookups] = returned
         return grad_scores

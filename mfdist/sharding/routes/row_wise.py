@@ -134,6 +134,7 @@ class RowWise(Route):
         by_rank = zip(their_places.split_with_sizes(sizes.lookups), _starts(sizes.asked), strict=True)
         row_ids = asked[torch.cat([part + start for part, start in by_rank])]
         everyones = wire.decode(grads.wait().view(sum(sizes.tokens), width))
+        opened.wait()  # before anything is changed
         return opened, (row_ids, their_runs, their_scores, everyones)
 
     def _returned(self, opened: Opened, kept: Kept, shares: Tensor) -> Tensor:
@@ -141,7 +142,6 @@ class RowWise(Route):
         _, (_, lookup_counts), sizes = kept.others
         scores, lookups = kept.tensors[1], kept.tensors[4]
         returned = self._exchange.swap(opened, shares, sizes.lookups, lookup_counts, sizes.most[2])
-        opened.wait()
         grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
         grad_scores.view(-1)[lookups] = returned
         return grad_scores
