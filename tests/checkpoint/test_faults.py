@@ -187,6 +187,7 @@ def test_a_part_deleted_during_a_save_is_said(
     assert_intact(directory, contents(small_state(1)), contents)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed scandir iterator")  # where the signal comes within os.walk
 def test_an_interrupted_save_keeps_a_whole_step(
     directory: CheckpointDirectory, small_state: State, contents: Contents
 ) -> None:
