@@ -89,8 +89,13 @@ def overlap(step: Callable[[], object]) -> float | None:
     for event in profile.events() or ():
         if event.device_type == DeviceType.CUDA:
             span = (event.time_range.start, event.time_range.end)
-            (exchanging if any(name in event.name.lower() for name in _EXCHANGING) else computing).append(span)
+            (exchanging if is_exchanging(event.name) else computing).append(span)
     return shared_share(exchanging, computing)
+
+
+def is_exchanging(kernel: str) -> bool:
+    """Return whether what a profile calls so moves data between GPUs, or waits for it, and does nothing else."""
+    return any(name in kernel.lower() for name in _EXCHANGING)
 
 
 def shared_share(exchanging: Sequence[tuple[float, float]], computing: Sequence[tuple[float, float]]) -> float | None:

@@ -56,6 +56,13 @@ def test_a_fused_update_keeps_no_gradient():
     assert found.gradients.tolist() == [0]
 
 
+def test_rows_that_are_looked_up_often_cost_their_lookups_order_when_fused():
+    asked = {"load": TableLoad(num_lookups=6), "num_tokens": 1000}
+    listed, ordered = (of(row_wise(SPEC, 4), 4, is_fused=is_fused, **asked)[1].transient for is_fused in (False, True))
+    shares = 4000 * (1 - 0.75**6) * 6 * 4  # of every token that looked up a row here, scores' gradients
+    assert ordered - listed == pytest.approx(shares + 4000 * 6 / 4 * 28 - 24 * 16 * 4, rel=1e-6)
+
+
 def test_row_wise_states_of_columns_are_kept_by_each_owner():
     held, found = of(column_wise(SPEC, 4, cuts=(0, 0, 4, 8, 16)), 4, rule="rowwise_adagrad")
     assert held.on_ranks(found.states).tolist() == [0, 384, 384, 384]

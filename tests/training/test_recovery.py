@@ -76,9 +76,7 @@ def test_kills_and_the_same_losses(tmp_path, tiny_config, num_wanted):
         if steps := killed.checkpoints.steps():
             assert killed.checkpoints.verify(steps[-1].step) == []
     assert num_kills == num_wanted, f"the run ended after {num_kills} kills; give it more steps"
-    assert len(set(resumed_at)) >= num_wanted // 4, (
-        resumed_at
-    )  # the kills fell between different commits, and some during a save
+    assert len(set(resumed_at)) >= 5, resumed_at  # the kills fell between different commits, and some during a save
     killed.write_config(killed.config_with(["checkpoint.every=50"]))
     train(killed)
     assert curve(killed) == curve(whole)
