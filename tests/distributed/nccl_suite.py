@@ -168,7 +168,7 @@ class Suite:
     def repeat(self, world_size: int, options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
             what = f"repeat {world_size}"
-            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset)
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
             found = self.attempt(what, lambda: repeated(*asked))
         if found is None:
             return
@@ -181,7 +181,7 @@ class Suite:
     def train(self, world_size: int, options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
             what = f"train {world_size}"
-            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset)
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
             runs = self.attempt(what, lambda: resumed_on_fewer(*asked))
         for many, fewer in zip(*runs, strict=True) if runs else ():
             distance = abs(many["loss"] - fewer["loss"]) / many["loss"]
@@ -201,7 +201,7 @@ class Suite:
             self.tell(f"skipped {what}: Ray is not installed here; pip install 'mfdist[ray]'")
             return
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
-            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset)
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
             runs = self.attempt(what, lambda: launched_and_trained(*asked))
         for ours, theirs in zip(*runs, strict=True) if runs else ():
             is_same = ours["loss"] == theirs["loss"]
@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", help="pattern of the benchmark's cases")
     parser.add_argument("--contender", action="append", help="pattern of the benchmark's contenders")
     parser.add_argument("--preset", help="what to train; by default a small one")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of what is trained")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the benchmark, each contender and case")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long")
     parser.add_argument("--stage-seconds", type=float, default=300.0, help="end a stage that takes so long; it failed")

@@ -18,7 +18,7 @@ _SETTINGS = {
 }
 
 
-def resumed_on_fewer(device, world_size, folder, timeout_s, preset=None):
+def resumed_on_fewer(device, world_size, folder, timeout_s, preset=None, settings=()):
     """Train on so many ranks, resume the step saved midway on half of them; return both runs' events of each step.
 
     Args:
@@ -27,8 +27,9 @@ def resumed_on_fewer(device, world_size, folder, timeout_s, preset=None):
         folder: empty, for two runs.
         timeout_s: of each run.
         preset: what to train; by default a small one.
+        settings: KEY=VALUE, over those that make it short.
     """
-    name, options = _asked(device, world_size, preset)
+    name, options = _asked(device, world_size, preset, settings)
     first, second = folder / "many", folder / "fewer"
     _run(device, world_size, timeout_s, "train", name, "--out", str(first), *options)
     second.mkdir()
@@ -41,9 +42,9 @@ def resumed_on_fewer(device, world_size, folder, timeout_s, preset=None):
     return [_stepped(run)[-(_STEPS - _SAVED) :] for run in (first, second)]
 
 
-def launched_and_trained(device, world_size, folder, timeout_s, preset=None):
+def launched_and_trained(device, world_size, folder, timeout_s, preset=None, settings=()):
     """Train the same by `mfdist launch` and by `mfdist train`; return both runs' events of each step, see above."""
-    name, options = _asked(device, world_size, preset)
+    name, options = _asked(device, world_size, preset, settings)
     launched, trained = folder / "launched", folder / "trained"
     threads = max(1, (os.cpu_count() or 1) // world_size) if device == "cuda" else 1
     cpus = threads if device == "cuda" else min(1.0, (os.cpu_count() or 1) / world_size)
@@ -54,12 +55,12 @@ def launched_and_trained(device, world_size, folder, timeout_s, preset=None):
     return [_stepped(run) for run in (launched, trained)]
 
 
-def repeated(device, world_size, folder, timeout_s, preset=None):
+def repeated(device, world_size, folder, timeout_s, preset=None, settings=()):
     """Train the same twice; return how many files the last checkpoint has, and the names of those that differ.
 
     Its manifest, which has the time, is left out.
     """
-    name, options = _asked(device, world_size, preset)
+    name, options = _asked(device, world_size, preset, settings)
     files = []
     for run in (folder / "once", folder / "again"):
         _run(device, world_size, timeout_s, "train", name, "--out", str(run), *options)
@@ -70,12 +71,12 @@ def repeated(device, world_size, folder, timeout_s, preset=None):
     return len(once), sorted(name for name in {*once, *again} if once.get(name) != again.get(name))
 
 
-def _asked(device, world_size, preset):
+def _asked(device, world_size, preset, settings):
     """Return what to train, and the options that make it short."""
-    name, settings = _SETTINGS[device]
-    settings = {
-        **settings,
-        "training.batch_size": max(settings["training.batch_size"], world_size),  # a sequence for each rank
+    name, own = _SETTINGS[device]
+    short = {
+        **own,
+        "training.batch_size": max(own["training.batch_size"], world_size),  # a sequence for each rank
         "data.source": f'"{ROOT / "docs"}"',  # a little text, tokenised within a second
         "training.steps": _STEPS,
         "training.precision": "fp32",
@@ -87,7 +88,8 @@ def _asked(device, world_size, preset):
         "checkpoint.every": _SAVED,
         "checkpoint.keep_last": 9,
     }
-    return preset or name, [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    asked = [*(f"{key}={value}" for key, value in short.items()), *settings]
+    return preset or name, [word for setting in asked for word in ("--set", setting)]
 
 
 def _run(device, world_size, timeout_s, *arguments):
