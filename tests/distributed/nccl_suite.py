@@ -5,14 +5,15 @@
 
 It runs, for each world size: many messages of all sizes between ranks that are late in turn; the conformance suite of
 every table for every kind of sharding; training twice, for the same bytes; training under torchrun, saved midway and
-resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside torchrun; a comparison of each
-kind with one table on one device; the fullest moment of a rank's memory, against its share of the table and what the
-plan announced; plain all-to-alls of many sizes; a table larger than one GPU's memory, where there are several; `mfdist
-bench plan`, predicted beside measured; and `mfdist bench sharding`. What fails is told and the rest goes on; the exit
-code is 1 then. What cannot run here (`launch` without Ray) is told and named at the end. `--collectives` leaves all
-exchanges of tables to them, which else go by memory where ranks reach each other's. `--only` and `--kind` run some
-parts and kinds, in the order they are named in; `--stage-seconds` ends a stage that hangs; `--json` writes everything
-found, after every stage.
+resumed on half the ranks; `mfdist launch` with as many trainers, step by step beside torchrun; training over two hosts,
+made of network namespaces, step by step beside one; a comparison of each kind with one table on one device; the fullest
+moment of a rank's memory, against its share of the table and what the plan announced; plain all-to-alls of many sizes;
+a table larger than one GPU's memory, where there are several; `mfdist bench plan`, predicted beside measured; and
+`mfdist bench sharding`. What fails is told and the rest goes on; the exit code is 1 then. What cannot run here
+(`launch` without Ray, `hosts` without root) is told and named at the end. `--collectives` leaves all exchanges of
+tables to them, which else go by memory where ranks reach each other's. `--only` and `--kind` run some parts and kinds,
+in the order they are named in; `--stage-seconds` ends a stage that hangs; `--json` writes everything found, after every
+stage.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from mfdist.benchmarks import plan_choice
 from mfdist.benchmarks.sharding import DERIVED, chosen, compare
 from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
-from tests.distributed.suite_training import launched_and_trained, repeated, resumed_on_fewer
+from tests.distributed.hosts import why_not
+from tests.distributed.suite_training import launched_and_trained, repeated, resumed_on_fewer, trained_over_hosts
 
 PARTS = (
     "exchange",
@@ -40,6 +42,7 @@ PARTS = (
     "repeat",
     "train",
     "launch",
+    "hosts",
     "equality",
     "memory",
     "links",
@@ -84,6 +87,11 @@ class Suite:
             return None
         self.tell(f"ok     {what} ({time.monotonic() - began:.1f} s)")
         return result
+
+    def skip(self, what: str, reason: str) -> None:
+        self.skipped.append(what)
+        self.save()
+        self.tell(f"skipped {what}: {reason}")
 
     def fail(self, what: str) -> None:
         self.failed.append(what)
@@ -166,10 +174,7 @@ class Suite:
                 self._keep("large", world_size, num_bytes=sum(held))
 
     def repeat(self, world_size: int, options: argparse.Namespace) -> None:
-        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
-            what = f"repeat {world_size}"
-            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
-            found = self.attempt(what, lambda: repeated(*asked))
+        found = self._train(what := f"repeat {world_size}", repeated, world_size, options)
         if found is None:
             return
         num_files, differing = found
@@ -179,36 +184,26 @@ class Suite:
         self.tell(f"         {len(differing)} of {num_files} files of the last checkpoint differ")
 
     def train(self, world_size: int, options: argparse.Namespace) -> None:
-        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
-            what = f"train {world_size}"
-            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
-            runs = self.attempt(what, lambda: resumed_on_fewer(*asked))
-        for many, fewer in zip(*runs, strict=True) if runs else ():
-            distance = abs(many["loss"] - fewer["loss"]) / many["loss"]
-            self._keep("train", world_size, many=many, fewer=fewer, distance=distance)
-            if not distance <= _LOSS_TOLERANCE:
-                self.fail(f"{what} step {many['step']}")
-            self.tell(
-                f"         step {many['step']}: loss {many['loss']:.6f}, resumed {fewer['loss']:.6f}, "
-                f"{distance:.1e} off; {many['tokens_per_s']:.0f} and {fewer['tokens_per_s']:.0f} tokens/s"
-            )
+        runs = self._train(what := f"train {world_size}", resumed_on_fewer, world_size, options)
+        self._compare("train", what, world_size, ("many", "fewer"), runs, _LOSS_TOLERANCE)
 
     def launch(self, world_size: int, options: argparse.Namespace) -> None:
         what = f"launch {world_size}"
         if util.find_spec("ray") is None:
-            self.skipped.append(what)
-            self.save()
-            self.tell(f"skipped {what}: Ray is not installed here; pip install 'mfdist[ray]'")
+            self.skip(what, "Ray is not installed here; pip install 'mfdist[ray]'")
             return
-        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
-            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
-            runs = self.attempt(what, lambda: launched_and_trained(*asked))
-        for ours, theirs in zip(*runs, strict=True) if runs else ():
-            is_same = ours["loss"] == theirs["loss"]
-            self._keep("launch", world_size, launched=ours, trained=theirs, is_same=is_same)
-            if not is_same:
-                self.fail(f"{what} step {ours['step']}")
-            self.tell(f"         step {ours['step']}: loss {ours['loss']:.6f}, under torchrun {theirs['loss']:.6f}")
+        runs = self._train(what, launched_and_trained, world_size, options)
+        self._compare("launch", what, world_size, ("launched", "trained"), runs, tolerance=0.0)
+
+    def hosts(self, world_size: int, options: argparse.Namespace) -> None:
+        if world_size % 2:
+            return
+        what = f"hosts {world_size}"
+        if (reason := why_not()) is not None:
+            self.skip(what, reason)
+            return
+        runs = self._train(what, trained_over_hosts, world_size, options)
+        self._compare("hosts", what, world_size, ("apart", "together"), runs, _LOSS_TOLERANCE)
 
     def plan(self, world_size: int, options: argparse.Namespace) -> None:
         if world_size == 1:
@@ -240,6 +235,23 @@ class Suite:
                     self.fail(f"bench {world_size} {case.name} {result.contender}")
                 self.tell(_bench_line(result))
             self.save()
+
+    def _train(self, what, function, world_size, options):
+        with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:
+            asked = (self.device, world_size, Path(folder), self.stage_s / 2, options.preset, options.set)
+            return self.attempt(what, lambda: function(*asked))
+
+    def _compare(self, part, what, world_size, names, runs, tolerance):
+        """Keep the events of two runs, step by step; a loss that is further from the other's than that is a failure."""
+        for one, other in zip(*runs, strict=True) if runs else ():
+            distance = abs(one["loss"] - other["loss"]) / one["loss"]
+            self._keep(part, world_size, **dict(zip(names, (one, other), strict=True)), distance=distance)
+            if not distance <= tolerance:
+                self.fail(f"{what} step {one['step']}")
+            self.tell(
+                f"         step {one['step']}: loss {one['loss']:.6f} {names[0]}, {other['loss']:.6f} {names[1]}, "
+                f"{distance:.1e} off; {one['tokens_per_s']:.0f} and {other['tokens_per_s']:.0f} tokens/s"
+            )
 
     def _pool(self) -> RankPool:
         return RankPool()

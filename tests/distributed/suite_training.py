@@ -1,4 +1,4 @@
-"""Trainings in the suite of several GPUs: saved on many ranks, resumed on fewer; launched by Ray and by torchrun."""
+"""Trainings in the suite of several GPUs: resumed on fewer, launched by Ray, over hosts, twice; each under torchrun."""
 
 import json
 import os
@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tests.distributed.hosts import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 _STEPS, _SAVED = 12, 6
 _GRACE_S = 40.0
+_HOSTS = 2
 #: Device → the preset, and what makes its steps few and short.
 _SETTINGS = {
     "cuda": ("tiny", {"training.batch_size": 16}),
@@ -50,9 +54,36 @@ def launched_and_trained(device, world_size, folder, timeout_s, preset=None, set
     cpus = threads if device == "cuda" else min(1.0, (os.cpu_count() or 1) / world_size)
     wanted = ["--trainers", str(world_size), "--set", f"launch.cpus={min(cpus, 8)}"]
     wanted += ["--set", f"training.device={device}"]
-    _command(timeout_s, ["mfdist", "launch", name, "--out", str(launched), *options, *wanted])
+    _command(timeout_s, [sys.executable, "-m", "mfdist", "launch", name, "--out", str(launched), *options, *wanted])
     _run(device, world_size, timeout_s, "train", name, "--out", str(trained), *options)
     return [_stepped(run) for run in (launched, trained)]
+
+
+def trained_over_hosts(device, world_size, folder, timeout_s, preset=None, settings=()):
+    """Train the same grid on two hosts, which are network namespaces, and on one; return both runs' events, see above.
+
+    Each host has half of the ranks and of the GPUs. Between hosts GPUs go by NCCL's sockets and CPUs by gloo.
+    """
+    name, options = _asked(device, world_size, preset, ("sharding.kind=grid", *settings))
+    apart, together = folder / "apart", folder / "together"
+    with Hosts(_HOSTS) as hosts:
+        each = world_size // _HOSTS
+        launcher = ["torch.distributed.run", f"--nnodes={_HOSTS}", f"--nproc-per-node={each}"]
+        launcher += [f"--master-addr={hosts[0].address}", "--master-port=29500"]
+        commands = []
+        for host in hosts:
+            gpus = ",".join(str(host.index * each + place) for place in range(each))
+            asked = [*launcher, f"--node-rank={host.index}", f"--local-addr={host.address}"]
+            asked += ["-m", "mfdist", "train", name, "--out", str(apart), *options, "--device", device]
+            variables = {**_variables(device), "CUDA_VISIBLE_DEVICES": gpus}
+            del variables["GLOO_SOCKET_IFNAME"]  # the one that a host's name leads to
+            commands.append((host.command([sys.executable, "-m", *asked]), variables))
+        with ThreadPoolExecutor(_HOSTS) as pool:
+            for done in [pool.submit(_command, timeout_s, *command) for command in commands]:
+                done.result()
+    as_apart = ["--set", f"sharding.hosts={_HOSTS}"]
+    _run(device, world_size, timeout_s, "train", name, "--out", str(together), *options, *as_apart)
+    return [_stepped(run) for run in (apart, together)]
 
 
 def repeated(device, world_size, folder, timeout_s, preset=None, settings=()):
@@ -95,12 +126,21 @@ def _asked(device, world_size, preset, settings):
 def _run(device, world_size, timeout_s, *arguments):
     launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world_size}"]
     started = [*launcher, "-m"] if world_size > 1 else []
-    variables = {"OMP_NUM_THREADS": "1" if device == "cpu" else "8", "GLOO_SOCKET_IFNAME": "lo"}
-    _command(timeout_s, [*started, "mfdist", *arguments, "--device", device], **variables)
+    asked = [sys.executable, "-m", *started, "mfdist", *arguments, "--device", device]
+    _command(timeout_s, asked, _variables(device))
 
 
-def _command(timeout_s, arguments, **variables):
-    command = [sys.executable, "-m", *arguments]  # not --quiet: what runs late says where it is
+def _variables(device):
+    return {"OMP_NUM_THREADS": "1" if device == "cpu" else "8", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _command(timeout_s, command, variables=None):
+    """Run a command to its end; not a quiet one: what runs late says where it is.
+
+    Raises:
+        AssertionError: it failed or took too long; with the ends of what it said.
+    """
+    variables = variables or {}
     environment = {**os.environ, **variables, "PYTHONPATH": _path()}
     began = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -112,7 +152,7 @@ def _command(timeout_s, arguments, **variables):
     if process.returncode:
         said = f"{out[-1500:]}\n{err[:2500]}\n…\n{err[-2500:]}" if len(err) > 5000 else f"{out[-1500:]}\n{err}"
         spent = f"ended with {process.returncode} after {time.monotonic() - began:.0f} s of {timeout_s:.0f}"
-        raise AssertionError(f"{' '.join(arguments[:8])} … {spent}\n{said}")
+        raise AssertionError(f"{' '.join(command[:10])} … {spent}\n{said}")
 
 
 def _ended(process):
