@@ -8,7 +8,7 @@ from mfdist.config import RunConfig
 from mfdist.errors import ConfigError
 from mfdist.launch.cluster import Host
 from mfdist.launch.planning import Machines, Question, ask, describe
-from mfdist.launch.start import Fit
+from mfdist.launch.start import Fit, trainer_hosts
 from mfdist.models import build_model
 from mfdist.models.loads import table_loads
 from mfdist.parallelize import even_plan
@@ -82,7 +82,7 @@ def _on_servers(config: RunConfig, question: Question, hosts: Sequence[Host]) ->
 
 def _on_trainers(config: RunConfig, question: Question, hosts: Sequence[Host], fit: Fit) -> JobPlan:
     trainers = config.launch.trainers
-    num_hosts = len(hosts) if trainers % len(hosts) == 0 and len(hosts) <= trainers else 1
+    num_hosts = trainer_hosts(config, hosts, fit)
     shape = (num_hosts, trainers // num_hosts) if num_hosts > 1 else (trainers,)
     machines = Machines(
         topology="h100" if fit.gpus else "cpu",

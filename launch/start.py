@@ -149,8 +149,6 @@ class Starting:
         shutil.rmtree(files.secrets, ignore_errors=True)
         launch, training = config.launch, config.training
         sizes = group_sizes(launch.trainers, launch.elastic.min, training.batch_size, training.micro_batches)
-        hosts = cluster.hosts()
-        num_hosts = config.sharding.hosts or (len(hosts) if sizes[0] % len(hosts) == 0 else 1)
         job = Job(
             run=str(files.run),
             identity=Job.new_identity(),
@@ -163,7 +161,7 @@ class Starting:
             server_cpus=launch.server_cpus,
             server_bytes=server_bytes,
             replicas=config.servers.replicas,
-            hosts=num_hosts if len(hosts) > 1 and _packs(hosts, fit, sizes[0]) == len(hosts) else 1,
+            hosts=trainer_hosts(config, cluster.hosts(), fit),
             overrides=self._wish.overrides,
         )
         if launch.servers:
@@ -247,14 +245,19 @@ def _server_threads(config: RunConfig, hosts: Sequence[Host]) -> int:
     return max(1, int(min(host.cpus for host in hosts)) // 2)
 
 
-def _packs(hosts: Sequence[Host], fit: Fit, trainers: int) -> int:
-    """Return on how many hosts that many trainers lie when they are packed."""
-    room = sorted((int((host.gpus if fit.gpus else host.cpus / fit.cpus) + 1e-6) for host in hosts), reverse=True)
-    used = 0
-    while trainers > 0 and used < len(room):
-        trainers -= room[used]
-        used += 1
-    return used
+def trainer_hosts(config: RunConfig, hosts: Sequence[Host], fit: Fit) -> int:
+    """Return on how many hosts a plan takes the trainers to be: those they fill when packed, if equally many on each.
+
+    Otherwise it is one, and `sharding.hosts` comes before all.
+    """
+    if config.sharding.hosts:
+        return config.sharding.hosts
+    rooms = sorted((int((host.gpus if fit.gpus else host.cpus / fit.cpus) + 1e-6) for host in hosts), reverse=True)
+    left, filled = config.launch.trainers, []
+    while left > 0 and rooms:
+        filled.append(min(left, rooms.pop(0)))
+        left -= filled[-1]
+    return len(filled) if len(set(filled)) == 1 else 1
 
 
 def find_job(run: Path) -> Job:

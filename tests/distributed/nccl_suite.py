@@ -34,7 +34,13 @@ from mfdist.benchmarks.sharding import DERIVED, chosen, compare
 from mfdist.testing.run_ranks import RankPool
 from tests.distributed import suite_ranks
 from tests.distributed.hosts import why_not
-from tests.distributed.suite_training import launched_and_trained, repeated, resumed_on_fewer, trained_over_hosts
+from tests.distributed.suite_training import (
+    launched_and_trained,
+    launched_over_hosts,
+    repeated,
+    resumed_on_fewer,
+    trained_over_hosts,
+)
 
 PARTS = (
     "exchange",
@@ -56,6 +62,7 @@ SUMS = ("column_wise", "table_wise")
 _LARGE_SHARE = 0.7
 #: Largest relative distance of a loss after resuming from that of the run that went on, in fp32.
 _LOSS_TOLERANCE = 1e-3
+_NO_RAY = "Ray is not installed here; pip install 'mfdist[ray]'"
 
 
 class Suite:
@@ -87,11 +94,6 @@ class Suite:
             return None
         self.tell(f"ok     {what} ({time.monotonic() - began:.1f} s)")
         return result
-
-    def skip(self, what: str, reason: str) -> None:
-        self.skipped.append(what)
-        self.save()
-        self.tell(f"skipped {what}: {reason}")
 
     def fail(self, what: str) -> None:
         self.failed.append(what)
@@ -188,22 +190,20 @@ class Suite:
         self._compare("train", what, world_size, ("many", "fewer"), runs, _LOSS_TOLERANCE)
 
     def launch(self, world_size: int, options: argparse.Namespace) -> None:
-        what = f"launch {world_size}"
-        if util.find_spec("ray") is None:
-            self.skip(what, "Ray is not installed here; pip install 'mfdist[ray]'")
-            return
-        runs = self._train(what, launched_and_trained, world_size, options)
-        self._compare("launch", what, world_size, ("launched", "trained"), runs, tolerance=0.0)
+        if self._can(what := f"launch {world_size}", None if util.find_spec("ray") else _NO_RAY):
+            runs = self._train(what, launched_and_trained, world_size, options)
+            self._compare("launch", what, world_size, ("launched", "trained"), runs, tolerance=0.0)
 
     def hosts(self, world_size: int, options: argparse.Namespace) -> None:
         if world_size % 2:
             return
-        what = f"hosts {world_size}"
-        if (reason := why_not()) is not None:
-            self.skip(what, reason)
+        if not self._can(what := f"hosts {world_size}", why_not()):
             return
         runs = self._train(what, trained_over_hosts, world_size, options)
         self._compare("hosts", what, world_size, ("apart", "together"), runs, _LOSS_TOLERANCE)
+        if self._can(what := f"hosts {world_size} launched", None if util.find_spec("ray") else _NO_RAY):
+            runs = self._train(what, launched_over_hosts, world_size, options)
+            self._compare("hosts", what, world_size, ("launched", "together"), runs, _LOSS_TOLERANCE)
 
     def plan(self, world_size: int, options: argparse.Namespace) -> None:
         if world_size == 1:
@@ -235,6 +235,14 @@ class Suite:
                     self.fail(f"bench {world_size} {case.name} {result.contender}")
                 self.tell(_bench_line(result))
             self.save()
+
+    def _can(self, what: str, reason: str | None) -> bool:
+        """Return whether a part can run here, which is where there is no reason why not; else tell it."""
+        if reason is not None:
+            self.skipped.append(what)
+            self.save()
+            self.tell(f"skipped {what}: {reason}")
+        return reason is None
 
     def _train(self, what, function, world_size, options):
         with tempfile.TemporaryDirectory(prefix="mfdist-suite-") as folder:

@@ -72,7 +72,7 @@ class RayNodes:
 
     Args:
         hosts: the first is the head's.
-        cpus: how many each host says it has.
+        cpus, gpus: how many each host says it has.
         environment: variables for all nodes, and so for what runs in them.
         of_host: more of them for the node of a host, by its index.
 
@@ -85,6 +85,7 @@ class RayNodes:
         hosts: "_Hosts",
         *,
         cpus: int = 4,
+        gpus: int = 0,
         environment: Mapping[str, str] | None = None,
         of_host: Mapping[int, Mapping[str, str]] | None = None,
     ) -> None:
@@ -99,7 +100,7 @@ class RayNodes:
             **HEALTH_CHECKS,
             **(environment or {}),
         }
-        self._hosts, self._cpus, self._of_host = hosts, cpus, of_host or {}
+        self._hosts, self._cpus, self._gpus, self._of_host = hosts, cpus, gpus, of_host or {}
         self._processes: dict[int, subprocess.Popen[Any]] = {}
 
     def __enter__(self) -> Self:
@@ -127,7 +128,7 @@ class RayNodes:
         ]
         arguments = [
             *("ray", "start", "--block", "--disable-usage-stats", "--include-log-monitor=false", *place, *free_ports),
-            *(f"--node-ip-address={host.address}", f"--num-cpus={self._cpus}", "--num-gpus=0"),
+            *(f"--node-ip-address={host.address}", f"--num-cpus={self._cpus}", f"--num-gpus={self._gpus}"),
             *(f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={self._hosts.folder}/ray-{host.name}"),
             f'--resources={{"{host.name}": 1}}',
         ]

@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.distributed.hosts import Hosts
+from tests.distributed.ray_nodes import RayNodes
 
 ROOT = Path(__file__).resolve().parents[2]
 _STEPS, _SAVED = 12, 6
 _GRACE_S = 40.0
 _HOSTS = 2
+#: What plans for one host as for so many.
+_AS_APART = ("--set", f"sharding.hosts={_HOSTS}")
 #: Device → the preset, and what makes its steps few and short.
 _SETTINGS = {
     "cuda": ("tiny", {"training.batch_size": 16}),
@@ -50,11 +53,20 @@ def launched_and_trained(device, world_size, folder, timeout_s, preset=None, set
     """Train the same by `mfdist launch` and by `mfdist train`; return both runs' events of each step, see above."""
     name, options = _asked(device, world_size, preset, settings)
     launched, trained = folder / "launched", folder / "trained"
-    threads = max(1, (os.cpu_count() or 1) // world_size) if device == "cuda" else 1
-    cpus = threads if device == "cuda" else min(1.0, (os.cpu_count() or 1) / world_size)
-    wanted = ["--trainers", str(world_size), "--set", f"launch.cpus={min(cpus, 8)}"]
-    wanted += ["--set", f"training.device={device}"]
-    _command(timeout_s, [sys.executable, "-m", "mfdist", "launch", name, "--out", str(launched), *options, *wanted])
+    _command(
+        timeout_s,
+        [
+            sys.executable,
+            "-m",
+            "mfdist",
+            "launch",
+            name,
+            "--out",
+            str(launched),
+            *options,
+            *_wanted(device, world_size),
+        ],
+    )
     _run(device, world_size, timeout_s, "train", name, "--out", str(trained), *options)
     return [_stepped(run) for run in (launched, trained)]
 
@@ -66,24 +78,38 @@ def trained_over_hosts(device, world_size, folder, timeout_s, preset=None, setti
     """
     name, options = _asked(device, world_size, preset, ("sharding.kind=grid", *settings))
     apart, together = folder / "apart", folder / "together"
-    with Hosts(_HOSTS) as hosts:
-        each = world_size // _HOSTS
-        launcher = ["torch.distributed.run", f"--nnodes={_HOSTS}", f"--nproc-per-node={each}"]
+    with Hosts(_HOSTS) as hosts, ThreadPoolExecutor(_HOSTS) as pool:
+        launcher = ["torch.distributed.run", f"--nnodes={_HOSTS}", f"--nproc-per-node={world_size // _HOSTS}"]
         launcher += [f"--master-addr={hosts[0].address}", "--master-port=29500"]
-        commands = []
+        running = []
         for host in hosts:
-            gpus = ",".join(str(host.index * each + place) for place in range(each))
-            asked = [*launcher, f"--node-rank={host.index}", f"--local-addr={host.address}"]
-            asked += ["-m", "mfdist", "train", name, "--out", str(apart), *options, "--device", device]
-            variables = {**_variables(device), "CUDA_VISIBLE_DEVICES": gpus}
-            del variables["GLOO_SOCKET_IFNAME"]  # the one that a host's name leads to
-            commands.append((host.command([sys.executable, "-m", *asked]), variables))
-        with ThreadPoolExecutor(_HOSTS) as pool:
-            for done in [pool.submit(_command, timeout_s, *command) for command in commands]:
-                done.result()
-    as_apart = ["--set", f"sharding.hosts={_HOSTS}"]
-    _run(device, world_size, timeout_s, "train", name, "--out", str(together), *options, *as_apart)
+            command = [sys.executable, "-m", *launcher, f"--node-rank={host.index}", f"--local-addr={host.address}"]
+            command += ["-m", "mfdist", "train", name, "--out", str(apart), *options, "--device", device]
+            variables = {**_threads(device), **_gpus_of(host.index, world_size)}
+            running.append(pool.submit(_command, timeout_s, host.command(command), variables))
+        for each in running:
+            each.result()
+    _run(device, world_size, timeout_s, "train", name, "--out", str(together), *options, *_AS_APART)
     return [_stepped(run) for run in (apart, together)]
+
+
+def launched_over_hosts(device, world_size, folder, timeout_s, preset=None, settings=()):
+    """Train the same by `mfdist launch` on a Ray cluster of two such hosts, and on one; return both runs' events."""
+    name, options = _asked(device, world_size, preset, ("sharding.kind=grid", *settings))
+    launched, together = folder / "launched", folder / "together"
+    is_gpu = device == "cuda"
+    cpus, of_host = _cpus(device, world_size), {each: _gpus_of(each, world_size) for each in range(_HOSTS)}
+    resources = {
+        "cpus": max(1, round(cpus * world_size / _HOSTS)),
+        "gpus": is_gpu * world_size // _HOSTS,
+        "of_host": of_host,
+    }
+    with Hosts(_HOSTS) as hosts, RayNodes(hosts, **resources, environment={"PYTHONPATH": _path()}) as nodes:
+        command = [sys.executable, "-m", "mfdist", "launch", name, "--out", str(launched), *options]
+        command += [*_wanted(device, world_size), "--address", nodes.address]
+        _command(timeout_s, hosts[0].command(command), nodes.environment)
+    _run(device, world_size, timeout_s, "train", name, "--out", str(together), *options, *_AS_APART)
+    return [_stepped(run) for run in (launched, together)]
 
 
 def repeated(device, world_size, folder, timeout_s, preset=None, settings=()):
@@ -123,15 +149,32 @@ def _asked(device, world_size, preset, settings):
     return preset or name, [word for setting in asked for word in ("--set", setting)]
 
 
+def _wanted(device, world_size):
+    """Return the options of `mfdist launch` for so many trainers."""
+    settings = (f"launch.cpus={_cpus(device, world_size)}", f"training.device={device}")
+    return ["--trainers", str(world_size), *(word for setting in settings for word in ("--set", setting))]
+
+
+def _cpus(device, world_size):
+    """Return how many cores each trainer asks Ray for."""
+    cores = os.cpu_count() or 1
+    return min(8, max(1, cores // world_size)) if device == "cuda" else min(1.0, cores / world_size)
+
+
+def _gpus_of(host, world_size):
+    each = world_size // _HOSTS
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(host * each + place) for place in range(each))}
+
+
 def _run(device, world_size, timeout_s, *arguments):
     launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={world_size}"]
     started = [*launcher, "-m"] if world_size > 1 else []
     asked = [sys.executable, "-m", *started, "mfdist", *arguments, "--device", device]
-    _command(timeout_s, asked, _variables(device))
+    _command(timeout_s, asked, {**_threads(device), "GLOO_SOCKET_IFNAME": "lo"})
 
 
-def _variables(device):
-    return {"OMP_NUM_THREADS": "1" if device == "cpu" else "8", "GLOO_SOCKET_IFNAME": "lo"}
+def _threads(device):
+    return {"OMP_NUM_THREADS": "1" if device == "cpu" else "8"}
 
 
 def _command(timeout_s, command, variables=None):
