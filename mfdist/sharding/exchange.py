@@ -28,18 +28,16 @@ from torch import Tensor
 from mfdist.errors import MfdistError
 from mfdist.sharding.host_memory import HostMemory
 from mfdist.sharding.mailboxes import GrowingMailboxes, Lent, Mailboxes
-from mfdist.sharding.packing import WORD_BYTES, Part, pack, places_of, unpack
+from mfdist.sharding.packing import WORD_BYTES, Part, pack, unpack
 from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
 from mfdist.sharding.tag_links import LinkError, connect
 from mfdist.sharding.tags import Call
-from mfdist.sharding.under_way import Opened, Pending, PendingParts, explained
+from mfdist.sharding.under_way import MAX_MESSAGE_BYTES, Opened, Pending, PendingParts, explained
 
 #: Numbers that travel with a tag besides it.
 NUM_COUNTS = 6
-#: A message to one rank is split into pieces of at most so many bytes, for libraries that count in 32 bits.
-_MAX_MESSAGE_BYTES = 1 << 30
 #: How much longer than for tags, which name who is late, GPUs wait for each other.
 _SPARE_S = 30.0
 
@@ -345,16 +343,7 @@ class Exchange:
             return Pending(exchange=self, opened=opened, received=received, is_beside=False)
         received = payload.new_empty(sum(arriving))
         pending = Pending(exchange=self, opened=opened, received=received, is_beside=is_beside)
-        step = max(1, _MAX_MESSAGE_BYTES // payload.element_size())
-        if largest <= step:
-            pending.start(received, payload, arriving, sizes)
-            return pending
-        for first in range(0, largest, step):
-            pieces = [places_of(part, first, step) for part in (sizes, arriving)]
-            piece = torch.cat([payload[begin:end] for begin, end in pieces[0]])
-            into = payload.new_empty(sum(end - begin for begin, end in pieces[1]))
-            pending.start(into, piece, *[[end - begin for begin, end in part] for part in reversed(pieces)])
-            pending.scatter(into, pieces[1])
+        pending.start(payload, arriving, sizes, largest)
         return pending
 
     def _boxes(self, opened: Opened, num_bytes: int, *, is_lent: bool) -> Mailboxes | None:
@@ -373,7 +362,7 @@ class Exchange:
     def _count(self, phase: str, sizes: Sequence[int]) -> None:
         others = [size for rank, size in enumerate(sizes) if rank != self.rank and size]
         self.traffic.num_bytes[phase] += sum(others)
-        self.traffic.num_messages += sum(-(-size // _MAX_MESSAGE_BYTES) for size in others)
+        self.traffic.num_messages += sum(-(-size // MAX_MESSAGE_BYTES) for size in others)
 
     def start_tags(self, received: Tensor, sent: Tensor) -> Any:
         """Begin to tell all ranks [W, L] numbers each; return its work."""
@@ -390,6 +379,13 @@ class Exchange:
         if sent.dtype == torch.uint16:  # which neither backend knows; nothing is computed with it
             received, sent = received.view(torch.float16), sent.view(torch.float16)
         return dist.all_to_all_single(received, sent, list(arriving), list(sizes), group=group, async_op=is_beside)
+
+    def start_large_swap(
+        self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int], *, is_beside: bool = True
+    ) -> Any:
+        """Begin an all-to-all between GPUs, of more elements than 32 bits count; return its work."""
+        into, pieces = received.split_with_sizes(list(arriving)), sent.split_with_sizes(list(sizes))
+        return dist.all_to_all(list(into), list(pieces), group=self._payload, async_op=is_beside)
 
     def explain(self, told: str, cause: BaseException) -> MfdistError:
         """Return the error for what torch.distributed raised in a call; the group is of no further use."""

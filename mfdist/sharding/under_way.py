@@ -4,15 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mfdist.errors import ConsistencyError, MfdistError
+from mfdist.sharding.packing import places_of
 from mfdist.sharding.tags import TAG_SIZE, Call, check_tags
 
 if TYPE_CHECKING:
     from mfdist.sharding.exchange import Exchange
 
 _REFUSED = TAG_SIZE
+#: What is longer to one rank goes another way, since libraries count in 32 bits: between CPUs in such pieces.
+MAX_MESSAGE_BYTES = 1 << 30
 
 
 @dataclass(kw_only=True)
@@ -80,18 +84,36 @@ class Pending:
     _kept: list[Tensor] = field(default_factory=list)  # until it has been sent
     _scattered: list[tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=list)
 
-    def start(self, received: Tensor, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int]) -> None:
-        """Begin one all-to-all."""
+    def start(self, sent: Tensor, arriving: Sequence[int], sizes: Sequence[int], largest: int) -> None:
+        """Begin the all-to-alls of a flat tensor; see `Exchange.send`."""
+        step = max(1, MAX_MESSAGE_BYTES // sent.element_size())
+        if largest <= step:
+            self._start(self.exchange.start_swap, self.received, sent, arriving, sizes)
+        elif sent.is_cuda:
+            self._start(self.exchange.start_large_swap, self.received, sent, arriving, sizes)
+        else:
+            for first in range(0, largest, step):
+                places, into_places = [places_of(part, first, step) for part in (sizes, arriving)]
+                piece = torch.cat([sent[begin:end] for begin, end in places])
+                into = sent.new_empty(sum(end - begin for begin, end in into_places))
+                lengths = [[end - begin for begin, end in part] for part in (into_places, places)]
+                self._start(self.exchange.start_swap, into, piece, *lengths)
+                self._scattered.append((into, into_places))
+
+    def _start(
+        self,
+        swap: Callable[..., Any],
+        received: Tensor,
+        sent: Tensor,
+        arriving: Sequence[int],
+        sizes: Sequence[int],
+    ) -> None:
         self._kept.append(sent)
         with explained(self.opened):
-            work = self.exchange.start_swap(received, sent, arriving, sizes, is_beside=self.is_beside)
+            work = swap(received, sent, arriving, sizes, is_beside=self.is_beside)
         if self.is_beside:
             self._works.append(work)
         self.opened.start()
-
-    def scatter(self, piece: Tensor, places: list[tuple[int, int]]) -> None:
-        """Remember where a piece belongs once it is there."""
-        self._scattered.append((piece, places))
 
     def wait(self) -> Tensor:
         """Return what arrived, once; on a GPU the stream waits and not the caller.

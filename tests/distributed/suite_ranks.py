@@ -16,6 +16,7 @@ from mfdist.sharding.cost import price_table
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.sharding.tags import Call
 from mfdist.sharding.topology import cpu
+from mfdist.sharding.under_way import MAX_MESSAGE_BYTES
 from mfdist.sharding.workload import TableLoad, Workload
 from mfdist.spec import TableSpec
 from mfdist.tables.sharded import ShardedTable
@@ -87,14 +88,18 @@ def exchanged(rank, device, peers=True):
     wrong = torch.zeros((), dtype=torch.int64, device=device)
 
     def values(size, source, target, turn, dtype):
-        return (torch.arange(size, device=device) * (turn + 3 * source + 7 * target + 1) % 251).to(dtype)
+        period = (torch.arange(251, device=device) * (turn + 3 * source + 7 * target + 1) % 251).to(dtype)
+        return period.repeat(size // 251 + 1)[:size]
 
     def writer(pieces):
         return lambda to, part: part.copy_(pieces[to])
 
-    for turn in range(_MESSAGES):
-        most, dtype = 1 << same.randrange(2, 21), same.choice((torch.uint8, torch.float32, torch.int64))
-        sizes = [[same.randrange(most + 1) for _ in range(world_size)] for _ in range(world_size)]
+    largest = [MAX_MESSAGE_BYTES] if device == "cuda" else []  # two of them are of more bytes than 32 bits count
+    for turn, fewest in enumerate([0] * _MESSAGES + largest):
+        most, dtype = fewest + (1 << same.randrange(2, 21)), same.choice((torch.uint8, torch.float32, torch.int64))
+        if fewest:
+            dtype = torch.uint8
+        sizes = [[same.randrange(fewest, most + 1) for _ in range(world_size)] for _ in range(world_size)]
         sent = torch.cat([values(size, rank, target, turn, dtype) for target, size in enumerate(sizes[rank])])
         wanted = torch.cat([values(line[rank], source, rank, turn, dtype) for source, line in enumerate(sizes)])
         opened = exchange.open(Call(table="", kind="suite", phase="check"), [turn])

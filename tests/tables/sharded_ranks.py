@@ -11,7 +11,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from mfdist.errors import MfdistError
 from mfdist.optim import RowAdagrad, RowAdam, RowSGD
-from mfdist.sharding import exchange, kinds
+from mfdist.sharding import kinds, under_way
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.mesh import MeshExchanges
 from mfdist.spec import TableSpec
@@ -211,11 +211,11 @@ def messages(rank, kind, stride):
 def in_pieces(rank, kind, stride):
     """Return whether messages cut into pieces of 64 bytes change a bit."""
     whole = compared(rank, kind, stride, {})[0]
-    before, exchange._MAX_MESSAGE_BYTES = exchange._MAX_MESSAGE_BYTES, 64
+    before, under_way.MAX_MESSAGE_BYTES = under_way.MAX_MESSAGE_BYTES, 64
     try:
         pieces = compared(rank, kind, stride, {})[0]
     finally:
-        exchange._MAX_MESSAGE_BYTES = before
+        under_way.MAX_MESSAGE_BYTES = before
     return all(torch.equal(one, two) for one, two in zip(whole, pieces, strict=True))
 
 
