@@ -83,7 +83,8 @@ class BackgroundSaver:
         try:
             holdings_of(state)  # what cannot be saved is said now
         except ConfigError as error:
-            self._directory.ranks.fail("prepare", error)
+            self._directory.ranks.begin()
+            self._directory.ranks.fail(error)
             raise
         is_copied = self.is_copied(state)
         if is_copied:

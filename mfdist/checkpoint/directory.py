@@ -190,6 +190,7 @@ class CheckpointDirectory:
     def _locate(self, step: int | None) -> Folder:
         """Return the folder of a step; where none is named and there are several ranks, of the one that rank 0 sees."""
         if step is None and self.ranks.world_size > 1:
+            self.ranks.begin()
             step = together(self.ranks, "latest", lambda: locate(self.series, None)[0])[0]
         return locate(self.series, step)[1]
 

@@ -1,8 +1,9 @@
 """How the ranks that save one checkpoint agree: short messages through a key-value store, never a collective.
 
-Call order: every rank calls `share` with the same sequence of tags. A rank that cannot go on calls `fail` instead, and
-all others get its error from that very `share`, so nobody waits for a rank that has given up. Each wait has a deadline
-and says who is late. May be called from any one thread at a time, also beside training's own collectives.
+Call order: every rank calls `begin` for each save or load, and then `share` with the same sequence of tags. A rank that
+cannot go on calls `fail` instead, and all others get its error from that very `share`, so nobody waits for a rank that
+has given up. Each wait has a deadline and says who is late; who waited so long has given up too. May be called from any
+one thread at a time, also beside training's own collectives.
 """
 
 import contextlib
@@ -28,6 +29,9 @@ class Ranks(Protocol):
     rank: int
     world_size: int
 
+    def begin(self) -> None:
+        """Begin a save or a load, as all ranks do equally often; how earlier ones ended is of no account to it."""
+
     def share(self, tag: str, value: "JSON") -> list[Any]:
         """Return every rank's value, by rank.
 
@@ -36,7 +40,7 @@ class Ranks(Protocol):
             UnavailableError: a rank did not come before the deadline.
         """
 
-    def fail(self, tag: str, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell the others, who are or will be in `share`, that this rank gives up; waits for nobody."""
 
     def leave(self) -> None:
@@ -49,11 +53,14 @@ class OneRank:
     rank = 0
     world_size = 1
 
+    def begin(self) -> None:
+        """Begin, with nothing to forget."""
+
     def share(self, tag: str, value: "JSON") -> list[Any]:
         """Return the one value."""
         return [value]
 
-    def fail(self, tag: str, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell nobody."""
 
     def leave(self) -> None:
@@ -77,6 +84,7 @@ class StoreRanks:
         self.world_size = world_size
         self._store = store
         self._deadline_s = deadline_s
+        self._meeting = 0
         self._round = 0
         self._told: list[str] = []
         self._has_left = threading.Event()
@@ -94,25 +102,30 @@ class StoreRanks:
         own = dist.PrefixStore(f"mfdist-checkpoint-{number}", store)
         return cls(own, dist.get_rank(), dist.get_world_size(), deadline_s=deadline_s)
 
+    def begin(self) -> None:
+        """Begin a save or a load; see `Ranks`."""
+        self._meeting += 1
+        self._round = 0
+
     def share(self, tag: str, value: "JSON") -> list[Any]:
         """Return every rank's value, by rank; see `Ranks`."""
-        keys = [self._key(tag, rank) for rank in range(self.world_size)]
+        keys = [f"{self._meeting}/{self._round}/{tag}/{rank}" for rank in range(self.world_size)]
         with self._reaching_the_store():
-            self._tell(tag, {"value": value})
+            read = len(self._told)
+            self._tell(keys[self.rank], value)
             self._wait_for(tag, keys)
-            answers = [json.loads(self._store.get(key)) for key in keys]
+            values = [json.loads(self._store.get(key)) for key in keys]
+            for _ in range(read):  # all have come to this round, so nobody will read what was told before it
+                self._store.delete_key(self._told.pop(0))
         self._round += 1
-        for rank, answer in enumerate(answers):
-            if "error" in answer:
-                raise _remote_error(rank, *answer["error"])
-        return [answer["value"] for answer in answers]
+        return values
 
-    def fail(self, tag: str, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tell the others that this rank gives up; see `Ranks`."""
         kind = error.kind if isinstance(error, MfdistError) else InternalError.kind
+        message: list[JSON] = [self.rank, kind, f"{error}" if isinstance(error, MfdistError) else repr(error)]
         with contextlib.suppress(UnavailableError), self._reaching_the_store():  # what failed is more worth telling
-            self._tell(tag, {"error": [kind, f"{error}" if isinstance(error, MfdistError) else repr(error)]})
-        self._round += 1
+            self._tell(self._failed, message)
 
     def leave(self) -> None:
         """Let this rank's own `share` wait no longer; see `Ranks`."""
@@ -122,7 +135,7 @@ class StoreRanks:
     def _reaching_the_store(self) -> Iterator[None]:
         try:
             yield
-        except UnavailableError:
+        except MfdistError:
             raise
         except (RuntimeError, OSError) as error:  # what torch raises when the process that serves the store has gone
             raise UnavailableError(
@@ -130,34 +143,38 @@ class StoreRanks:
                 f"({str(error).splitlines()[0]}); see whether the process that serves it still runs."
             ) from error
 
-    def _tell(self, tag: str, message: dict[str, Any]) -> None:
-        self._store.set(self._key(tag, self.rank), json.dumps(message))
-        self._told.append(self._key(tag, self.rank))
-        if len(self._told) > 2:  # all have answered in the last round, so all have read what was told before it
-            self._store.delete_key(self._told.pop(0))
+    def _tell(self, key: str, value: "JSON") -> None:
+        self._told.append(key)
+        self._store.set(key, json.dumps(value))
 
-    def _key(self, tag: str, rank: int) -> str:
-        return f"{self._round}/{tag}/{rank}"
+    @property
+    def _failed(self) -> str:
+        """Where it is told that a rank has given up; of several the last."""
+        return f"{self._meeting}/failed"
 
     def _wait_for(self, tag: str, keys: list[str]) -> None:
         deadline = time.monotonic() + self._deadline_s
         pause_s = _FIRST_PAUSE_S
         missing = dict(enumerate(keys))
-        while missing:
+        while True:
+            if self._store.check([self._failed]):
+                raise _remote_error(*json.loads(self._store.get(self._failed)))
             missing = {rank: key for rank, key in missing.items() if not self._store.check([key])}
             if not missing:
                 return
+            reason = ""
             if self._has_left.is_set():
-                raise UnavailableError(
-                    f"every rank must come to the checkpoint's {tag!r}; rank {self.rank} of {self.world_size} was told "
-                    "to wait no longer; save again"
-                )
-            if time.monotonic() > deadline:
+                reason = f"; rank {self.rank} of {self.world_size} was told to wait no longer; save again"
+            elif time.monotonic() > deadline:
                 late = ", ".join(map(str, missing))
-                raise UnavailableError(
-                    f"every rank must come to the checkpoint's {tag!r} within {self._deadline_s:g} s; late: rank "
-                    f"{late} of {self.world_size}; see whether it still runs, or whether it saves at another step."
+                reason = (
+                    f" within {self._deadline_s:g} s; late: rank {late} of {self.world_size}; see whether it still "
+                    "runs, or whether it saves at another step."
                 )
+            if reason:
+                error = UnavailableError(f"every rank must come to the checkpoint's {tag!r}{reason}")
+                self.fail(error)
+                raise error
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
@@ -171,7 +188,7 @@ def together(ranks: Ranks, tag: str, act: Callable[[], "JSON"]) -> list[Any]:
     try:
         value = act()
     except BaseException as error:
-        ranks.fail(tag, error)
+        ranks.fail(error)
         raise
     return ranks.share(tag, value)
 

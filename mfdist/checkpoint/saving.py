@@ -67,6 +67,7 @@ class Saving:
                 mine.update(holdings_of(self._state))
                 return self._opened(mine, stack)
 
+            self._ranks.begin()
             answers = self._together("prepare", prepare)
             self._folder = self._series.folder(answers[0]["folder"])
             self._arrays, held = _merged(answers, mine)

@@ -32,7 +32,7 @@ def test_everyone_gets_everything_round_after_round():
     assert store.num_keys() <= 3 * 2  # what was read is deleted
 
 
-def test_an_error_reaches_all_as_itself_and_the_next_round_goes_on():
+def test_an_error_reaches_all_as_itself_and_the_next_save_goes_on():
     def act(ranks):
         if ranks.rank == 1:
             raise CheckpointError("the disk is full")
@@ -41,6 +41,7 @@ def test_an_error_reaches_all_as_itself_and_the_next_round_goes_on():
         try:
             together(ranks, "write", lambda: act(ranks))
         except CheckpointError as error:
+            ranks.begin()
             return str(error), ranks.share("after", ranks.rank)
 
     _, answers = in_threads(3, body)
@@ -82,6 +83,39 @@ def test_who_is_late_is_named():
         assert "'flush' within 0.2 s; late: rank 2 of 3" in str(answer)
 
 
+@pytest.mark.parametrize("late_at", ["first", "second"])
+def test_saves_go_on_after_one_for_which_a_rank_was_late(late_at):
+    """Who was late learns of it at once, takes no answer of the save before, and comes to the next one in time."""
+    has_given_up, num_saves = threading.Event(), 5
+
+    def save(ranks, number):
+        ranks.begin()
+        told = []
+        for tag in ("first", "second"):
+            if (number, ranks.rank, tag) == (1, 1, late_at):
+                assert has_given_up.wait(20)
+            told.append(ranks.share(tag, [number, ranks.rank]))
+        return told
+
+    def body(ranks):
+        answers = []
+        for number in range(num_saves):
+            try:
+                answers.append(save(ranks, number))
+            except UnavailableError as error:
+                answers.append(str(error))
+                has_given_up.set()
+        return answers
+
+    store, (own, late) = in_threads(2, body, deadline_s=0.5)
+    said = f"every rank must come to the checkpoint's '{late_at}' within 0.5 s; late: rank 1 of 2"
+    assert own[1].startswith(said)
+    assert late[1].startswith(f"rank 0: {said}")
+    for number in (0, *range(2, num_saves)):
+        assert own[number] == late[number] == [[[number, 0], [number, 1]]] * 2
+    assert store.num_keys() <= 2 * 2
+
+
 def test_a_rank_that_leaves_waits_no_longer():
     def body(ranks):
         if ranks.rank == 1:
@@ -107,4 +141,4 @@ def test_a_store_that_has_gone_is_said():
     del server
     with pytest.raises(UnavailableError, match="rank 1 of 2 does not"):
         ranks.share("commit", None)
-    ranks.fail("commit", CheckpointError("the disk is full"))  # tells nobody, and does not hide what failed
+    ranks.fail(CheckpointError("the disk is full"))  # tells nobody, and does not hide what failed
