@@ -86,7 +86,8 @@ def evaluated_first(rank, kind):
 def hasty(rank, kind, stride):
     """Return whether lookups begun before it is known how much arrives have the bits of others, and their messages.
 
-    Then what this rank is told where rank 1 gives a code outside, and whether the next lookup has those bits again.
+    Then what this rank is told where rank 1 refuses for one reason after the other, and whether the lookups that come
+    next have those bits again.
     """
     spec = TableSpec(name="t", num_rows=5 * stride, row_dim=23)
     rows = torch.randn(spec.num_rows, spec.row_dim, generator=torch.Generator().manual_seed(3))
@@ -111,9 +112,12 @@ def hasty(rank, kind, stride):
     counts = ((5, 9), (5, 9), (5, 9), (5, 3), (5, 3), (5, 3), (6, 9))
     results = [same(10 * call + rank, each[rank]) for call, each in enumerate(counts)]
     results += [same(rank, 4) for _ in range(2)]
-    told = ""
-    try:
-        tables[1](torch.full((4, 5), stride * rank, dtype=torch.int32), torch.ones(4, 5), code_stride=stride)
-    except MfdistError as error:
-        told = error.kind
-    return results, told, same(rank, 4)
+    ids, scores, told, after = torch.zeros(4, 5, dtype=torch.int32), torch.ones(4, 5), [], []
+    bad = [(ids + stride, scores), (ids, scores.double()), (ids, scores.bfloat16()), (ids.float(), scores)]
+    for wrong in [*bad, (ids.to("meta"), scores.to("meta"))]:
+        try:
+            tables[1](*(wrong if rank else (ids, scores)), code_stride=stride)
+        except MfdistError as error:
+            told.append(error.kind)
+        after += [same(rank, 4)[0] for _ in range(3)]  # the second is as many as before, and the third begins before
+    return results, told, after

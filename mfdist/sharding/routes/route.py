@@ -40,8 +40,8 @@ class LookupArguments:
 
     @property
     def num_tokens(self) -> int:
-        """Return n."""
-        return self.row_ids.shape[0]
+        """Return n; 0 where the ids are not [n, K], which is refused."""
+        return self.row_ids.shape[0] if self.row_ids.ndim == 2 else 0
 
     @property
     def num_lookups(self) -> int:

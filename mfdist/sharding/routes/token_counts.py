@@ -14,6 +14,7 @@ from mfdist.sharding.routes.route import LookupArguments
 from mfdist.sharding.under_way import Opened
 
 _Made = TypeVar("_Made")
+_IDS = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
 
 
 class TokenCounts:
@@ -53,9 +54,12 @@ class TokenCounts:
 
     @staticmethod
     def _as_guessed(opened: Opened, lookup: LookupArguments, guess: list[int]) -> LookupArguments:
-        num_tokens = guess[opened.exchange.rank]
+        exchange, call = opened.exchange, opened.call
+        num_tokens = guess[exchange.rank]
         if opened.refusal is None and num_tokens == lookup.num_tokens:
             return lookup
-        shape = (num_tokens, opened.call.num_lookups)
-        ids, scores = lookup.row_ids.new_zeros(shape), lookup.scores.new_zeros(shape)
+        # As many bytes as the others count on, whatever dtype or device was refused.
+        shape = (num_tokens, call.num_lookups)
+        ids = torch.zeros(shape, dtype=_IDS[call.id_bytes], device=exchange.device)
+        scores = torch.zeros(shape, dtype=torch.float32, device=exchange.device)
         return LookupArguments(ids, scores, lookup.code_stride, lookup.dtype)
