@@ -6,6 +6,7 @@ shard(model, mesh)                                  # tables
 model = DistributedDataParallel(model)              # everything else, or fully_shard for FSDP2
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Tokens a rank and micro-batch that an automatic plan is made for where nobody says.
 _TOKENS_A_RANK = 8192
+#: Numbers of a table by which ranks see whether they have the same.
+_SAMPLED = 4096
 
 
 def shard(
@@ -49,8 +52,9 @@ def shard(
     """Replace a model's tables by sharded ones over all ranks of a mesh, in place; return the model.
 
     A table on the meta device gets the values it would have had on one device after the same seed, each rank drawing
-    its own part; one that has rows keeps them, and they must be the same on all ranks. Other parameters stay as they
-    are. DDP leaves the tables alone by itself; for FSDP2 give `ignored_params=set(table_parameters(model))`.
+    its own part; one that has rows keeps them, and they must be the same on all ranks. A table that is fused stays so,
+    with its states. Other parameters stay as they are. DDP leaves the tables alone by itself; for FSDP2 give
+    `ignored_params=set(table_parameters(model))`.
 
     Args:
         model: its tables are `LocalTable`s, each with a name of its own.
@@ -64,7 +68,8 @@ def shard(
 
     Raises:
         ConfigError: the plan is for another model or mesh, the mesh is not the world, or a rank has another model, plan
-            or mesh. Found before anything is exchanged but a digest; the model is as it was.
+            or mesh, or other rows, by their seeds or a sample. Found before anything is exchanged but digests; the
+            model is as it was.
 
     Called on: all ranks, with equal arguments.
     """
@@ -78,7 +83,7 @@ def shard(
     for table_plan in plan.tables:
         check_mesh(table_plan, shape)
     exchanges = MeshExchanges(mesh, deadline_s=deadline_s, chunk_bytes=chunk_bytes, uses_peer_memory=uses_peer_memory)
-    agree(exchanges.everyone, "model, plan and mesh", f"mesh {shape}\n{_described(specs)}\n{plan.to_json()}")
+    agree(exchanges.everyone, "model, plan and mesh", f"mesh {shape}\n{_described(tables)}\n{plan.to_json()}")
     made = {id(table): _sharded(table, plan.table(table.spec.name), exchanges) for table in tables}
     ignored = []
     for path, module in list(model.named_modules()):
@@ -196,16 +201,37 @@ def _this_machine(mesh: "DeviceMesh") -> Topology:
     return cpu(mesh.size(), num_hosts)
 
 
-def _described(specs: Sequence[TableSpec]) -> str:
-    return "\n".join(f"table {spec.name} {spec.num_rows} x {spec.row_dim} {spec.dtype}" for spec in specs)
+def _described(tables: Sequence[LocalTable]) -> str:
+    return "\n".join(
+        f"table {table.spec.name} {table.spec.num_rows} x {table.spec.row_dim} {table.spec.dtype} {_first_rows(table)}"
+        for table in tables
+    )
+
+
+def _first_rows(table: LocalTable) -> str:
+    """Return what tells a table's rows from others: what they will be drawn from, or a digest of a sample of them."""
+    weight = table.weight.detach()
+    if weight.is_meta:
+        return f"from seed {table.seed}, std {table.std:g}"
+    sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLED)].cpu().contiguous()
+    return f"of {hashlib.blake2b(sample.view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()}"
 
 
 def _sharded(table: LocalTable, plan: TablePlan, exchanges: MeshExchanges) -> ShardedTable:
     device = exchanges.device
+    state = table.row_state
     if table.weight.is_meta:
-        return ShardedTable(plan, exchanges, std=table.std, device=device, seed=table.seed)
+        made = ShardedTable(plan, exchanges, std=table.std, device=device, seed=table.seed)
+        return made if state is None else made.fuse(state.optimizer)
     made = ShardedTable(plan, exchanges, std=table.std, device="meta", seed=table.seed)
     (top, bottom), (left, right) = made.region.rows, made.region.columns
     held = table.weight.detach()[top:bottom, left:right].to(device, copy=True).contiguous()
     made.weight = nn.Parameter(held, requires_grad=table.weight.requires_grad)
+    if state is not None:
+        made.fuse(state.optimizer)
+        assert made.row_state is not None
+        whole = state.tensors.items()
+        parts = {name: each[top:bottom, left:right] if each.ndim == 2 else each[top:bottom] for name, each in whole}
+        made.row_state.load(parts, state.num_updates)
+        made.row_state.lr = state.lr
     return made

@@ -13,6 +13,7 @@ from mfdist.errors import MfdistError
 from mfdist.models.loads import table_loads, table_specs
 from mfdist.parallelize import even_plan
 from mfdist.sharding.plan import ShardingPlan
+from mfdist.table import Table
 from mfdist.testing.sharded_tables import put_together
 
 SHAPE = ModelConfig(num_layers=1, hidden_dim=16, num_heads=2, bits=4, extra_bits=1, vocab_size=40, max_seq_len=8)
@@ -115,9 +116,54 @@ def bad_input(rank, what):
             plan = even_plan("row_wise" if rank else "column_wise", specs, loads, (2,))
             told = told_of(lambda: shard(model, mesh, plan))
             return told if isinstance(model.blocks[0].qkv.table.weight, torch.nn.Parameter) else "replaced"
+        case "rows from other seeds":
+            torch.manual_seed(rank)
+            return told_of(lambda: shard(MemoryFormer(SHAPE, table_device="meta"), mesh, "replicated"))
+        case "other rows":
+            torch.manual_seed(rank)
+            return told_of(lambda: shard(MemoryFormer(SHAPE), mesh, "replicated"))
+        case "peer memory on one rank alone":
+            return told_of(lambda: shard(model, mesh, "column_wise", uses_peer_memory=rank == 0))
         case "sharded twice":
             shard(model, mesh, good)
             return told_of(lambda: shard(model, mesh, good))
+
+
+def fused_before(rank, kind, device, optimizer):
+    """Return whether tables that were fused before they were sharded are trained as those of one process are.
+
+    Where they have rows they have been trained before, so that states and rate are no longer what they begin with.
+    """
+    world_size = dist.get_world_size()
+    inputs, targets = batch(world_size)
+    mine = slice(rank * 2, rank * 2 + 2)
+
+    def made(table_device):
+        torch.manual_seed(4)
+        model = MemoryFormer(SHAPE, table_device=table_device)
+        for table in tables_of(model):
+            table.fuse(optimizer)
+            if table_device is None and device is None:
+                table.row_state.lr = 0.02
+        if device is None:
+            loss_of(model, inputs, targets).backward()
+        return model
+
+    reference, model = made(None), shard(made(device), init_device_mesh("cpu", (world_size,)), kind)
+    for _ in range(2):
+        loss_of(reference, inputs, targets).backward()
+        loss_of(model, inputs[mine], targets[mine]).backward()
+    pairs = list(zip(tables_of(reference), tables_of(model), strict=True))
+    distance = max((put_together(table, table.weight) - one.weight).abs().max().item() for one, table in pairs)
+    moved = min(
+        (one.weight - other.weight).abs().max().item()
+        for one, other in zip(*map(tables_of, (reference, made(None))), strict=True)
+    )
+    return distance, moved, all(table.row_state.lr == one.row_state.lr for one, table in pairs)
+
+
+def tables_of(model):
+    return [module for module in model.modules() if isinstance(module, Table)]
 
 
 def kept_rows(rank):

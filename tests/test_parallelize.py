@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mfdist.optim import RowAdagrad, RowAdam
 from mfdist.testing.run_ranks import RankPool
 from tests import parallelize_ranks as ranks
 
@@ -36,12 +37,23 @@ def test_training_is_that_of_one_process(pool, kind, beside):
         ("no tables", r"must have tables that lie on one device"),
         ("one name twice", r'got two called "memory"'),
         ("one rank differs", r"must have the same model, plan and mesh; got .*(column_wise|row_wise).* on rank"),
+        ("rows from other seeds", r"got 'table blocks.0.qkv 64 x 48 torch.float32 from seed \d+, std .*' on rank"),
+        ("other rows", r"got 'table blocks.0.qkv 64 x 48 torch.float32 of \w{16}' on rank"),
+        ("peer memory on one rank alone", r"must have the same chunk_bytes and uses_peer_memory; got .*(True|False)"),
         ("sharded twice", r"must have tables that lie on one device"),
     ],
 )
 def test_bad_input_is_refused_with_the_difference(pool, what, told):
     for message in pool.run(ranks.bad_input, 2, what):
         assert message.startswith("config: ") and re.search(told, message), message
+
+
+@pytest.mark.parametrize("device", [None, "meta"], ids=["trained", "meta"])
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise"])
+@pytest.mark.parametrize("optimizer", [RowAdam(lr=0.05), RowAdagrad(lr=0.05)], ids=["adam", "adagrad"])
+def test_fused_tables_stay_fused_and_keep_their_states(pool, kind, device, optimizer):
+    for distance, moved, has_rate in pool.run(ranks.fused_before, 2, kind, device, optimizer):
+        assert distance < 1e-5 < 1e-2 < moved and has_rate
 
 
 def test_rows_that_are_there_are_kept_and_auto_is_a_plan(pool):

@@ -228,7 +228,11 @@ class RowState:
         return self._anchor
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module's move to another device; casts of the rows do not reach the states."""
+        """Follow a module's move to another device; casts of the rows do not reach the states.
+
+        What was on the meta device begins anew.
+        """
+        was_meta = self._lr.is_meta
 
         def moved(tensor: Tensor) -> Tensor:
             made = change(tensor.detach())
@@ -237,3 +241,5 @@ class RowState:
         self.tensors = {name: moved(tensor) for name, tensor in self.tensors.items()}
         self._lr, self._step = moved(self._lr), moved(self._step)
         self._anchor = moved(self._anchor).requires_grad_()
+        if was_meta and not self._lr.is_meta:
+            self.reset()

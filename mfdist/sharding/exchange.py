@@ -32,7 +32,7 @@ from mfdist.sharding.packing import WORD_BYTES, Part, pack, unpack
 from mfdist.sharding.peer_memory import PeerMemory, reach_each_other
 from mfdist.sharding.sent import Sent, Traffic
 from mfdist.sharding.silence import explain_silence
-from mfdist.sharding.tag_links import LinkError, connect
+from mfdist.sharding.tag_links import LinkError, check_alike, connect
 from mfdist.sharding.tags import Call
 from mfdist.sharding.under_way import MAX_MESSAGE_BYTES, Opened, Pending, PendingParts, explained
 
@@ -55,6 +55,9 @@ class Exchange:
         uses_peer_memory: ranks of one host write messages into each other's memory. Between GPUs, NCCL carries what is
             longer than `mfdist.sharding.peer_memory.MOST_BYTES`, what is sent to be waited for later, and everything
             where they do not reach each other.
+
+    Raises:
+        ConfigError: another rank has other `chunk_bytes` or `uses_peer_memory`.
 
     Called on: all of `ranks`, in the same order for all exchanges of a process.
     """
@@ -81,6 +84,7 @@ class Exchange:
         self._names: dict[str, None] = {}
         self._num_calls = 0
         self._control = self._new_group("gloo", deadline_s)
+        check_alike((self._chunk_bytes, uses_peer_memory), "chunk_bytes and uses_peer_memory", self._control)
         # NCCL's own deadline ends the process without a word; the tags' comes first and names who is late.
         self._payload = self._control if device.type == "cpu" else self._new_group("nccl", 2 * deadline_s)
         self._tag_links = connect(self._control)

@@ -19,6 +19,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from mfdist.errors import ConfigError
+
 _RANK = struct.Struct("<i")
 _ACCEPT_S = 60.0
 #: For so long a rank asks again and again what has come, before it sleeps: to be woken takes a virtual machine as long.
@@ -145,6 +147,18 @@ def gathered(value: Any, control: Any) -> list[Any]:
     everyones: list[Any] = [None] * dist.get_world_size(control)
     dist.all_gather_object(everyones, value, group=control)
     return everyones
+
+
+def check_alike(value: Any, what: str, control: Any) -> None:
+    """Raise ConfigError unless all ranks of a process group on the CPU's network have the same value."""
+    everyones = gathered(value, control)
+    own = everyones[dist.get_rank(control)]
+    if others := [(rank, each) for rank, each in enumerate(everyones) if each != own]:
+        rank, other = others[0]
+        raise ConfigError(
+            f"all ranks must have the same {what}; got {own} on rank {dist.get_rank()} and {other} on rank "
+            f"{dist.get_global_rank(control, rank)}"
+        )
 
 
 def _close(sockets: list[socket.socket]) -> None:

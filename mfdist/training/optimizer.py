@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mfdist.config import DenseGroupConfig, OptimizerConfig, ParameterGroupConfig, TableGroupConfig
+from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import STATE_DTYPES, RowAdagrad, RowAdam, RowOptimizer, RowSGD, RowState
+from mfdist.spec import Region, TableSpec
 from mfdist.table import Table
 from mfdist.tables.sharded import ShardedTable
 from mfdist.training.world import World
@@ -57,6 +59,7 @@ class RunOptimizer:
         tables = table_parameter_names(model)
         #: name of the rows' parameter → the rows and what trains them, where that is a row optimiser
         self._rows = _row_trained(model, config.tables, table_lr, seed) if config.tables.rule != "adamw" else {}
+        self._cut_rows = _cut_rows(model) if config.tables.rule == "rowwise_adagrad" else {}
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = {id(parameter): name for name, parameter in named}
         self._parameters: dict[str, list[Tensor]] = {
@@ -148,13 +151,28 @@ class RunOptimizer:
         for name, (rows, state) in self._rows.items():
             if rows.grad is not None:
                 # A row that no lookup read has a gradient of zeros, and is to stay as it is.
-                touched = rows.grad.any(dim=1).nonzero().flatten()
+                is_read = rows.grad.any(dim=1)
                 if (scale := scales.get("tables")) is not None:
                     rows.grad.div_(scale)
                 if is_sound is not None:
                     rows.grad.div_(is_sound)  # by 0, which leaves no gradient finite, and so no row changed
-                state.update(rows, rows.grad, touched=touched, name=name)
+                mean_squares = None
+                if (spec := self._cut_rows.get(name)) is not None:
+                    is_read, mean_squares = self._over_whole_rows(spec, state.region, rows.grad, is_read)
+                touched = is_read.nonzero().flatten()
+                if mean_squares is not None:
+                    mean_squares = mean_squares[touched]
+                state.update(rows, rows.grad, touched=touched, mean_squares=mean_squares, name=name)
         self.drop_gradients()
+
+    def _over_whole_rows(self, spec: TableSpec, held: Region, grads: Tensor, is_read: Tensor) -> tuple[Tensor, Tensor]:
+        """Return of each held row whether any of its columns has a gradient, and the mean of all their squares."""
+        assert self._world is not None
+        first, end = held.rows
+        parts = torch.zeros(2, spec.num_rows, device=grads.device)
+        parts[0, first:end], parts[1, first:end] = is_read, squared_sums(grads)
+        num_read, squares = self._world.total(parts)[:, first:end]
+        return num_read > 0, squares / spec.row_dim
 
     def drop_gradients(self) -> None:
         """Forget the gradients without an update."""
@@ -218,6 +236,15 @@ def _row_trained(
             assert state is not None
             trained[f"{path}.weight"] = (rows, state)
     return trained
+
+
+def _cut_rows(model: nn.Module) -> dict[str, TableSpec]:
+    """Return the tables whose rows no rank holds whole, by the name of the rows' parameter."""
+    return {
+        f"{path}.weight": table.spec
+        for path, table in model.named_modules()
+        if isinstance(table, ShardedTable) and table.plan.num_column_parts > 1
+    }
 
 
 def _row_optimizer(config: TableGroupConfig, lr: float, seed: int) -> RowOptimizer:

@@ -142,7 +142,9 @@ def test_a_change_of_dtype_or_device_takes_the_states_along_unrounded():
     assert table.row_state.num_updates == 2
     meta = table.to("meta")
     assert meta.row_state.tensors["accumulator"].is_meta
-    meta.to_empty(device="cpu").reset_parameters()
+    meta.to_empty(device="cpu")  # which leaves any bytes in what it makes
+    assert meta.row_state.lr == pytest.approx(0.1) and meta.row_state.num_updates == 0
+    meta.reset_parameters()
     assert not meta.row_state.tensors["accumulator"].any() and meta.row_state.num_updates == 0
     assert meta.row_state.lr == pytest.approx(0.1)
     train(meta)

@@ -117,6 +117,13 @@ def test_a_batch_that_does_not_divide_among_ranks_is_refused(pool, tmp_path, tin
         pool.run(ranks.trained, 3, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("kind", "world_size"), [("column_wise", 2), ("grid", 4), ("row_wise", 2), ("replicated", 2)])
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", "adam"])
+def test_unfused_tables_are_trained_as_those_of_one_process(pool, kind, world_size, rule):
+    for distance, moved in pool.run(ranks.unfused, world_size, kind, rule):
+        assert distance < 1e-5 < 1e-2 < moved
+
+
 def test_under_torchrun_one_rank_speaks(tmp_path, tiny_config):
     (tmp_path / "config.toml").write_text(tiny_config.to_toml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mfdist"]
