@@ -30,8 +30,9 @@ class Footprint:
         gradients: their gradient, where every weight has one.
         states: what the row optimiser keeps.
         saved: kept from a lookup to its backward; adds up over the tables of a model.
-        transient: lives during one exchange, a rank's share of its own included, and where rows' gradients are listed
-            before they are used, or lookups put in order, those; the largest table's counts.
+        transient: lives during one exchange, a rank's share of its own included, with the gradients that come and go
+            by it, and where rows' gradients are summed or listed before they are used, or lookups put in order, those;
+            the largest table's counts.
     """
 
     weights: Floats
@@ -95,7 +96,7 @@ def _transient(
     num_tokens: int,
     ranks_per_host: int,
 ) -> Floats:
-    """Return the bytes of the fullest exchange, and of the gradients of rows that are listed meanwhile."""
+    """Return the bytes of the fullest exchange, and of the gradients that are made and summed meanwhile."""
     if not exchanges:
         return 0 * held.rows
     group = {"world": held.world_size, "inside": ranks_per_host, "between": held.world_size // ranks_per_host}
@@ -104,6 +105,13 @@ def _transient(
         # What stays on a rank lies in the same buffers as what leaves it.
         whole = (transfer.sent + transfer.received) * group[transfer.axis] / (group[transfer.axis] - 1)
         fullest[transfer.phase] = np.maximum(fullest[transfer.phase], whole)
+    # The gradient over the number of ranks, and that of the scores.
+    own = num_tokens * (plan.row_dim * plan.dtype.itemsize + load.num_lookups * SCORE_BYTES)
+    fullest["backward"] = fullest["backward"] + own
+    if plan.kind == "column_wise":  # of the scores of all tokens, to which each rank's columns add
+        fullest["backward"] = fullest["backward"] + num_tokens * held.world_size * load.num_lookups * SCORE_BYTES
+    if plan.kind == "replicated" and workload.is_fused:  # this rank's sums, beside those that arrive
+        fullest["backward"] = fullest["backward"] + held.rows * held.columns * SUM_BYTES
     is_by_rows = plan.kind in ("row_wise", "grid") and not sums_slots(plan, load)
     has_squares = workload.is_fused and workload.rule == "rowwise_adagrad" and plan.kind in ("column_wise", "grid")
     if is_by_rows or has_squares:

@@ -80,7 +80,15 @@ def test_what_backward_needs_is_kept_where_it_sums():
 
 def test_buffers_are_those_of_the_largest_exchange():
     _, found = of(table_wise(SPEC, 2, 16), 2)
-    assert found.transient.tolist() == [2 * 2 * 10 * 16 * 4]  # sums made and received, for both ranks' tokens
+    own = 10 * (16 + 6) * 4  # the gradient as it is sent, and that of the scores
+    assert found.transient.tolist() == [2 * 2 * 10 * 16 * 4 + own]  # sums made and received, for both ranks' tokens
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_copies_are_summed_beside_what_arrives(is_fused):
+    _, found = of(replicated(SPEC), 2, is_fused=is_fused)
+    table, own, marks = 96 * 16 * 4, 10 * (16 + 6) * 4, 2 * 96 * is_fused
+    assert (found.transient + found.gradients).tolist() == [3 * table + own + marks]
 
 
 def test_rows_read_narrower_than_they_are_kept_are_copied():

@@ -9,6 +9,7 @@ from mfdist.kernels.row_update import squared_sums
 from mfdist.optim import RowState
 from mfdist.sharding.cuts import even_cuts
 from mfdist.sharding.exchange import Exchange
+from mfdist.sharding.packing import Part
 from mfdist.sharding.routes.column_wise import sum_in_order
 from mfdist.sharding.routes.local import LocalRoute
 from mfdist.sharding.routes.route import Kept, LookupArguments, Route, RowGradient
@@ -94,6 +95,8 @@ class Replicated(Route):
         arrived = exchange.swap(opened, wire.encode(values), sizes, own_sizes, max(sizes))
         shares = wire.decode(arrived.view(exchange.world_size * own, width)).view(exchange.world_size, own, row_dim)
         total = sum_in_order(shares.unbind()) if values.is_floating_point() else shares.amax(0)
-        repeated = wire.encode(total).repeat(exchange.world_size, 1)
-        summed = exchange.swap(opened, repeated, own_sizes, sizes, max(sizes))
+        del arrived, shares  # each as large as the table
+        encoded = [wire.encode(total).view(-1)] * exchange.world_size
+        part = Part(pieces=encoded, arriving=sizes, largest=max(sizes))
+        (summed,) = exchange.send_together(opened, [part], is_beside=False).wait()
         return wire.decode(summed.view(num_rows, width))
