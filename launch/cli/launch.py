@@ -44,7 +44,8 @@ def launch(
     trainers: Annotated[int | None, typer.Option(min=1, metavar="N", help="As launch.trainers.")] = None,
     servers: Annotated[int | None, typer.Option(min=0, metavar="M", help="As launch.servers.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration, as for train."),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Come back once the job runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON summary on stdout.")] = False,

@@ -9,12 +9,13 @@ import typer
 from mfdist.errors import ConfigError
 from mfdist.launch.cli import failures, wording
 from mfdist.launch.cli.json_output import write_json
+from mfdist.launch.cli.keys import as_toml
 
 
 def serve(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG.toml", help="Settings; docs/reference/table-server.md explains them."),
+        typer.Argument(metavar="CONFIG.toml", help="Settings, also those that have no option; --keys prints them all."),
     ] = None,
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
@@ -41,6 +42,9 @@ def serve(
         list[str] | None,
         typer.Option("--host", metavar="NAME", help="With --init-tls: a name or address of the servers; repeatable."),
     ] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print a CONFIG.toml with every key, its default and its meaning, and end.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
 ) -> int:
     """Hold tables in memory and serve them over gRPC until SIGTERM; what it acknowledged survives its death.
@@ -56,6 +60,8 @@ def serve(
     The first line on stdout is the address, once calls are taken. Any number of servers hold a model's tables together;
     each needs a folder of its own.
     """
+    if keys:
+        return _show_keys()
     if init_tls is not None:
         return _init_tls(init_tls, hosts or [], as_json=as_json)
     if hosts:
@@ -88,6 +94,14 @@ def serve(
         sys.stdout.flush()
 
     run(chosen, say)
+    return failures.DONE
+
+
+def _show_keys() -> int:
+    from mfdist.table_server.config import ServerConfig
+
+    for line in as_toml(ServerConfig):
+        typer.echo(line)
     return failures.DONE
 
 

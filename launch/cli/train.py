@@ -15,6 +15,7 @@ from mfdist.errors import ConfigError
 from mfdist.launch.cli import failures, wording
 from mfdist.launch.cli.display import showing
 from mfdist.launch.cli.json_output import write_json
+from mfdist.launch.cli.keys import as_toml
 from mfdist.launch.cli.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ PRESETS = {
 _CONFIG_HELP = "A TOML file, or a preset: " + "; ".join(f"{name} ({what})" for name, what in PRESETS.items()) + "."
 _SET_HELP = (
     "Set a key of the configuration, as section.key=value, such as model.bits=10; may be given many times. "
-    "RUN/config.toml shows every key of a run, docs/reference/configuration.md explains them."
+    "RUN/config.toml shows every key of a run; --keys prints them with their defaults and meanings."
 )
 
 #: Ends the help of `train`.
@@ -54,6 +55,9 @@ def train(
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to train.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET_HELP)] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print a CONFIG with every key, its default and its meaning, and end.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON summary on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines, even on a terminal.")] = False,
 ) -> int:
@@ -63,6 +67,10 @@ def train(
 
     Example: mfdist train --resume runs/demo --steps 800
     """
+    if keys:
+        for line in as_toml(RunConfig):
+            typer.echo(line)
+        return failures.DONE
     overrides = list(settings or ())
     overrides += [f"training.steps={steps}"] if steps is not None else []
     overrides += [f"training.seed={seed}"] if seed is not None else []

@@ -11,6 +11,7 @@ import typer
 
 import mfdist
 import mfdist.config
+from mfdist.config import config_keys, parse_config
 from mfdist.launch.cli import app, train
 
 
@@ -83,11 +84,30 @@ def test_a_group_of_verbs_has_an_example_too(capsys, group):
     assert f"Example: mfdist {group} " in words(out)
 
 
-def test_the_help_of_train_lists_the_presets_and_says_where_keys_are_documented(capsys):
+def test_the_help_of_train_lists_the_presets_and_says_what_prints_the_keys(capsys):
     _, out, _ = ended(capsys, "train", "--help")
     assert list(train.PRESETS) == mfdist.config.preset_names()
     assert all(f"{name} (" in words(out) for name in train.PRESETS)
-    assert "docs/reference/configuration.md" in words(out)
+    assert "--keys prints them with their defaults and meanings" in words(out)
+
+
+@pytest.mark.parametrize("verb", [*verbs(typer.main.get_command(app.app))], ids=" ".join)
+def test_no_help_names_a_file_that_an_installation_lacks(capsys, verb):
+    _, out, _ = ended(capsys, *verb, "--help")
+    assert "docs/" not in words(out)
+    assert ".md" not in words(out)
+
+
+def test_the_keys_of_train_are_a_configuration_once_what_must_be_given_is(capsys):
+    code, out, err = ended(capsys, "train", "--keys")
+    assert (code, err) == (0, "")
+    required = {"num_layers": 2, "hidden_dim": 64, "num_heads": 4, "steps": 7, "batch_size": 2, "seq_len": 8}
+    text = re.sub(r"# (\w+) =    \(must be given\)", lambda key: f"{key[1]} = {required[key[1]]}", out)
+    text = text.replace("[optimizer.dense]", "[optimizer.dense]\nlr = 0.01", 1)
+    config = parse_config(text, origin="--keys")
+    assert (config.training.steps, config.model.bits, config.checkpoint.keep_last) == (7, 8, 2)
+    named = {key.rpartition(".")[2] for key in config_keys()}
+    assert named == set(re.findall(r"^(?:# )?(\w+) =", out, re.MULTILINE))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from mfdist.table_server.config import load_server_config
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -35,3 +37,13 @@ def test_certificates_and_tokens_for_a_trial(mfdist, tmp_path):
     code, _, err = mfdist("serve", "--init-tls", str(tmp_path / "tls"))
     assert code == 2
     assert "ca.pem exists; choose another" in err
+
+
+def test_the_keys_are_a_configuration_file_that_changes_nothing(mfdist, tmp_path):
+    code, out, err = mfdist("serve", "--keys")
+    assert (code, err) == (0, "")
+    path = tmp_path / "server.toml"
+    path.write_text(out, "utf-8")
+    assert load_server_config(path) == load_server_config(None)
+    assert "[limits]" in out
+    assert "# requests of one client at a time\nmax_requests_in_flight = 256\n" in out
