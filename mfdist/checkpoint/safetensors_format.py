@@ -46,10 +46,13 @@ def write_safetensors(
         filled += size
     files = [folder / _file_name(number, len(groups)) for number in range(len(groups))]
     for group, file in zip(groups, files, strict=True):
+        file.touch()
+        mode = file.stat().st_mode  # which files have here; nobody else may read what safetensors puts in its place
         try:
             save_file(dict(read(group)), file, metadata=dict(metadata))
         except (safetensors.SafetensorError, KeyError) as error:
             raise ConfigError(f"safetensors must have the dtype of every tensor; {error}; export to dcp.") from error
+        file.chmod(mode)
         fsync(file)
     if len(groups) > 1:
         places = {name: file.name for group, file in zip(groups, files, strict=True) for name in group}

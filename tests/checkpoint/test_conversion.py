@@ -42,6 +42,8 @@ def test_other_programs_read_the_exports(directory: CheckpointDirectory, small_s
 
     export_step(info.path, tmp_path / "many", "safetensors", max_file_bytes=4000)
     files = sorted(path.name for path in (tmp_path / "many").iterdir())
+    modes = {(tmp_path / "many" / file).stat().st_mode for file in files}
+    assert modes == {info.path.joinpath("zarr.json").stat().st_mode}  # whoever may read a checkpoint may read these
     assert files[0] == f"model-00001-of-{len(files) - 1:05d}.safetensors"
     assert files[-1] == "model.safetensors.index.json"
 
