@@ -29,6 +29,9 @@ class ShardedTable(Table):
     Row-wise and column-wise, sums and row gradients have the bits of an unsharded table in fp32 on a CPU that is given
     all ranks' tokens one rank after the other; other kinds agree up to rounding, and all repeat bit for bit.
 
+    Where columns are cut, SGD and Adam leave a row whose gradient is not finite as it is in the columns of those ranks
+    alone whose gradient is not; row-wise Adagrad, which needs whole rows' squares, leaves all of it.
+
     Args:
         plan: of this table.
         exchanges: over the mesh; shared by all tables.
@@ -79,7 +82,8 @@ class ShardedTable(Table):
         Raises:
             RowIdError: an id of this rank lies outside the table.
             ConsistencyError: another rank makes another lookup, or has an id outside the table.
-            UnavailableError: a rank did not come before the deadline; it is named.
+            UnavailableError: a rank did not come before the deadline; it is named. A replicated table's lookup asks
+                nobody: where one rank has a bad id, the others learn in backward that it does not come.
 
         Called on: all ranks of the mesh, in the same order for all tables.
         """
