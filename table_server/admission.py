@@ -121,11 +121,14 @@ class Admission:
                 is_new=False,
             )
         more = f"; {held} more from there were turned away since" if held else ""
-        problem = "got none" if token is None else "got one that is not in the server's file"
+        problem = "got one that is not in the server's file"
+        if token is None:
+            has_any = any(key == "authorization" for key, _ in context.invocation_metadata() or ())
+            problem = 'got something else than "Bearer TOKEN"' if has_any else "got none"
         raise Refusal(
             "token",
             StatusCode.UNAUTHENTICATED,
-            f'{call.name} needs a token in the metadata "authorization"; {problem}; '
+            f'{call.name} needs a token in the metadata, "authorization: Bearer TOKEN"; {problem}; '
             f"ask the server's operator for one{more}",
         )
 

@@ -11,6 +11,7 @@ from mfdist.table_server.auth import SERVICE, Client
 from mfdist.table_server.status import KIND_KEY
 
 _MAX_MESSAGE_CHARS = 1000  # of a status: it travels as a header, and headers have limits
+_END_CHARS = 200  # of a longer one that are kept: what to do
 
 
 class Refusal(Exception):
@@ -75,4 +76,6 @@ async def abort(context: Any, code: grpc.StatusCode, message: str, kind: str, wa
     trailing: tuple[tuple[str, str], ...] = ((KIND_KEY, kind),)
     if wait_s:
         trailing += (("grpc-retry-pushback-ms", str(max(1, round(wait_s * 1000)))),)  # gRPC's clients heed it
-    await context.abort(code, message[:_MAX_MESSAGE_CHARS], trailing)
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = f"{message[: _MAX_MESSAGE_CHARS - _END_CHARS]} … {message[-_END_CHARS:]}"
+    await context.abort(code, message, trailing)

@@ -49,8 +49,7 @@ def dtype_code(dtype: torch.dtype) -> pb.DType:
         ConfigError: it cannot travel.
     """
     if dtype not in _CODES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _CODES)
-        raise ConfigError(f"tensors travel as one of {names}; got {dtype}")
+        raise ConfigError(f"tensors travel as one of {', '.join(map(dtype_name, _CODES))}; got {dtype_name(dtype)}")
     return _CODES[dtype]
 
 
@@ -63,6 +62,24 @@ def dtype_of(code: pb.DType, what: str) -> torch.dtype:
     if code not in DTYPES:
         raise ConfigError(f"{what} must name a dtype of the protocol; got {code}")
     return DTYPES[code]
+
+
+def sums_dtype_of(code: pb.DType, what: str) -> torch.dtype:
+    """Return the dtype that a message names for sums.
+
+    Raises:
+        ConfigError: it names none, or one of integers, which would cut sums off.
+    """
+    dtype = dtype_of(code, what)
+    if not dtype.is_floating_point:
+        names = ", ".join(dtype_name(each) for each in _CODES if each.is_floating_point)
+        raise ConfigError(f"{what} must be floating point, one of {names}; got {dtype_name(dtype)}")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what messages call a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> Frame:
@@ -173,16 +190,15 @@ def unpacked(tensors: Sequence[Frame | pb.Tensor], what: str) -> Tensor:
 
 
 def _check_shape(head: pb.Tensor, num_bytes: int, first: pb.Tensor, what: str) -> None:
-    shape = tuple(head.shape)
-    itemsize = dtype_of(head.dtype, f"{what}'s dtype").itemsize
-    if not shape or min(shape) < 0 or head.dtype != first.dtype or shape[1:] != tuple(first.shape[1:]):
+    shape, dtype = tuple(head.shape), dtype_of(head.dtype, f"{what}'s dtype")
+    if not 1 <= len(shape) <= 2 or min(shape) < 0 or max(shape) >= _MAX_LENGTH:
+        raise ConfigError(f"{what} must have one or two dimensions, each in [0, 2**31); got shape {list(shape)[:8]}")
+    if head.dtype != first.dtype or shape[1:] != tuple(first.shape[1:]):
         raise ConfigError(
-            f"{what} must be a tensor of one dtype and width in all messages; got shape {list(shape)} after "
-            f"{list(first.shape)}"
+            f"{what} must be a tensor of one dtype and width in all messages; got {dtype_name(dtype)} {list(shape)} "
+            f"after {dtype_name(dtype_of(first.dtype, what))} {list(first.shape)[:8]}"
         )
-    if len(shape) > 2 or max(shape) >= _MAX_LENGTH:
-        raise ConfigError(f"{what} must have one or two dimensions below 2**31; got shape {list(shape)}")
-    if num_bytes != (size := itemsize * math.prod(shape)):
+    if num_bytes != (size := dtype.itemsize * math.prod(shape)):
         raise ConfigError(f"{what} of shape {list(shape)} must be {size} bytes; got {num_bytes}")
 
 

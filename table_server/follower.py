@@ -14,7 +14,7 @@ from mfdist.checkpoint.state import TableState
 from mfdist.errors import ConfigError, ConsistencyError, InternalError, UnavailableError
 from mfdist.table_server import epoch as epochs
 from mfdist.table_server.codec import unpacked
-from mfdist.table_server.contribution import parsed_push
+from mfdist.table_server.contribution import logged_push
 from mfdist.table_server.life import Life
 from mfdist.table_server.messages import ShardSpec, shard_of
 from mfdist.table_server.proto import table_v1_pb2 as pb
@@ -241,7 +241,7 @@ class _Copies:
         messages, self._push = self._push, []
         node = self._node
         node.counters["followed_pushes"] += 1
-        push = await node.run(parsed_push, messages)
+        push = await node.run(logged_push, messages)
         life = self._life(part.history)
         if life.is_unsaved:
             await node.checkpoint()

@@ -1,17 +1,20 @@
 """What tables are, as messages: specs, regions, row optimisers and shards, there and back."""
 
+import json
+import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from mfdist.errors import ConfigError
 from mfdist.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD
 from mfdist.spec import Region, TableSpec
-from mfdist.table_server.codec import dtype_code, dtype_of
+from mfdist.table_server.codec import dtype_code, dtype_name, dtype_of
 from mfdist.table_server.proto import table_v1_pb2 as pb
 
 _ROW_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_NAME_CHARS, _SHOWN_CHARS = 200, 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,8 @@ class ShardSpec:
     """A rectangle of a table, how its rows begin, and how they are trained.
 
     Raises:
-        ConfigError: it is empty, does not lie in its table, or is trained by a rule that needs more of each row.
+        ConfigError: it is empty, does not lie in its table, begins with rows that are no numbers, or is trained by a
+            rule that needs more of each row.
     """
 
     table: TableSpec
@@ -30,8 +34,9 @@ class ShardSpec:
 
     def __post_init__(self) -> None:
         whole, where = self.table.region, f'table "{self.table.name}"'
-        if not self.table.name or len(self.table.name) > 200 or "/" in self.table.name:
-            raise ConfigError(f'a table needs a name of at most 200 characters without "/"; got {self.table.name!r}')
+        _check_name(self.table.name)
+        if not 0 <= self.std < math.inf:
+            raise ConfigError(f"the std of first rows must be finite and 0 or more; got {self.std} for {where}")
         if self.table.dtype not in _ROW_DTYPES:
             raise ConfigError(f"rows must be fp32, fp16 or bf16 on a server; got {self.table.dtype} for {where}")
         if self.region.is_empty or self.region.intersection(whole) != self.region:
@@ -44,6 +49,23 @@ class ShardSpec:
                 f"row-wise Adagrad needs whole rows on a server; got columns {self.region.columns} of "
                 f"{self.table.row_dim} for {where}; plan it row_wise or table_wise, or train by adam or sgd"
             )
+
+
+def quoted(name: str) -> str:
+    """Return a name from outside as messages have it: in quotation marks, and only its beginning where it is long."""
+    if len(name) <= _MAX_NAME_CHARS:
+        return json.dumps(name, ensure_ascii=False)
+    return f"{json.dumps(name[:_SHOWN_CHARS] + '…', ensure_ascii=False)}, {len(name)} characters"
+
+
+def differences(known: ShardSpec, asked: ShardSpec) -> tuple[str, str]:
+    """Return what one shard is that another is not, and what that is instead: `seed=3` and `seed=4`."""
+    one, other = _facts(known), _facts(asked)
+    names = [name for name in one | other if one.get(name) != other.get(name)]
+    if "optimizer" in names:  # whose settings are then others anyway
+        names = [name for name in names if not name.startswith("optimizer.")]
+    first, second = (", ".join(f"{name}={facts.get(name)}" for name in names) for facts in (one, other))
+    return first, second
 
 
 def shard_message(shard: ShardSpec) -> pb.Shard:
@@ -70,6 +92,7 @@ def shard_of(message: pb.Shard) -> ShardSpec:
         ConfigError: there is no such shard.
     """
     spec, region = message.table, message.region
+    _check_name(spec.name)  # before it is in other messages
     return ShardSpec(
         table=TableSpec(
             name=spec.name,
@@ -126,3 +149,26 @@ def optimizer_of(message: pb.RowOptimizer) -> RowOptimizer:
         betas=(message.beta1, message.beta2),
         state_dtype=dtype_of(message.state_dtype, "the moments' dtype"),
     )
+
+
+def _check_name(name: str) -> None:
+    if not name or len(name) > _MAX_NAME_CHARS or "/" in name:
+        raise ConfigError(
+            f'a table needs a name of at most {_MAX_NAME_CHARS} characters without "/"; got {quoted(name)}'
+        )
+
+
+def _facts(shard: ShardSpec) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "num_rows": shard.table.num_rows,
+        "row_dim": shard.table.row_dim,
+        "dtype": dtype_name(shard.table.dtype),
+        "rows": "[{}, {})".format(*shard.region.rows),
+        "columns": "[{}, {})".format(*shard.region.columns),
+        "std": shard.std,
+        "seed": shard.seed,
+        "optimizer": shard.optimizer and shard.optimizer.rule.kind,
+    }
+    for name, value in vars(shard.optimizer).items() if shard.optimizer else ():
+        facts[f"optimizer.{name}"] = dtype_name(value) if isinstance(value, torch.dtype) else value
+    return facts

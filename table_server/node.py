@@ -21,10 +21,10 @@ from mfdist.optim import RowOptimizer
 from mfdist.table_server import saving
 from mfdist.table_server.codec import unpacked
 from mfdist.table_server.config import ReplicationConfig, ServerSection
-from mfdist.table_server.contribution import parsed_push
+from mfdist.table_server.contribution import logged_push
 from mfdist.table_server.follower import Follower
 from mfdist.table_server.life import Life
-from mfdist.table_server.messages import ShardSpec
+from mfdist.table_server.messages import ShardSpec, differences, quoted
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.shard import Shard
 from mfdist.table_server.standing import Standing
@@ -66,9 +66,9 @@ class Node:
         self._num_threads = num_threads + 1
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="mfdist-table")
         self._num_running = 0
-        #: Counts since the start, by name.
         #: What follows a primary, where this is the replica of a pair.
         self.follower = Follower(self, replication.timeout_s)
+        #: Counts since the start, by name.
         self.counters: Counter[str] = Counter()
         self.row_hits: Counter[str] = Counter()
         self.is_draining = False
@@ -83,7 +83,7 @@ class Node:
         self._lives: dict[str, Life] = {}
         for held in self.store.find():
             life = self._life(held)
-            logged = ((version, parsed_push(messages)) for version, messages in self.store.pushes(held.life))
+            logged = ((version, logged_push(messages)) for version, messages in self.store.pushes(held.life))
             self.counters["replayed_pushes"] += life.updates.replay(logged, self.standing.num_clients)
             self._lives[held.shard.name] = life
 
@@ -106,9 +106,13 @@ class Node:
         """
         if table not in self._lives:
             if not self.standing.is_whole:
-                raise UnavailableError(f'a replica must have its rows; "{table}" is being copied; ask the primary')
+                raise UnavailableError(
+                    f"a replica must have its rows; {quoted(table)} is being copied; ask the primary"
+                )
             known = ", ".join(f'"{name}"' for name in sorted(self._lives)[:3]) or "none"
-            raise UnknownTableError(f'a table must be made before it is used; got "{table}", this server has {known}')
+            raise UnknownTableError(
+                f"a table must be made before it is used; got {quoted(table)}, this server has {known}"
+            )
         return self._lives[table]
 
     async def run(self, function: Callable[..., _T], *args: object) -> _T:
@@ -133,9 +137,10 @@ class Node:
                 if known.shard.spec != (
                     spec if spec.optimizer else replace(spec, optimizer=known.shard.spec.optimizer)
                 ):
+                    here, asked = differences(known.shard.spec, spec)
                     raise ConsistencyError(
-                        f'a table is made once; "{spec.table.name}" is here as {known.shard.spec} and was asked for as '
-                        f"{spec}; drop it first, or give the new one another name"
+                        f'a table is made once; "{spec.table.name}" is here with {here}, and was asked for with '
+                        f"{asked}; drop it first, or give the new one another name"
                     )
                 return known, True
             life = await self.draw(spec)
@@ -209,6 +214,8 @@ class Node:
         """
         self.standing.check_primary()
         self.standing.check_seen(seen)
+        if not num_clients:
+            raise ConfigError("num_clients must be 1 or more; got 0; give how many clients train together")
         if not 0 <= client < num_clients:
             raise ConfigError(f"a client's number must lie in [0, {num_clients}); got {client}")
         if num_clients != self.standing.num_clients:

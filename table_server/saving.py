@@ -8,6 +8,7 @@ import torch
 from mfdist.checkpoint.ranks import OneRank, Ranks, StoreRanks
 from mfdist.checkpoint.state import CheckpointState, TableShard
 from mfdist.errors import ConfigError, UnavailableError
+from mfdist.table_server.messages import quoted
 from mfdist.table_server.shard import Shard
 
 
@@ -45,7 +46,7 @@ def meeting(directory: Path, rank: int, world_size: int, name: str) -> Ranks:
         return OneRank()
     if not name.isidentifier():
         raise ConfigError(
-            f"a save of several servers needs a name of letters and digits for them to meet; got {name!r}"
+            f"a save of several servers needs a name of letters and digits for them to meet; got {quoted(name)}"
         )
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mfdist import __version__
 from mfdist.errors import ConfigError
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, dtype_of, packed, packed_message, unpacked
-from mfdist.table_server.contribution import contribution_of, lookups_of, push_of
+from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, packed, packed_message, sums_dtype_of, unpacked
+from mfdist.table_server.contribution import contribution_of, lookups_of, push_of, step_of
 from mfdist.table_server.frames import Frame
 from mfdist.table_server.in_turn import in_turn
 from mfdist.table_server.life import Life
@@ -134,8 +134,11 @@ class TableService(TableServiceServicer):
         if first.is_frozen:
             updates = node.life(first.table).updates
             contribution = await node.run(contribution_of, messages)
-            if contribution is None:
-                raise ConfigError(f'a push to frozen rows needs lookups; got none for table "{first.table}"')
+            if "lookups" not in messages[0].parts:
+                raise ConfigError(
+                    f'a push to frozen rows must hold lookups; got gradients of rows for table "{first.table}", which '
+                    "nothing would take; push without is_frozen, or lookups"
+                )
             async with updates.gate.reading():
                 gradients = await node.run(updates.shard.score_gradients, contribution)
             async for reply in self._gradients(gradients):
@@ -145,9 +148,9 @@ class TableService(TableServiceServicer):
         node.standing.check_client(first.client, first.session, epoch)
         updates = (await node.life_to_push_to(first.table)).updates
         push = await node.run(push_of, messages)
-        if push.contribution is not None:
-            await node.run(updates.shard.check, push.contribution)
-            node.row_hits[first.table] += push.contribution.lookups.row_ids.numel()
+        assert push.contribution is not None, "steps without one come by Step"
+        await node.run(updates.shard.check, push.contribution)
+        node.row_hits[first.table] += push.contribution.lookups.row_ids.numel()
         del messages
         pushing = updates.push(push, node.standing.num_clients, self._wait_s(context))
         answer = await node.standing.within(epoch, pushing)
@@ -164,8 +167,7 @@ class TableService(TableServiceServicer):
         standing.check_client(request.client, request.session, request.epoch)
         updates = (await node.life_to_push_to(request.table)).updates
         updates.shard.trained()
-        message = pb.PushRequest(table=request.table, client=request.client, step=request.step, lr=request.lr)
-        pushing = updates.push(push_of([Frame(message)]), standing.num_clients, self._wait_s(context))
+        pushing = updates.push(step_of(request), standing.num_clients, self._wait_s(context))
         answer = await standing.within(request.epoch, pushing)
         await standing.within(request.epoch, answer.on_disk)
         return pb.StepReply(was_known=answer.was_known)
@@ -293,7 +295,7 @@ def _is_small(shard: Shard, request: Frame) -> bool:
 
 
 def _sums(shard: Shard, first: pb.LookupRequest, request: Frame, version: int) -> bytes:
-    dtype = dtype_of(first.reply_dtype, "reply_dtype") if first.reply_dtype else shard.spec.table.dtype
+    dtype = sums_dtype_of(first.reply_dtype, "reply_dtype") if first.reply_dtype else shard.spec.table.dtype
     lookups = lookups_of([request.part("lookups")], first.code_stride, first.first_slot)
     # A few bytes can ask for any number of sums, and all would have to lie in memory.
     if (num_bytes := lookups.length * shard.rows.shape[1] * dtype.itemsize) > MAX_MESSAGE_BYTES:

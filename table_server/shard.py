@@ -15,7 +15,8 @@ from mfdist.kernels import gather_sum, ragged_gradient, sparse_row_gradient
 from mfdist.kernels.huge_pages import in_huge_pages
 from mfdist.kernels.lookup_arguments import check_grad_output, check_lookup
 from mfdist.optim import RowState
-from mfdist.table_server.messages import ShardSpec
+from mfdist.table_server.codec import dtype_name
+from mfdist.table_server.messages import ShardSpec, quoted
 from mfdist.tables.initial_rows import draw_rows
 
 #: Elements of rows that listed lookups copy at a time.
@@ -187,14 +188,31 @@ class Shard:
         return made
 
     def gather(self, row_ids: Tensor | None, state: str) -> Tensor:
-        """Return rows [U, C] or a state's values, copied; all where there are no ids. Safe from several threads."""
+        """Return rows [U, C] or a state's values, copied; all where there are no ids. Safe from several threads.
+
+        Raises:
+            ConfigError: there is no such state, or ids are no list.
+            RowIdError: an id lies outside the shard.
+        """
         tensor = self._tensor(state)
-        return tensor.clone() if row_ids is None else tensor[self._listed_ids(row_ids)]
+        return tensor.clone() if row_ids is None else tensor[self._one_by_one(row_ids)]
 
     def write(self, values: Tensor, row_ids: Tensor | slice, state: str) -> None:
-        """Replace rows [U, C] or a state's values, at ids of the table or at a slice of the shard."""
+        """Replace rows [U, C] or a state's values, at ids of the table or at a slice of the shard.
+
+        Raises:
+            ConfigError: there is no such state, values do not fit it, or ids are no list of each row once; nothing was
+                changed.
+            RowIdError: an id lies outside the shard.
+        """
         tensor = self._tensor(state)
-        at = row_ids if isinstance(row_ids, slice) else self._listed_ids(row_ids)
+        at = row_ids if isinstance(row_ids, slice) else self._one_by_one(row_ids)
+        # Which of two values for a row stays would be up to the threads, and another one in the replica.
+        if isinstance(at, Tensor) and len(at) != len(at.unique()):
+            raise ConfigError(
+                f"a message of a write must name each row once; got {len(at)} ids of {len(at.unique())} rows for table "
+                f'"{self.name}"'
+            )
         if values.shape != tensor[at].shape or values.dtype != tensor.dtype:
             raise ConfigError(
                 f'values for {state or "rows"} of table "{self.name}" must be {list(tensor[at].shape)} in '
@@ -283,19 +301,26 @@ class Shard:
             raise RowIdError(f'row ids must lie in [{begin}, {end}) here; got {int(bad)} for table "{self.name}"')
         return ids - begin
 
+    def _one_by_one(self, row_ids: Tensor) -> Tensor:
+        """Return ids [U] of the table, counted from the shard's first row."""
+        if row_ids.ndim != 1:
+            raise ConfigError(f'row_ids must be [U]; got {list(row_ids.shape)} for table "{self.name}"')
+        return self._listed_ids(row_ids)
+
     def _check_gradient(self, contribution: Contribution) -> None:
         shape = (contribution.lookups.length, self.rows.shape[1])
         grad = contribution.grad_output
         if tuple(grad.shape) != shape or not grad.dtype.is_floating_point:
             raise ConfigError(
-                f'gradients of sums of table "{self.name}" must be {list(shape)}; got {list(grad.shape)} {grad.dtype}'
+                f'gradients of sums of table "{self.name}" must be {list(shape)} of a floating dtype; got '
+                f"{list(grad.shape)} {dtype_name(grad.dtype)}"
             )
 
     def _tensor(self, state: str) -> Tensor:
         tensors = self._tensors()
         if state not in tensors:
             named = ", ".join(f'"{name}"' for name in tensors if name) or "none"
-            raise ConfigError(f'a state must be one of table "{self.name}": {named}; got "{state}"')
+            raise ConfigError(f'a state must be one of table "{self.name}": {named}; got {quoted(state)}')
         return tensors[state]
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -117,7 +117,11 @@ class Standing:
         if epoch != self.epoch:
             raise self._changed()
         if client not in self.sessions:
-            raise UnavailableError(f"a client must join before it pushes; client {client} has not since the start")
+            # Unavailable, because clients then join and push again: a server that was started again knows none.
+            raise UnavailableError(
+                f"a client must join before it pushes; client {client} has not since this server's start; join, then "
+                "send it again"
+            )
         if self.sessions[client] != session:
             raise ConsistencyError(
                 f"one process at a time may be client {client}; another one has joined after this one"

@@ -2,6 +2,7 @@
 
 import grpc
 
+from mfdist.checkpoint.series import NotSavedError
 from mfdist.errors import OUTCOMES, ConfigError, InternalError, MfdistError, UnavailableError
 
 #: Trailing metadata that carries an error's kind.
@@ -22,7 +23,7 @@ class UnknownTableError(ConfigError):
 
 def status_of(error: MfdistError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """Return code, message and trailing metadata of an error."""
-    name = "NOT_FOUND" if isinstance(error, UnknownTableError) else OUTCOMES[error.kind][1]
+    name = "NOT_FOUND" if isinstance(error, UnknownTableError | NotSavedError) else OUTCOMES[error.kind][1]
     return grpc.StatusCode[name], str(error), ((KIND_KEY, error.kind),)
 
 

@@ -11,6 +11,7 @@ disk, so it makes no difference to anyone when the server dies in between.
 
 import asyncio
 import concurrent.futures
+import itertools
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,8 @@ from mfdist.table_server.gate import Gate
 from mfdist.table_server.shard import Contribution, Shard
 
 _T = TypeVar("_T")
+
+_MAX_NAMED = 16  # of the clients that are late
 
 
 class Log(Protocol):
@@ -326,8 +329,14 @@ class Updates:
             self._progress.notify_all()
 
     def _late(self, step: int, num_clients: int, wait_s: float) -> UnavailableError:
+        if not num_clients:
+            return UnavailableError(
+                f'update {step} of table "{self.shard.name}" needs clients that push it within {wait_s:g} s; none has '
+                "joined; ask for a version that there is, or start the clients of training"
+            )
         come = self._waiting.get(step, {})
-        late = ", ".join(str(client) for client in range(num_clients) if client not in come) or "unknown"
+        missing = (str(client) for client in range(num_clients) if client not in come)
+        late = ", ".join(itertools.islice(missing, _MAX_NAMED)) or "unknown"
         return UnavailableError(
             f'update {step} of table "{self.shard.name}" needs the pushes of all {num_clients} clients within '
             f"{wait_s:g} s; late: client {late}; see whether it still runs"

@@ -9,6 +9,7 @@ from mfdist.checkpoint.dtypes import dtype_name
 from mfdist.checkpoint.holding import Holding, holdings_of
 from mfdist.checkpoint.layout import describe, parse_path
 from mfdist.checkpoint.reader import read_parts
+from mfdist.checkpoint.series import NotSavedError
 from mfdist.checkpoint.state import CheckpointState, TableShard, TableState
 from mfdist.checkpoint.step_files import StepFiles, StoredArray
 from mfdist.errors import CheckpointError, ConfigError
@@ -35,7 +36,7 @@ def load_step(
     if tables is None:
         tables = () if shards else tuple(by_table)
     if unknown := sorted({*tables, *shards} - by_table.keys()):
-        raise CheckpointError(
+        raise NotSavedError(
             f"a table must be in the checkpoint to be loaded; {files.root} has no {_some(unknown)}; "
             f"it has {_some(list(by_table))}."
         )

@@ -31,6 +31,10 @@ from mfdist.errors import CheckpointError
 _SYNCS_AT_ONCE = 8
 
 
+class NotSavedError(CheckpointError):
+    """No such step or table was saved. What there is, is whole; ask for that."""
+
+
 class StepSeries(Protocol):
     """The steps at a place. One process writes at a time, in this order: `writer_lock`, `begin`, `commit`."""
 
@@ -78,16 +82,16 @@ def locate(series: StepSeries, step: int | None) -> tuple[int, Folder]:
     """Return number and folder of a committed step, by default the latest.
 
     Raises:
-        CheckpointError: there is none.
+        NotSavedError: there is none.
     """
     committed = series.revisions()
     if not committed:
-        raise CheckpointError(
+        raise NotSavedError(
             f"a checkpoint must have been committed; {series.path} holds none; check the path, or train until one is."
         )
     step = max(committed) if step is None else step
     if step not in committed:
-        raise CheckpointError(
+        raise NotSavedError(
             f"step {step} must have been committed; {series.path} holds {_enumerate(sorted(committed))}; take one of "
             "those."
         )

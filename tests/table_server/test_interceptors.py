@@ -148,6 +148,26 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ((), "got none"),
+        ((("authorization", "{token}"),), 'got something else than "Bearer TOKEN"'),
+        ((("authorization", "Basic {token}"),), 'got something else than "Bearer TOKEN"'),
+        ((("authorization", "Bearer x{token}"),), "got one that is not in the server's file"),
+    ],
+)
+def test_what_is_no_token_is_told_from_none(
+    guarded: Served, tokens: dict[str, str], metadata: tuple[tuple[str, str], ...], says: str
+) -> None:
+    sent = tuple((key, value.format(token=tokens["admin"])) for key, value in metadata)
+    with grpc.insecure_channel(guarded.address) as channel:
+        error = refused(partial(CALLS["read"], stub_of(channel), metadata=sent))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert f'needs a token in the metadata, "authorization: Bearer TOKEN"; {says}; ' in error.details()
+    assert tokens["admin"] not in error.details()
+
+
 def test_a_token_opens_what_its_rights_say(guarded: Served, tokens: dict[str, str]) -> None:
     allowed = {"reader": {"read"}, "trainer": {"read", "push"}, "admin": {"read", "push", "admin"}}
     with grpc.insecure_channel(guarded.address) as channel:
