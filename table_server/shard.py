@@ -208,9 +208,9 @@ class Shard:
         tensor = self._tensor(state)
         at = row_ids if isinstance(row_ids, slice) else self._one_by_one(row_ids)
         # Which of two values for a row stays would be up to the threads, and another one in the replica.
-        if isinstance(at, Tensor) and len(at) != len(at.unique()):
+        if isinstance(at, Tensor) and len(at) != (num_rows := len(torch.unique(at))):
             raise ConfigError(
-                f"a message of a write must name each row once; got {len(at)} ids of {len(at.unique())} rows for table "
+                f"a message of a write must name each row once; got {len(at)} ids of {num_rows} rows for table "
                 f'"{self.name}"'
             )
         if values.shape != tensor[at].shape or values.dtype != tensor.dtype:
