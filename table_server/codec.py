@@ -82,6 +82,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def row_bytes(width: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a row of values as `packed` sends it, with its scale in fp8."""
+    return width * dtype.itemsize + (_SCALE_BYTES if dtype in _FP8 else 0)
+
+
 def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> Frame:
     """Return a tensor of any shape as it travels; on the host and contiguous, the frame's data are the tensor's own.
 

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from mfdist import __version__
 from mfdist.errors import ConfigError
-from mfdist.table_server.codec import MAX_MESSAGE_BYTES, blocks, packed, packed_message, sums_dtype_of, unpacked
+from mfdist.table_server.calls import Refusal
+from mfdist.table_server.codec import (
+    MAX_MESSAGE_BYTES,
+    blocks,
+    packed,
+    packed_message,
+    row_bytes,
+    sums_dtype_of,
+    unpacked,
+)
 from mfdist.table_server.contribution import contribution_of, lookups_of, push_of, step_of
 from mfdist.table_server.frames import Frame
 from mfdist.table_server.in_turn import in_turn
@@ -27,6 +36,7 @@ from mfdist.table_server.shard import Shard
 Context: TypeAlias = grpc.aio.ServicerContext
 
 _SMALL_BYTES = 8 << 20  # of rows, read in about 0.15 ms from a cache
+_HEAD_BYTES = 1 << 10  # of a message, beside its tensors' data, at most
 _ROLES = {"single": pb.ROLE_UNSPECIFIED, "primary": pb.PRIMARY, "replica": pb.REPLICA}
 
 
@@ -261,9 +271,11 @@ class TableService(TableServiceServicer):
                 )
             size += frame.num_bytes
             if size > self._max_push_bytes:
-                raise ConfigError(
+                raise Refusal(
+                    "size",
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"a push must be at most {self._max_push_bytes} bytes; got more from client {message.client}; "
-                    "push fewer tokens at a time"
+                    "push fewer tokens at a time",
                 )
             messages.append(frame)
             if message.is_last:
@@ -298,7 +310,7 @@ def _sums(shard: Shard, first: pb.LookupRequest, request: Frame, version: int) -
     dtype = sums_dtype_of(first.reply_dtype, "reply_dtype") if first.reply_dtype else shard.spec.table.dtype
     lookups = lookups_of([request.part("lookups")], first.code_stride, first.first_slot)
     # A few bytes can ask for any number of sums, and all would have to lie in memory.
-    if (num_bytes := lookups.length * shard.rows.shape[1] * dtype.itemsize) > MAX_MESSAGE_BYTES:
+    if (num_bytes := lookups.length * row_bytes(shard.rows.shape[1], dtype)) > MAX_MESSAGE_BYTES - _HEAD_BYTES:
         raise ConfigError(
             f"the sums of one message must fit into one of {MAX_MESSAGE_BYTES} bytes; got {lookups.length} tokens, "
             f"{num_bytes} bytes; send them in more messages"

@@ -149,7 +149,8 @@ class TableServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
-        """A client of training announces itself, before its first push and after each reconnection. Right: push.
+        """A client of training announces itself, before its first push and whenever a push is answered UNAVAILABLE. It is
+        forgotten when the server stops: a push before is UNAVAILABLE, so that clients outlive a restart. Right: push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,15 +171,17 @@ class TableServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Push(self, request_iterator, context):
-        """What a lookup contributed to the loss: its output's gradient, with the same ids and scores; or the gradients of rows. The
-        server updates the rows and returns the gradients of the scores. Right: push.
+        """What a lookup contributed to the loss: its output's gradient, with the same ids and scores; or gradients of rows.
+        The server updates the rows and returns the gradients of the scores. A row whose gradient is not finite stays as it
+        is, and the push counts. Right: push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Step(self, request, context):
-        """Takes part in a table's step without a push, as a client without lookups does. Right: push.
+        """Takes part in a table's step without a push, as a client without lookups does: every client counts in every step.
+        Right: push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,7 +196,8 @@ class TableServiceServicer:
 
     def Write(self, request_iterator, context):
         """Replaces rows, or values of an optimiser's state. They are on disk after the next `Save`, and before any push that
-        follows is acknowledged. Right: admin.
+        follows is acknowledged. Values are taken as they are, those that are no numbers too. Messages before one that is
+        refused have been written. Right: admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -214,7 +218,7 @@ class TableServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
-        """Counters since the start. Right: read.
+        """What the server counts, and how it stands. Right: read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,10 +1,11 @@
 """A client made from the protocol alone: numpy, the generated messages and grpc, nothing of the library."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
@@ -71,3 +72,12 @@ def acknowledged(replies: Iterator[pb.PushReply]) -> pb.Acknowledged:
     *_, last = replies
     assert last.WhichOneof("answer") == "acknowledged"
     return last.acknowledged
+
+
+def refused(call: Callable[[], Any], says: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> str:
+    """Return what a call was refused with."""
+    with pytest.raises(grpc.RpcError) as raised:
+        list(made) if hasattr(made := call(), "__next__") else None
+    error: Any = raised.value
+    assert (error.code(), says in error.details()) == (code, True), error.details()
+    return str(error.details())

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,7 +18,10 @@ from mfdist.errors import ConfigError, UnavailableError
 from mfdist.table_server.auth import new_token
 from mfdist.table_server.certificates import init_tls
 from mfdist.table_server.metrics import Metrics, MetricsPage, Observed, TableFigures
+from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.sections import MetricsConfig, SecurityConfig
+from tests.table_server.processes import server
+from tests.table_server.raw_client import RawClient, acknowledged, tensor
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "table_server" / "grafana" / "dashboard.json"
@@ -197,3 +201,24 @@ def test_the_reference_page_names_every_metric() -> None:
     said = set(re.findall(r"^\| `(mfdist_\w+)", text, re.MULTILINE))
     ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in families(busy()) if name.startswith("mfdist_")}
     assert said == ours
+
+
+def test_the_page_names_all_that_a_server_counts(tmp_path: Path) -> None:
+    named = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text("utf-8"), re.MULTILINE))
+    lookups = pb.Lookups(row_ids=tensor(np.array([[3, 9]])), scores=tensor(np.ones((1, 2), np.float32)))
+    with server(tmp_path / "data") as process:
+        client = RawClient(process.address)
+        client.create("a")
+        client.join()
+        for _ in range(2):
+            acknowledged(client.push(client.message("a", 1)))
+        list(client.stub.Lookup(iter([pb.LookupRequest(table="a", lookups=lookups)]), timeout=60))
+        client.rows("a")
+        client.stub.Save(pb.SaveRequest(), timeout=60)
+        counters = client.stub.Stats(pb.StatsRequest(), timeout=60).counters
+        client.channel.close()
+    assert counters["pushes"] == 2
+    assert counters["known_pushes"] == counters["lookup_blocks"] == counters["checkpoints"] == 1
+    assert counters["reply_bytes"] > 64 * 8 * 4
+    told = {re.sub(r"(_count|_sum|_bucket)?({.*})?$", "", name) for name in counters}
+    assert {name for name in told if not name.startswith(("process_", "python_"))} <= named
