@@ -127,6 +127,27 @@ def test_a_closed_server_from_its_first_line_to_its_last(folder: Path) -> None:
     assert len(others) >= 1
 
 
+def test_reflection_needs_a_token_which_the_channel_of_the_page_sends(folder: Path) -> None:
+    page = (ROOT / "docs" / "reference" / "protocol.md").read_text("utf-8")
+    (channel,) = re.findall(r"^```text\n(trusted = .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    code = (
+        "import sys, grpc\n"
+        "from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase\n"
+        f"address = sys.argv[1]\n{channel}\n"
+        "if len(sys.argv) > 2:\n    channel = grpc.secure_channel(address, trusted)\n"
+        "print(*ProtoReflectionDescriptorDatabase(channel).get_services())"
+    )
+    with running(folder, "", ["--tls", "tls"]) as (said, _):
+        command = [sys.executable, "-I", "-c", code, said["address"]]
+        known, nobody = (
+            subprocess.run([*command, *more], cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S)
+            for more in ((), ("without",))
+        )
+    assert "mfdist.table.v1.TableService" in known.stdout.split(), known.stderr
+    assert nobody.returncode
+    assert 'needs a token in the metadata, "authorization: Bearer TOKEN"; got none' in nobody.stderr
+
+
 async def refused_writes(address: str, channel: ChannelConfig) -> None:
     async with client_channel(address, channel) as connected:
         stub = TableServiceStub(connected)  # type: ignore[no-untyped-call]
