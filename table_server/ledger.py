@@ -9,11 +9,12 @@ dropped; the small map of records is carried along.
 
 import contextlib
 import fcntl
+import logging
 import os
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ _SEGMENT_BYTES = 256 << 20
 _RETRY_S = 1.0
 _RESERVED_BYTES = 1 << 20
 _MAX_STEP = 1 << 62
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Ledger:
         self._is_closing = False
         self._is_retired = False  # whether the segment written to is to be followed by another
         self._number = 0
+        self._removed_bytes = 0  # of segments that were removed
         self._memory = PageMemory()
         self._reserve = folder / "reserve"  # room for another segment, so that a full disk can be emptied
         self._open()
@@ -166,6 +170,22 @@ class Ledger:
         return sum(segment.num_bytes for segment in list(self._segments))
 
     @property
+    def num_written_bytes(self) -> int:
+        """Return how much room it would take had nothing been removed since it was opened; it only grows."""
+        with self._has_work:
+            return self._removed_bytes + self.num_bytes
+
+    def num_bytes_after(self, steps: Mapping[str, int]) -> int:
+        """Return how much room the files take that hold any push of a table after its step; 0 where none is given."""
+        with self._has_work:
+            needed = [
+                segment
+                for segment in self._segments
+                if any(step > steps.get(table, 0) for table, step in segment.newest.items())
+            ]
+        return sum(segment.num_bytes for segment in needed)
+
+    @property
     def waiting_bytes(self) -> int:
         """Return how many bytes of pushes are not on disk yet."""
         return self._waiting_bytes
@@ -225,6 +245,8 @@ class Ledger:
                 self._reserve.write_bytes(bytes(_RESERVED_BYTES))
 
     def _finish(self, group: "list[_Write]") -> None:
+        if self.failure is not None:
+            _logger.warning("the log is written again", extra={"fields": {"folder": str(self.folder)}})
         with self._has_work:
             self.failure = None
             for write in group:
@@ -257,11 +279,13 @@ class Ledger:
                 self._begin_segment()
         with self._has_work:
             gone = [segment for segment in self._segments[:-1] if not segment.newest]
+            self._removed_bytes += sum(segment.num_bytes for segment in gone)
             self._segments = [segment for segment in self._segments if segment not in gone]
         for segment in gone:
             segment.remove()
 
     def _fail(self, error: Exception, group: "list[_Write]") -> None:
+        before = self.failure
         with self._has_work:
             self.failure = CheckpointError(
                 f"a push must be on disk before it is acknowledged; {self.folder}: {error}; make room or see that the "
@@ -270,7 +294,9 @@ class Ledger:
             futures = [future for write in (*group, *self._waiting) for future in write.futures]
             for write in (*group, *self._waiting):
                 write.futures.clear()
-            drops = [write.drops for write in self._waiting if write.drops is not None]
+            drops = [write.drops for write in (*group, *self._waiting) if write.drops is not None]
+        if str(before) != str(self.failure):
+            _logger.warning("pushes are refused: %s", self.failure)
         for future in futures:
             future.set_exception(CheckpointError(str(self.failure)))
         for drop in drops:  # what they are waiting for may be the room that they give

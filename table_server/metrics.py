@@ -6,7 +6,7 @@
 import logging
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from typing import Any, NamedTuple
@@ -46,9 +46,10 @@ class Observed:
 
     tables: Callable[[], Iterable[TableFigures]] = tuple
     queue_depth: Callable[[], float] = lambda: 0.0  # requests that wait for a kernel thread
-    log_bytes: Callable[[], float] = lambda: 0.0  # on disk, not yet dropped
+    log_bytes: Callable[[], float] = lambda: 0.0  # on disk, and in no checkpoint
     log_pending_bytes: Callable[[], float] = lambda: 0.0  # accepted, not yet on disk
     checkpoint_age_s: Callable[[], float] = lambda: 0.0  # since the last checkpoint, or the start
+    failing: Callable[[], Mapping[str, bool]] = dict  # log, checkpoint → whether the last attempt to write it failed
     epoch: Callable[[], float] = lambda: 0.0
     role: Callable[[], str] = lambda: "single"  # or primary, alone (a primary), replica, copying (a replica)
 
@@ -193,12 +194,15 @@ class _Asked(Collector):
         seen = self._observed
         for name, about, ask in (
             ("mfdist_queue_depth", "Requests that wait for a kernel thread.", seen.queue_depth),
-            ("mfdist_log_bytes", "Bytes of the log since the last checkpoint.", seen.log_bytes),
+            ("mfdist_log_bytes", "Bytes of the log that no checkpoint has.", seen.log_bytes),
             ("mfdist_log_pending_bytes", "Bytes accepted and not yet on disk.", seen.log_pending_bytes),
             ("mfdist_checkpoint_age_seconds", "Since the last checkpoint, or the start.", seen.checkpoint_age_s),
             ("mfdist_epoch", "The server's epoch.", seen.epoch),
         ):
             yield GaugeMetricFamily(name, about, value=ask())
+        failing = GaugeMetricFamily("mfdist_failing", "1 of what cannot be written to disk.", labels=["what"])
+        for what, is_failing in seen.failing().items():
+            failing.add_metric([what], float(is_failing))
         role = GaugeMetricFamily("mfdist_role", "1 of what the server is in its pair.", labels=["role"])
         role.add_metric([seen.role()], 1)
         version = GaugeMetricFamily("mfdist_table_version", "Updates so far.", labels=["table"])
@@ -217,7 +221,7 @@ class _Asked(Collector):
             rows.add_metric(label, table.num_rows)
             size.add_metric(label, table.num_bytes)
             hits.add_metric(label, table.row_hits)
-        yield from (role, version, lag, behind, rows, size, hits)
+        yield from (failing, role, version, lag, behind, rows, size, hits)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

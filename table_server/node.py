@@ -19,6 +19,7 @@ from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import ConfigError, ConsistencyError, MfdistError, UnavailableError
 from mfdist.optim import RowOptimizer
 from mfdist.table_server import saving
+from mfdist.table_server.checkpointer import Checkpointer
 from mfdist.table_server.codec import unpacked
 from mfdist.table_server.config import ReplicationConfig, ServerSection
 from mfdist.table_server.contribution import logged_push
@@ -33,9 +34,6 @@ from mfdist.table_server.store import Held, Store
 from mfdist.table_server.updates import Updates
 
 _T = TypeVar("_T")
-
-#: How often the log's size is looked at.
-_LOOK_S = 1.0
 
 
 class Node:
@@ -68,6 +66,8 @@ class Node:
         self._num_running = 0
         #: What follows a primary, where this is the replica of a pair.
         self.follower = Follower(self, replication.timeout_s)
+        #: What checkpoints when the log is full.
+        self.checkpointer = Checkpointer(self)
         #: Counts since the start, by name.
         self.counters: Counter[str] = Counter()
         self.row_hits: Counter[str] = Counter()
@@ -83,9 +83,11 @@ class Node:
         self._lives: dict[str, Life] = {}
         for held in self.store.find():
             life = self._life(held)
-            logged = ((version, logged_push(messages)) for version, messages in self.store.pushes(held.life))
-            self.counters["replayed_pushes"] += life.updates.replay(logged, self.standing.num_clients)
+            logged = self.store.pushes(held.life, held.shard.version)
+            pushes = ((version, logged_push(messages)) for version, messages in logged)
+            self.counters["replayed_pushes"] += life.updates.replay(pushes, self.standing.num_clients)
             self._lives[held.shard.name] = life
+        self.store.recovered()
 
     @property
     def lives(self) -> Sequence[Life]:
@@ -250,13 +252,6 @@ class Node:
         if self.life(table).is_unsaved:
             await self.checkpoint()
         return self.life(table)
-
-    async def checkpoint_when_full(self) -> None:
-        """Checkpoint whenever the log has grown to its limit; runs until it is cancelled."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            if self.store.ledger.num_bytes > self.config.log_gib * 2**30 and self.standing.is_whole:
-                await self.checkpoint()
 
     async def save(self, directory: Path, step: int, rank: int, world_size: int, meeting: str) -> StepInfo:
         """Save all shards as this server's part of one checkpoint of all tables.

@@ -27,9 +27,13 @@ def observed(node: Node) -> Observed:
     return Observed(
         tables=tables,
         queue_depth=lambda: float(node.num_queued),
-        log_bytes=lambda: float(node.store.ledger.num_bytes),
+        log_bytes=lambda: float(node.store.unsaved_bytes),
         log_pending_bytes=lambda: float(node.store.ledger.waiting_bytes),
         checkpoint_age_s=lambda: time.monotonic() - node.store.saved_at_s,
+        failing=lambda: {
+            "log": node.store.ledger.failure is not None,
+            "checkpoint": bool(node.checkpointer.failure),
+        },
         epoch=lambda: float(node.standing.epoch),
         role=lambda: node.standing.state,
     )

@@ -4,14 +4,14 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mfdist import __version__
-from mfdist.errors import UnavailableError
+from mfdist.errors import InternalError, UnavailableError
 from mfdist.table_server import allocator, logs
 from mfdist.table_server.addresses import check_exposure, is_loopback, join_address, split_address
 from mfdist.table_server.channel import check_reachable
@@ -29,6 +29,7 @@ from mfdist.table_server.tls import server_credentials
 
 _NAME = pb.DESCRIPTOR.services_by_name["TableService"].full_name
 _LOOKS_OF_MIDDLE_AGE = 50  # of the collector, before one at everything
+_LOOK_S = 1.0  # between looks at whether the log fails
 _ONE_SERVER_A_PORT = ("grpc.so_reuseport", 0)  # a second one must fail, not share its calls
 
 _logger = logging.getLogger(__name__)
@@ -86,14 +87,13 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str, 
     address = _listen(server, config)
     page = MetricsPage(metrics, config.metrics, config.security) if config.metrics.listen else None
     await server.start()
-    for service in ("", _NAME):
-        await status.set(service, health_pb2.HealthCheckResponse.SERVING)
+    await _set_health(status, "SERVING")
     _tell(config, address, page)
     on_listening(address, page.address if page else None)
-    running = [asyncio.create_task(node.checkpoint_when_full())]
+    running = [asyncio.create_task(node.checkpointer.run()), asyncio.create_task(_keep_health(node, status))]
     if node.standing.role != "single":
         running.append(asyncio.create_task(Replicator(node, config.replication).run()))
-    await stopping.wait()
+    defect = await _until_stopped(stopping, running)
     _logger.info("draining", extra={"fields": {"address": address}})
     node.is_draining = True
     await status.enter_graceful_shutdown()
@@ -107,6 +107,40 @@ async def _serve(node: Node, config: ServerConfig, on_listening: Callable[[str, 
     if page is not None:
         page.stop()
     _logger.info("stopped", extra={"fields": {"address": address}})
+    if defect is not None:
+        raise defect
+
+
+async def _until_stopped(stopping: asyncio.Event, running: Sequence[asyncio.Task[None]]) -> BaseException | None:
+    """Wait for a signal, or for the end of a task that should never end; return what ended it."""
+    stopped = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    defects = [task.exception() for task in running if task.done()]
+    if not defects:
+        return None
+    defect = defects[0] or InternalError("a task of the server must run as long as it does; one has ended")
+    _logger.critical("a defect ends this server", exc_info=defect)
+    return defect
+
+
+async def _keep_health(node: Node, status: health.aio.HealthServicer) -> None:
+    """Let health checks know when pushes cannot be logged, and when they can again; runs until it is cancelled.
+
+    Who balances load or watches acts on it. Clients and the other server of a pair do not: they go by what calls say.
+    """
+    was_failing = False
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        is_failing = node.store.ledger.failure is not None
+        if is_failing != was_failing:
+            await _set_health(status, "NOT_SERVING" if is_failing else "SERVING")
+        was_failing = is_failing
+
+
+async def _set_health(status: health.aio.HealthServicer, name: str) -> None:
+    for service in ("", _NAME):
+        await status.set(service, health_pb2.HealthCheckResponse.ServingStatus.Value(name))
 
 
 def _listen(server: grpc.aio.Server, config: ServerConfig) -> str:

@@ -12,6 +12,7 @@ takes over begins another one too, from the version that it has: what the old pr
 
 import concurrent.futures
 import fcntl
+import logging
 import os
 import secrets
 import time
@@ -25,7 +26,7 @@ from torch import Tensor
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.state import JSON, CheckpointState
 from mfdist.checkpoint.step_info import StepInfo
-from mfdist.errors import CheckpointError, UnavailableError
+from mfdist.errors import CheckpointError, MfdistError, UnavailableError
 from mfdist.table_server.ledger import Ledger
 from mfdist.table_server.messages import ShardSpec, shard_message, shard_of
 from mfdist.table_server.proto import table_v1_pb2 as pb
@@ -33,6 +34,8 @@ from mfdist.table_server.shard import Shard
 from mfdist.table_server.updates import Kept
 
 _KEPT_CHECKPOINTS = 2
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Store:
         #: table → its version in the last checkpoint, and when that was or this began; for who looks on.
         self.saved_versions: dict[str, int] = {}
         self.saved_at_s = time.monotonic()
+        self._num_saved_bytes = 0  # of all that was ever written to the log: those before the last checkpoint
+        self._found: dict[str, int] = {}  # life → its version in the checkpoint that recovery began from
         self.server_id = self._once("server_id", secrets.token_hex(8).encode()).decode()
 
     # What the server was told.
@@ -135,7 +140,9 @@ class Store:
             shard = Shard(spec, saved.tables[name], told["version"])
             self.saved_versions[name] = shard.version
             steps = {int(client): step for client, step in told["steps"].items()}
-            yield Held(shard, self._names(told["life"])[-1], steps, kept, told.get("edit", ""), is_saved=True)
+            names = self._names(told["life"])
+            self._found |= dict.fromkeys(names, shard.version)
+            yield Held(shard, names[-1], steps, kept, told.get("edit", ""), is_saved=True)
 
     def pushes(self, life: str, after: int = -1) -> Iterator[tuple[int, list[bytes]]]:
         """Yield (version, messages) of each push of a life, in the order they were logged, those before a fork first.
@@ -154,6 +161,12 @@ class Store:
             for logged in self.ledger.pushes(name, after):
                 yield logged.step, _messages(logged.payload)
 
+    def recovered(self) -> None:
+        """Drop what the last checkpoint has from the log again; call once all shards and their pushes were found."""
+        self._num_saved_bytes = self.ledger.num_written_bytes - self.ledger.num_bytes_after(self._found)
+        for life, version in self._found.items():
+            self.ledger.drop(life, version)
+
     def log(self, life: str) -> "LifeLog":
         """Return where pushes of a life go."""
         return LifeLog(self, life)
@@ -161,8 +174,9 @@ class Store:
     # Checkpoints.
 
     def checkpoint(self, shards: list[Held]) -> StepInfo:
-        """Save shards, which must not change meanwhile, and drop the pushes that are in them from the log."""
+        """Save all shards, which must not change meanwhile, and drop the pushes that are in them from the log."""
         committed, forks = self.checkpoints.steps(), self._forks()
+        num_written_bytes = self.ledger.num_written_bytes
         tables, dense = {}, dict[str, Tensor]()
         told: dict[str, JSON] = {}
         for held in shards:
@@ -189,13 +203,24 @@ class Store:
         info = self.checkpoints.save(state)
         self.saved_versions = {held.shard.name: held.shard.version for held in shards}
         self.saved_at_s = time.monotonic()
+        self._num_saved_bytes = num_written_bytes
         for held in shards:
             self.ledger.drop(held.life, held.shard.version)
         for old in forks:
             self.ledger.drop(old)
             self.ledger.delete(f"fork/{old}")
-        self.checkpoints.prune(_KEPT_CHECKPOINTS)
+        for other in set(self.ledger.tables()) - {held.life for held in shards}:  # of tables loaded anew or dropped
+            self.ledger.drop(other)
+        try:
+            self.checkpoints.prune(_KEPT_CHECKPOINTS)
+        except MfdistError as error:  # the new one counts all the same
+            _logger.warning("old checkpoints stay until the next one: %s", error)
         return info
+
+    @property
+    def unsaved_bytes(self) -> int:
+        """Return how much of the log is newer than the last checkpoint; it may be asked from any thread."""
+        return max(0, self.ledger.num_written_bytes - self._num_saved_bytes)
 
     def close(self) -> None:
         """Let the folder go, with everything on disk."""

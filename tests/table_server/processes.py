@@ -20,7 +20,7 @@ class ServerProcess:
 
     Args:
         data: its folder.
-        settings: more keys of `[server]`.
+        settings: more keys of `[server]`, and `log`, the file of its stderr.
     """
 
     def __init__(self, data: Path, **settings: Any) -> None:
@@ -109,6 +109,9 @@ def _serve(settings: dict[str, Any], said: Connection) -> None:
     from mfdist.table_server.config import ReplicationConfig, ServerConfig, ServerSection
     from mfdist.table_server.server import serve
 
+    if (log := settings.pop("log", None)) is not None:
+        with Path(log).open("ab") as file:
+            os.dup2(file.fileno(), 2)
     if (limit := settings.pop("file_bytes", None)) is not None:  # a disk that is full once a file is this long
         import resource
 

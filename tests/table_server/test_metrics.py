@@ -51,6 +51,7 @@ def busy() -> Metrics:
             log_bytes=lambda: 1000.0,
             log_pending_bytes=lambda: 24.0,
             checkpoint_age_s=lambda: 60.0,
+            failing=lambda: {"log": True, "checkpoint": False},
             epoch=lambda: 2.0,
             role=lambda: "alone",
         )
@@ -92,6 +93,8 @@ def test_the_page_has_what_was_counted_and_what_the_server_is_asked() -> None:
         ("mfdist_log_bytes",): 1000,
         ("mfdist_log_pending_bytes",): 24,
         ("mfdist_checkpoint_age_seconds",): 60,
+        ("mfdist_failing", "log"): 1,
+        ("mfdist_failing", "checkpoint"): 0,
         ("mfdist_epoch",): 2,
         ("mfdist_role", "alone"): 1,
         ("mfdist_table_replica_lag", TABLE.name): 2,
