@@ -34,6 +34,11 @@ from mfdist.table_server.shard import Shard
 from mfdist.table_server.updates import Kept
 
 _KEPT_CHECKPOINTS = 2
+#: What is left to do where neither the log nor an older checkpoint has what was acknowledged.
+_BEGIN_ANEW = (
+    "give this server an empty folder: it then copies its rows from the other server of its pair, or gets them from a "
+    "checkpoint of the run, by mfdist train --resume"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +73,8 @@ class Store:
         self._lock = _locked(folder)
         try:
             self.ledger = Ledger(folder / "ledger")
+            for note in self.ledger.notes:
+                _logger.warning("recovered: %s", note)
         except BaseException:
             os.close(self._lock)
             raise
@@ -120,7 +127,11 @@ class Store:
     # Recovery.
 
     def find(self) -> Iterator[Held]:
-        """Yield every shard, as the last checkpoint has it; call once, before anything else."""
+        """Yield every shard, as the last checkpoint has it; call once, before anything else.
+
+        Raises:
+            CheckpointError: the last checkpoint is damaged, or gone with pushes that were dropped from the log for it.
+        """
         saved = self._saved()
         for key, record in self.ledger.items("shard/"):
             born, message = record[:16].decode(), pb.CreateRequest.FromString(record[16:])
@@ -201,6 +212,7 @@ class Store:
             attributes={"server": {"id": self.server_id, "shards": told}},
         )
         info = self.checkpoints.save(state)
+        self.ledger.put("checkpoint", str(info.step).encode())  # on disk before any later push
         self.saved_versions = {held.shard.name: held.shard.version for held in shards}
         self.saved_at_s = time.monotonic()
         self._num_saved_bytes = num_written_bytes
@@ -238,7 +250,26 @@ class Store:
         return names
 
     def _saved(self) -> CheckpointState | None:
-        return self.checkpoints.load() if self.checkpoints.steps() else None
+        committed = self.checkpoints.steps()
+        last, told = committed[-1].step if committed else 0, self.number("checkpoint")
+        if last < told:
+            raise CheckpointError(
+                f"a server's last checkpoint must be there; the log in {self.folder} goes on from checkpoint {told}, "
+                f"and the last one in {self.checkpoints.path} is {last or 'none'}; bring it back, or {_BEGIN_ANEW}"
+            )
+        if not committed:
+            return None
+        try:
+            return self.checkpoints.load()
+        except CheckpointError as error:
+            what, _, advice = str(error).rpartition("; ")
+            if "another step" not in advice:
+                raise
+            # That is for a run. Here the log has nothing of what only this checkpoint has.
+            raise CheckpointError(
+                f"{what}; do not delete it, an older one lacks pushes that were acknowledged; copy it from elsewhere, "
+                f"or {_BEGIN_ANEW}"
+            ) from error
 
     def _born(self, table: str) -> str:
         record = self.ledger.get(f"shard/{table}")

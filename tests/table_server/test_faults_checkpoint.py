@@ -2,6 +2,7 @@
 
 import asyncio
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mfdist.checkpoint.directory import CheckpointDirectory
-from mfdist.errors import InternalError
+from mfdist.errors import CheckpointError, InternalError
 from mfdist.optim import RowSGD
 from mfdist.spec import TableSpec
 from mfdist.table_server.messages import ShardSpec
+from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.server import _until_stopped
 from mfdist.table_server.shard import Shard
 from mfdist.table_server.store import Held, Store
@@ -148,3 +150,41 @@ def test_a_task_that_ends_ends_the_server() -> None:
         lasting.cancel()
 
     asyncio.run(all_of_them())
+
+
+def saved_twice(folder: Path) -> ServerProcess:
+    """Return a server that was killed with two checkpoints of its own, the last of rows that were loaded."""
+    process, run = ServerProcess(folder / "a").start(), str(folder / "run")
+    client, push_one = trained(process)
+    for step in range(1, 4):
+        push_one(step)
+    client.stub.Save(pb.SaveRequest(), timeout=60)
+    client.stub.Save(pb.SaveRequest(directory=run, step=1, world_size=1), timeout=60)
+    client.stub.Load(pb.LoadRequest(directory=run), timeout=60)
+    client.join()
+    for step in range(4, 7):
+        push_one(step)
+    process.kill()
+    assert len(CheckpointDirectory(process.data / "checkpoints").steps()) == 2
+    return process
+
+
+def test_a_damaged_checkpoint_says_what_a_server_needs_and_without_it_nothing_is_served(tmp_path: Path) -> None:
+    process = saved_twice(tmp_path)
+    last = CheckpointDirectory(process.data / "checkpoints").steps()[-1]
+    aside = shutil.copytree(last.path, tmp_path / "aside")
+    chunk = max((file for file in last.path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    chunk.unlink()  # it may be a link that the checkpoint before has, too
+    chunk.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"crc32c.*do not delete it.*an empty folder") as caught:
+        process.start()
+    assert "delete this one" not in str(caught.value)
+    shutil.rmtree(last.path)
+    with pytest.raises(CheckpointError, match=r"goes on from checkpoint 2, .* 1; bring it back"):
+        process.start()
+    shutil.copytree(aside, last.path)
+    process.start()
+    assert RawClient(process.address).join()["a"] == 6
+    process.kill()

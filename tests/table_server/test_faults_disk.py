@@ -66,7 +66,7 @@ def test_a_full_disk_is_told_and_once_there_is_room_all_goes_on(tmp_path: Path) 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_of_a_damaged_tail_the_rest_is_kept_and_the_client_learns_what_is_missing(tmp_path: Path, damage: str) -> None:
-    with server(tmp_path / "a") as process:
+    with server(tmp_path / "a", log=tmp_path / "said") as process:
         client = pushed(process, range(1, NUM_STEPS + 1))
         rows = client.rows("a")
         log = last_log(process)
@@ -80,6 +80,9 @@ def test_of_a_damaged_tail_the_rest_is_kept_and_the_client_learns_what_is_missin
         assert again.join()["a"] == NUM_STEPS - 1
         acknowledged(again.push(again.message("a", NUM_STEPS)))
         assert np.array_equal(again.rows("a"), rows)
+    warnings = [line for line in (tmp_path / "said").read_text("utf-8").splitlines() if " WARNING " in line]
+    assert len(warnings) == 1
+    assert "dropped its last group of pushes, which was not whole" in warnings[0]
 
 
 def test_a_log_damaged_before_its_tail_is_not_served(tmp_path: Path) -> None:
