@@ -1,13 +1,15 @@
 """How the numba kernels are compiled and spread over threads: as many as torch uses, from numba's own pool."""
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
 import torch
+from numba.core import event
 
 #: numba's fallback thread pool must not be entered by two threads at once.
 _pool = threading.Lock()
@@ -50,6 +52,21 @@ def jit_part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         return compiled
 
     return decorate
+
+
+@contextlib.contextmanager
+def on_compiling(tell: Callable[[], None]) -> Iterator[None]:
+    """Call `tell` whenever any thread begins to compile something, as opposed to loading what was compiled."""
+
+    class Listener(event.Listener):  # type: ignore[misc]  # numba has no types
+        def on_start(self, event: Any) -> None:
+            tell()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 def num_threads(work: int, *, worth: int) -> int:

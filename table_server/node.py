@@ -32,6 +32,7 @@ from mfdist.table_server.standing import Standing
 from mfdist.table_server.status import UnknownTableError
 from mfdist.table_server.store import Held, Store
 from mfdist.table_server.updates import Updates
+from mfdist.table_server.warm_up import WarmUp
 
 _T = TypeVar("_T")
 
@@ -66,6 +67,7 @@ class Node:
         self._num_running = 0
         #: What follows a primary, where this is the replica of a pair.
         self.follower = Follower(self, replication.timeout_s)
+        self._warm_up = WarmUp()
         #: What checkpoints when the log is full.
         self.checkpointer = Checkpointer(self)
         #: Counts since the start, by name.
@@ -375,6 +377,7 @@ class Node:
     def _life(self, held: Held) -> Life:
         staleness = None if self.config.consistency == "synchronous" else self.config.max_staleness
         updates = Updates(held.shard, self.standing.log(held.life), self.run, staleness)
+        updates.kernels = self._warm_up.begin(held.shard)
         updates.steps.update(held.steps)
         updates.kept.update(held.kept)
         version = held.shard.version

@@ -87,6 +87,8 @@ class Updates:
         self.log = log
         #: Updates whose answers are noted: the shard's own count is ahead of it while a thread makes an update.
         self._num_noted = shard.version
+        #: Done when the kernels of lookups are there.
+        self.kernels: concurrent.futures.Future[None] | None = None
         #: client → steps done.
         self.steps: dict[int, int] = {}
         #: client → its last answer.
@@ -118,11 +120,12 @@ class Updates:
         return await self._alone(push, num_clients, wait_s)
 
     async def reached(self, version: int, wait_s: float, num_clients: int = 0) -> None:
-        """Wait until the table has had `version` updates.
+        """Wait until the table has had `version` updates, and may be looked up.
 
         Raises:
             UnavailableError: it has not in time; the message says who is late.
         """
+        await self._kernels_there(wait_s)
         await self._until(lambda: self._num_noted >= version, wait_s, num_clients)
 
     async def on_disk(self, version: int) -> None:
@@ -324,6 +327,17 @@ class Updates:
             except TimeoutError:
                 raise self._late(self.shard.version + 1, num_clients, wait_s) from None
 
+    async def _kernels_there(self, wait_s: float) -> None:
+        if self.kernels is None or self.kernels.done():
+            return
+        done, _ = await asyncio.wait([asyncio.wrap_future(self.kernels)], timeout=wait_s)
+        if not done:
+            raise UnavailableError(
+                f'the kernels of table "{self.shard.name}" must be there before it is looked up; they are being '
+                f"compiled, once on this machine, which takes longer than the {wait_s:g} s of the caller; ask again in "
+                "a minute"
+            )
+
     async def _tell(self) -> None:
         async with self._progress:
             self._progress.notify_all()
@@ -336,7 +350,13 @@ class Updates:
             )
         come = self._waiting.get(step, {})
         missing = (str(client) for client in range(num_clients) if client not in come)
-        late = ", ".join(itertools.islice(missing, _MAX_NAMED)) or "unknown"
+        late = ", ".join(itertools.islice(missing, _MAX_NAMED))
+        if not late:
+            return UnavailableError(
+                f'update {step} of table "{self.shard.name}" must be made within {wait_s:g} s; all pushes have come, '
+                "and it is not done: the server is busy, or its kernels are being compiled, once on a machine; send "
+                "it again"
+            )
         return UnavailableError(
             f'update {step} of table "{self.shard.name}" needs the pushes of all {num_clients} clients within '
             f"{wait_s:g} s; late: client {late}; see whether it still runs"
@@ -359,4 +379,8 @@ def _heeded(future: "asyncio.Future[_T]") -> "asyncio.Future[_T]":
 
 
 def _loaded_anew() -> ConsistencyError:
-    return ConsistencyError("the table was loaded anew; join again and go on from its version")
+    return ConsistencyError(
+        "a push must be of the rows that its client looked up; they were replaced meanwhile: another client has loaded "
+        "a checkpoint into these servers, or changed the table; stop that client, then load your own checkpoint "
+        "(mfdist train --resume)"
+    )
