@@ -15,13 +15,17 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 from mfdist.errors import ConfigError
 from mfdist.table_server.channel import ChannelConfig, client_channel
+from mfdist.table_server.client import RemoteTable
 from mfdist.table_server.connection import TableServers
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
 from mfdist.table_server.watching import Seen, look
+from tests.table_server.pairs import PLAN, step
+from tests.table_server.training import OPTIMIZER
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
@@ -146,6 +150,24 @@ def test_reflection_needs_a_token_which_the_channel_of_the_page_sends(folder: Pa
     assert "mfdist.table.v1.TableService" in known.stdout.split(), known.stderr
     assert nobody.returncode
     assert 'needs a token in the metadata, "authorization: Bearer TOKEN"; got none' in nobody.stderr
+
+
+def test_the_token_for_training_is_enough_to_train_save_and_go_on(folder: Path) -> None:
+    trust = ChannelConfig(ca=folder / "tls" / "ca.pem", token_file=folder / "tls" / "trainer.token")
+    with running(folder, "", ["--tls", "tls", "--listen", "0.0.0.0:0"]) as (said, _):
+        address = f"127.0.0.1:{said['address'].rpartition(':')[2]}"
+        with TableServers([address], channel=trust, deadline_s=DEADLINE_S) as servers:
+            table = RemoteTable(PLAN, servers, std=1.0, seed=7, fuse=OPTIMIZER)
+            step(table, 1)
+            servers.save(str(folder / "run"), 1)
+            rows = table.rows()
+        with TableServers([address], channel=trust, deadline_s=DEADLINE_S) as servers:  # as mfdist train --resume
+            table = RemoteTable(PLAN, servers, std=1.0, seed=7, fuse=OPTIMIZER)
+            step(table, 2)
+            servers.load(str(folder / "run"))
+            table.resume()
+            assert torch.equal(table.rows(), rows)
+            servers.drop("one")
 
 
 async def refused_writes(address: str, channel: ChannelConfig) -> None:
