@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mfdist.checkpoint.direct_io import PageMemory
 from mfdist.errors import CheckpointError, ConfigError, UnavailableError
+from mfdist.table_server.disk_room import reason_of
 from mfdist.table_server.ledger_segment import Key, Segment
 from mfdist.table_server.step_set import StepSet
 
@@ -288,8 +289,8 @@ class Ledger:
         before = self.failure
         with self._has_work:
             self.failure = CheckpointError(
-                f"a push must be on disk before it is acknowledged; {self.folder}: {error}; make room or see that the "
-                "disk works, and it will be written"
+                f"a push must be on disk before it is acknowledged; {self.folder}: "
+                f"{reason_of(error, self.folder)}; make room or see that the disk works, and it will be written"
             )
             futures = [future for write in (*group, *self._waiting) for future in write.futures]
             for write in (*group, *self._waiting):

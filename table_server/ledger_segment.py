@@ -21,6 +21,7 @@ from mfdist.checkpoint.checksum import crc32c
 from mfdist.checkpoint.direct_io import PageMemory
 from mfdist.checkpoint.durability import Bytes, fsync
 from mfdist.errors import CheckpointError
+from mfdist.table_server.disk_room import reason_of
 from mfdist.table_server.ledger_large import LargePushes, end_of
 
 #: (table, step, client)
@@ -288,5 +289,5 @@ def _named(path: Path) -> Iterator[None]:
         if kind.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise _damaged(path, str(error)) from None
         raise CheckpointError(
-            f"a server's log must be readable; {path}: {error}; see that its disk works and has room"
+            f"a server's log must be readable; {path}: {reason_of(error, path)}; see that its disk works and has room"
         ) from None

@@ -27,6 +27,7 @@ from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.state import JSON, CheckpointState
 from mfdist.checkpoint.step_info import StepInfo
 from mfdist.errors import CheckpointError, MfdistError, UnavailableError
+from mfdist.table_server.disk_room import reason_of
 from mfdist.table_server.ledger import Ledger
 from mfdist.table_server.messages import ShardSpec, shard_message, shard_of
 from mfdist.table_server.proto import table_v1_pb2 as pb
@@ -339,6 +340,13 @@ def _locked(folder: Path) -> int:
             f"one server at a time may use a data folder; {folder} is held by process {holder or 'unknown'}; stop it, "
             "or give this one a folder of its own"
         ) from None
-    os.truncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise CheckpointError(
+            f"a server must be able to write its data; {folder}: {reason_of(error, folder)}; make room, or see that "
+            "the disk works"
+        ) from None
     return lock
