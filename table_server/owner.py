@@ -255,8 +255,9 @@ class Owner:
     def _check_same(self, reply: pb.JoinReply) -> None:
         if reply.rows_since > self.epoch:
             raise ConsistencyError(
-                f"rows must be those that this client trains; server {self.address} has loaded others since epoch "
-                f"{epochs.text(self.epoch)}; load a checkpoint on all servers and go on from there"
+                f"rows must be those that this client trains; server {self.address} has others since epoch "
+                f"{epochs.text(self.epoch)}: another client has loaded a checkpoint into these servers; stop that "
+                "client, then load your own checkpoint (mfdist train --resume)"
             )
         for table, step in self.acknowledged.items():
             if (has := reply.held_steps.get(table, 0)) < step:

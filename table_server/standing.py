@@ -111,8 +111,9 @@ class Standing:
         self.check_primary()
         if not self.rows_since <= epoch <= self.epoch:
             raise ConsistencyError(
-                f"a push must be of the server's epoch {epochs.text(self.epoch)}; got {epochs.text(epoch)}; "
-                "rows were loaded anew: join again"
+                f"a push must be of the server's epoch {epochs.text(self.epoch)}; got {epochs.text(epoch)}; another "
+                "client has loaded a checkpoint into this server since; stop that client, then load your own "
+                "checkpoint (mfdist train --resume), or join again if it was this one"
             )
         if epoch != self.epoch:
             raise self._changed()
@@ -124,7 +125,8 @@ class Standing:
             )
         if self.sessions[client] != session:
             raise ConsistencyError(
-                f"one process at a time may be client {client}; another one has joined after this one"
+                f"one process at a time may be client {client}; another one has joined after this one; stop one of "
+                "the two, then go on from a checkpoint (mfdist train --resume)"
             )
 
     def joined(self, client: int, session: int) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +260,25 @@ def test_a_late_client_is_named(processes: ServerProcesses) -> None:
         with pytest.raises(UnavailableError, match=r"late: client 1, 2"):
             out.sum().backward()
         servers.drop("late")
+
+
+def test_whose_rows_another_client_replaced_is_told_so_and_what_to_do(
+    processes: ServerProcesses, servers: TableServers, tmp_path: Path
+) -> None:
+    spec = TableSpec(name="taken", num_rows=16, row_dim=4, dtype=torch.float32)
+    table = RemoteTable(planned("whole", spec), servers, std=1.0, seed=1, fuse=RowSGD(lr=0.1))
+
+    def step() -> None:
+        scores = torch.ones(2, 1, requires_grad=True)
+        table(torch.tensor([[1], [2]]), scores).sum().backward()
+        servers.flush()
+
+    step()
+    servers.save(str(tmp_path / "run"), 1)
+    with TableServers(processes.addresses, deadline_s=100) as others:
+        others.load(str(tmp_path / "run"))
+    with pytest.raises(ConsistencyError, match=r"another client has loaded a checkpoint into .*; stop .*--resume"):
+        step()
 
 
 def test_what_does_not_fit_is_refused_in_one_line(processes: ServerProcesses, servers: TableServers) -> None:
