@@ -76,20 +76,14 @@ class Node:
         self.is_draining = False
         #: Held by whatever changes which shards there are.
         self.admin = asyncio.Lock()
+        self._lives: dict[str, Life] = {}
         try:
             has_peer = is_paired or bool(replication.peer)
             self.standing = Standing(self.store, replication.peer if has_peer else None)
+            self._recover()
         except BaseException:
             self.close()
             raise
-        self._lives: dict[str, Life] = {}
-        for held in self.store.find():
-            life = self._life(held)
-            logged = self.store.pushes(held.life, held.shard.version)
-            pushes = ((version, logged_push(messages)) for version, messages in logged)
-            self.counters["replayed_pushes"] += life.updates.replay(pushes, self.standing.num_clients)
-            self._lives[held.shard.name] = life
-        self.store.recovered()
 
     @property
     def lives(self) -> Sequence[Life]:
@@ -369,9 +363,19 @@ class Node:
             if before is not None:
                 before.updates.forget()
 
+    def _recover(self) -> None:
+        for held in self.store.find():
+            life = self._life(held)
+            logged = self.store.pushes(held.life, held.shard.version)
+            pushes = ((version, logged_push(messages)) for version, messages in logged)
+            self.counters["replayed_pushes"] += life.updates.replay(pushes, self.standing.num_clients)
+            self._lives[held.shard.name] = life
+        self.store.recovered()
+
     def close(self) -> None:
         """Let threads and folder go."""
         self._threads.shutdown()
+        self._warm_up.close()
         self.store.close()
 
     def _life(self, held: Held) -> Life:

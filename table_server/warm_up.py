@@ -36,7 +36,8 @@ class WarmUp:
         self._ready: dict[Any, Future[None]] = {}  # by kind
         self._jobs: queue.PriorityQueue[tuple[int, int, Future[None], Callable[[], None]]] = queue.PriorityQueue()
         self._number = itertools.count()
-        self._has_told = False
+        self._thread: threading.Thread | None = None
+        self._has_told = self._is_closing = False
 
     def begin(self, shard: Shard) -> "Future[None]":
         """Begin with a shard's kernels unless that was done; return what is done once those of its lookups are there.
@@ -50,12 +51,20 @@ class WarmUp:
         self._once(1, ("update", dtype, type(optimizer), states), lambda: _update(dtype, optimizer))
         return ready
 
+    def close(self) -> None:
+        """End the thread, once the part of a kernel that it compiles is done: no process can end in its middle."""
+        self._is_closing = True
+        self._jobs.put((-1, next(self._number), Future(), lambda: None))
+        if self._thread is not None:
+            self._thread.join()
+
     def _once(self, priority: int, kind: Any, job: Callable[[], None]) -> "Future[None]":
         if kind not in self._ready:
             done = self._ready[kind] = Future[None]()
             done.set_running_or_notify_cancel()  # whoever waits for it may be cancelled
-            if len(self._ready) == 1:
-                threading.Thread(target=self._run, name="mfdist-warm-up", daemon=True).start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mfdist-warm-up", daemon=True)
+                self._thread.start()
             self._jobs.put((priority, next(self._number), done, job))
         return self._ready[kind]
 
@@ -63,15 +72,18 @@ class WarmUp:
         from mfdist.kernels.cpu_threads import on_compiling  # brings a compiler with it
 
         with on_compiling(self._tell):
-            while True:
+            while not self._is_closing:
                 *_, done, job = self._jobs.get()
                 try:
                     job()
                 except Exception:  # calls meet it again, and say it to whoever asked
-                    _logger.exception("kernels could not be tried")
+                    if not self._is_closing:
+                        _logger.exception("kernels could not be tried")
                 done.set_result(None)
 
     def _tell(self) -> None:
+        if self._is_closing and threading.current_thread() is self._thread:
+            raise InterruptedError("the server is ending")
         if not self._has_told:
             self._has_told = True
             _logger.info("compiling kernels, once on this machine: until they are there, calls that need them wait")
