@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from mfdist.errors import ConfigError, ConsistencyError, MfdistError, UnavailableError
+from mfdist.errors import CheckpointError, ConfigError, ConsistencyError, MfdistError, UnavailableError
 from mfdist.table_server import epoch as epochs
 from mfdist.table_server.channel import client_channel
 from mfdist.table_server.codec import blocks, packed_message
@@ -58,9 +58,19 @@ class Replicator:
                     finally:
                         standing.link = None
                         link.fail(UnavailableError(f"the replica {peer} was lost"))
-                    await standing.lost_replica()
+                    await self._go_on()
                     link.close()
             await asyncio.sleep(_PAUSE_S)
+
+    async def _go_on(self) -> None:
+        """Go on alone, once that can be remembered: the log tells of a disk that is full."""
+        while True:
+            try:
+                await self._node.standing.lost_replica()
+            except CheckpointError:
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return
 
 
 class Link:
@@ -201,8 +211,10 @@ class Link:
             await self._catch_up(life, version)
         await self._until_acknowledged(self._number)
         standing.is_in_sync = True  # before it is told: it may take over from then on
-        self._send(pb.ReplicateRequest(settled=pb.Settled(epoch=standing.epoch, rows_since=standing.rows_since)))
+        epoch = standing.epoch
+        self._send(pb.ReplicateRequest(settled=pb.Settled(epoch=epoch, rows_since=standing.rows_since)))
         await self._until_acknowledged(self._number)
+        standing.is_settled = standing.is_in_sync and standing.epoch == epoch
 
     def _source(self, life: Life) -> "pb.ShardList.Source":
         """Return where the replica gets a shard from."""

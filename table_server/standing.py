@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol, TypeVar
 
-from mfdist.errors import ConfigError, ConsistencyError, NotPrimaryError, UnavailableError
+from mfdist.errors import CheckpointError, ConfigError, ConsistencyError, MfdistError, NotPrimaryError, UnavailableError
 from mfdist.table_server import epoch as epochs
 from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.store import LifeLog, Store
@@ -35,6 +35,9 @@ class Replica(Protocol):
 
     async def sync(self) -> None:
         """Let it have the shards that are new or replaced, or lose it. Holding the node's `admin`."""
+
+    def fail(self, why: MfdistError) -> None:
+        """Say that it is lost."""
 
 
 class Standing:
@@ -70,6 +73,8 @@ class Standing:
             store.remember(role=self.role)
         #: Of a primary: its replica has everything, and nothing is acknowledged without it.
         self.is_in_sync = False
+        #: Of a primary in sync: its replica has said that it knows, and may take over.
+        self.is_settled = False
         #: Of a replica: it has all rows of some moment, and is not being copied to.
         self.is_whole = True
         self.link: Replica | None = None
@@ -159,6 +164,11 @@ class Standing:
         """Return where pushes of a life go: this disk, and the replica's."""
         return PairedLog(self, life, self._store.log(life))
 
+    def refuse(self, error: BaseException, done: "concurrent.futures.Future[None]") -> None:
+        """Refuse a push that this disk does not take; where the replica can go on, its client is sent there."""
+        is_over = self.role == "replica" or (isinstance(error, CheckpointError) and self.resign(error))
+        done.set_exception(self._not_primary() if is_over else error)
+
     def secure(
         self, life: str, version: int, client: int, payload: list[bytes], done: "concurrent.futures.Future[None]"
     ) -> None:
@@ -194,14 +204,21 @@ class Standing:
             epoch = epochs.after(self.epoch)
             await self._remember(epoch=epoch, rows_since=epoch)
             self.epoch = self.rows_since = epoch
+            self.is_settled = False
             self.sessions.clear()
 
     async def lost_replica(self) -> None:
-        """Go on alone, as soon as all clients know."""
+        """Go on alone, as soon as all clients know.
+
+        Raises:
+            CheckpointError: the epoch could not be remembered, so that it has not begun; try again.
+        """
         async with self._changing:
             if self.role == "primary" and self.is_in_sync:
                 epoch = epochs.after(self.epoch)
                 await self._remember(epoch=epoch)
+                if self.role != "primary":  # it has resigned meanwhile
+                    return
                 self.is_in_sync = False
                 self._begin(epoch)
                 fields = {"replica": self.peer, "epoch": epochs.text(epoch)}
@@ -230,10 +247,23 @@ class Standing:
                 extra={"fields": {"epoch": epochs.text(self.epoch), "theirs": epochs.text(theirs)}},
             )
             self._begin(self.epoch)
-            for waiting in self._pending.values():
-                for done in waiting:
-                    done.set_exception(self._not_primary())
-            self._pending.clear()
+            self._refuse()
+
+    def resign(self, why: Exception) -> bool:
+        """Become the replica because this disk fails, if the replica can go on from where this is; return whether so.
+
+        Nothing is written, which the disk would not allow: at its next start this is an old primary that wakes up. Of
+        epoch 0 it is asked by nobody to take over; it follows again, by a copy, when its disk works.
+        """
+        if self.role != "primary" or not self.is_settled:
+            return False
+        _logger.warning("stepping down for %s, which has everything: %s", self.peer, why)
+        link, self.role, self.is_in_sync, self.link = self.link, "replica", False, None
+        self._begin(0)
+        self._refuse()
+        if link is not None:
+            link.fail(UnavailableError("this server has stepped down"))
+        return True
 
     async def followed(self, epoch: int, rows_since: int) -> None:
         """Remember, as the replica, that this has everything its primary has at an epoch."""
@@ -254,10 +284,16 @@ class Standing:
         return self.role == "primary" and not self.is_in_sync and is_complete
 
     def _begin(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch, self.is_settled = epoch, False
         self.sessions.clear()
         over, self._over = self._over, asyncio.Event()
         over.set()
+
+    def _refuse(self) -> None:
+        for waiting in self._pending.values():
+            for done in waiting:
+                done.set_exception(self._not_primary())
+        self._pending.clear()
 
     def _release(self) -> None:
         if self._may_go_alone:
@@ -307,7 +343,7 @@ class PairedLog:
 
         def on_disk() -> None:
             if (error := here.exception()) is not None:
-                done.set_exception(error)
+                self._standing.refuse(error, done)
             else:
                 self._standing.secure(self._life, version, client, payload, done)
 
