@@ -120,6 +120,7 @@ def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
     from mfdist.launch.start import check_wish
 
     tell("loading torch")
+    from mfdist.training.resumption import check_commits
     from mfdist.training.run import RunDirectory
 
     run = RunDirectory.open(path.absolute())
@@ -131,6 +132,7 @@ def _resumed(path: Path, wish: "Wish", tell: Callable[[str], None]) -> "Job":
             return job
     chosen = run.config_with((*wish.overrides, "servers.addresses=[]"))
     check_wish(chosen, wish.overrides, run.config_with)
+    check_commits(run)
     with contextlib.suppress(ConfigError):  # a run of mfdist train was never launched
         earlier = files.read_job().cluster
         if earlier.temp_dir and Path(earlier.temp_dir).exists():

@@ -17,6 +17,7 @@ from mfdist.config import RunConfig
 from mfdist.errors import ConfigError, MfdistError
 from mfdist.models import Transformer, build_model
 from mfdist.models.loads import table_specs
+from mfdist.sharding.plan import ShardingPlan
 from mfdist.training.data.batches import BatchOrder, TokenBatches
 from mfdist.training.data.ngram import baselines
 from mfdist.training.data.token_store import TokenStore, prepare_tokens
@@ -36,6 +37,7 @@ from mfdist.training.generation import GenerationConfig, Generator
 from mfdist.training.interrupts import StopRequest, stop_on_signals
 from mfdist.training.metrics import MetricsFile, TensorBoard, read_metrics
 from mfdist.training.optimizer import RunOptimizer, table_parameter_names
+from mfdist.training.resumption import check_commits, notices
 from mfdist.training.run import RunDirectory
 from mfdist.training.saver import RunSaver
 from mfdist.training.spread import plan_of, shares_memory
@@ -76,7 +78,8 @@ def train(
         ConfigError, DataError: the configuration or the text is wrong; nothing was trained.
         ConsistencyError: the run's text has changed since its checkpoint.
         NonFiniteError: loss or gradients became NaN or infinite; earlier commits stand.
-        CheckpointError: a checkpoint could not be written or read; earlier commits stand.
+        CheckpointError: a checkpoint could not be written or read; earlier commits stand. Or the run has saved and its
+            checkpoints are gone; nothing was changed.
         UnavailableError: another process trains this run.
 
     Called on: every rank of the run, in its main thread where signals are to be caught. Ranks are those that torchrun
@@ -88,7 +91,12 @@ def train(
         world = stack.enter_context(joined(config))
         observer = observer if world.is_first else ignore
         checkpoints = CheckpointDirectory(run.checkpoints.path, ranks=world.checkpoint_ranks())
-        world.on_first(lambda: stack.enter_context(checkpoints.writer_lock()))
+
+        def claim() -> None:
+            check_commits(run)
+            stack.enter_context(checkpoints.writer_lock())
+
+        world.on_first(claim)
         observers: list[Observer] = [observer]
 
         def tell(event: Event) -> None:
@@ -155,7 +163,7 @@ class _Session:
         self._device = next(model.parameters()).device
         self._checkpoints = checkpoints
         self._validate = Validation(
-            model, store, config, world, can_redraw=_can_redraw(run, self._device), keep=run.write_table_use
+            model, store, config, world, can_redraw=_can_redraw(run, self._device, is_new), keep=run.write_table_use
         )
         self._stepping = Stepping(
             train_step,
@@ -198,7 +206,8 @@ class _Session:
                 raise ConfigError(
                     f"training.steps must be at least the {state.step} steps that are done; got {config.training.steps}"
                 )
-        world.on_first(lambda: _write(run, config, store))
+        for notice in notices(run, step) if world.is_first else ():
+            tell(notice)
         twin = None
         if config.training.twin_steps and config.model.kind == "memory" and world.is_alone:
             timed = read_metrics(run.metrics_path, "twintimed") if state is not None else []
@@ -220,7 +229,7 @@ class _Session:
         num_holders = (
             world.world_size if table_home is None else len(config.servers.addresses) // config.servers.replicas
         )
-        world.on_first(lambda: run.write_plan(plan_of(model, num_holders)))
+        world.on_first(lambda: _write(run, config, store, plan_of(model, num_holders)))
         train_step = TrainStep(model, optimizer, config.training, device, world=world, spread=spread)
         first_step = 0 if state is None else state.step
         return cls(
@@ -319,10 +328,10 @@ class _Session:
             )
 
 
-def _can_redraw(run: RunDirectory, device: torch.device) -> bool:
+def _can_redraw(run: RunDirectory, device: torch.device, is_new: bool) -> bool:
     """Return whether tables drawn here have the first rows of the run, which another kind of device draws otherwise."""
     started = read_metrics(run.metrics_path, "started")
-    return not started or started[0].get("device_type") == device.type
+    return started[0].get("device_type") == device.type if started else is_new
 
 
 def _batches(config: RunConfig, store: TokenStore, world: World) -> TokenBatches:
@@ -343,10 +352,11 @@ def _batches(config: RunConfig, store: TokenStore, world: World) -> TokenBatches
     return TokenBatches(store.train, order)
 
 
-def _write(run: RunDirectory, config: RunConfig, store: TokenStore) -> None:
+def _write(run: RunDirectory, config: RunConfig, store: TokenStore, plan: ShardingPlan | None) -> None:
     run.write_config(config)
     with writing(run.tokenizer_path):
         store.tokenizer.save(run.tokenizer_path)
+    run.write_plan(plan)
 
 
 def _with_vocabulary(config: RunConfig, store: TokenStore) -> RunConfig:
