@@ -16,6 +16,7 @@ import psutil
 import mfdist
 from mfdist.errors import UnavailableError
 from mfdist.launch.job import ClusterAddress
+from mfdist.launch.local_head import TAKEN_OVER
 
 _START_S = 90.0
 _END_S = 20.0
@@ -30,7 +31,10 @@ _LOCAL_SETTINGS = {
 
 
 class LocalHead:
-    """A cluster of this machine that is starting, with `cpus` to offer; its folder is private."""
+    """A cluster of this machine that is starting, with `cpus` to offer; its folder is private.
+
+    It ends with this process, however that ends, until `hand_over`.
+    """
 
     def __init__(self, cpus: int) -> None:
         self._temp_dir = tempfile.mkdtemp(prefix="mfdist-ray-", dir="/tmp")  # short: sockets lie in it
@@ -47,7 +51,7 @@ class LocalHead:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mfdist.launch.local_head", self._temp_dir, str(cpus)],
                 env={**kept, **settings},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # at its end, whose other end the kernel closes with this process, it ends
                 stdout=file,
                 stderr=file,
                 start_new_session=True,  # Ctrl-C is for this process, not for that
@@ -77,6 +81,12 @@ class LocalHead:
                 self.abandon()
                 raise UnavailableError(f"a local Ray must start within {_START_S:g} s; it said: {' '.join(said)}")
             time.sleep(0.05)
+
+    def hand_over(self) -> None:
+        """Let it outlive this process: a supervisor has taken over, and ends it."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:  # where it has ended, that shows soon
+            pipe.write(TAKEN_OVER)
 
     def abandon(self) -> None:
         """End it, and all it started."""

@@ -178,6 +178,8 @@ class Starting:
         batch = (training.batch_size, training.micro_batches)
         handle = cluster.start_supervisor(Supervisor, job, launch, batch, fit.threads, name=job.supervisor_name)
         cluster.answer(handle.watch.remote(0, 0.0), _SUPERVISOR_S)
+        if self._head is not None:
+            self._head.hand_over()
         return job
 
     def abandon(self) -> None:

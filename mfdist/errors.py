@@ -14,7 +14,7 @@ class MfdistError(Exception):
 
 
 class ConfigError(MfdistError, ValueError):
-    """What was asked for is wrong; correct it and ask again. Nothing was changed."""
+    """What was asked for is wrong; correct it and ask again. No run, row or checkpoint that was there was changed."""
 
     kind: ClassVar[str] = "config"
 

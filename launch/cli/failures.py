@@ -1,16 +1,17 @@
 """How a command ends: exit codes, and one line on stderr for every failure.
 
-0: done. 1: failed, or stopped before the end. 2: misuse; nothing was changed. `mfdist.errors.OUTCOMES` says which error
-is which.
+0: done. 1: failed, or stopped before the end. 2: misuse; nothing that was there was changed, and the folder of a run
+that was to be new gives way to the next. `mfdist.errors.OUTCOMES` says which error is which.
 """
 
+import contextlib
 import os
 import re
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TextIO, cast
@@ -29,7 +30,7 @@ _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived outside of training; unwinds so that temporary files go and the terminal is given back."""
+    """SIGTERM arrived outside of training, or SIGHUP in `hangup_terminates`; unwinds so that what is temporary goes."""
 
 
 def run(command: Callable[[], object], *, wants_traceback: bool = False) -> int:
@@ -68,6 +69,20 @@ def run(command: Callable[[], object], *, wants_traceback: bool = False) -> int:
     finally:
         _let_go(sys.stdout)
         _let_go(sys.stderr)
+
+
+@contextlib.contextmanager
+def hangup_terminates() -> Iterator[None]:
+    """Take SIGHUP, a closed terminal, as SIGTERM while the body runs; where it is ignored, as by nohup, it stays so."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _traced(command: Callable[[], object]) -> object:
@@ -119,7 +134,9 @@ def _out_of_memory(error: BaseException) -> str:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two, and the second would break into the clean-up
+    for each in (signal.SIGTERM, signal.SIGHUP):  # `timeout` sends two; a second one would break into the clean-up
+        if signal.getsignal(each) is _terminate:
+            signal.signal(each, signal.SIG_IGN)
     raise Terminated(FAILED)
 
 

@@ -166,7 +166,7 @@ def _launched(
         if config.model.kind == "memory" and not config.launch.servers and not has_gpus() and warm_kernels.is_cold():
             tell("compiling the kernels meanwhile, which is done once")
             warm_kernels.begin(config)
-    with starting(wish, tell) as begun:
+    with failures.hangup_terminates(), starting(wish, tell) as begun:
         if "torch" not in sys.modules:
             tell("loading torch")
         from mfdist.launch.cli.launch_plan import lines

@@ -93,16 +93,20 @@ def mfdist(*arguments: object, deadline_s: float = DEADLINE_S) -> "subprocess.Co
 
 def begin(*arguments: object, log: Path) -> "subprocess.Popen[bytes]":
     """Start the command, in a group of its own as a shell would, and come back."""
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "mfdist", *map(str, arguments)],
-            env=environment(),
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's is handed down
+    try:
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "mfdist", *map(str, arguments)],
+                env=environment(),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager
@@ -122,7 +126,7 @@ def assert_nothing_left(files: JobFiles) -> None:
     cluster = files.read_job().cluster
     assert not is_head_alive(cluster)
     assert not Path(cluster.temp_dir).exists()
-    left = [process for process in psutil.process_iter() if _is_of(process, cluster.head_pid)]
+    left = [process for process in psutil.process_iter() if is_of(process, cluster.head_pid)]
     assert left == []
     assert [path for path in Path("/dev/shm").iterdir() if str(cluster.head_pid) in path.name] == []
 
@@ -145,7 +149,7 @@ def held_by(files: JobFiles) -> Held:
     """Return what a job holds now: where its processes listen, what they map or have open in shared memory."""
     ports, shared = set[tuple[str, int]](), set[Path]()
     for process in psutil.process_iter():
-        if not _is_of(process, files.read_job().cluster.head_pid):
+        if not is_of(process, files.read_job().cluster.head_pid):
             continue
         with contextlib.suppress(OSError, psutil.Error):
             listening = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
@@ -160,7 +164,7 @@ def _reachable(ip: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)
 
 
-def _is_of(process: psutil.Process, session: int) -> bool:
+def is_of(process: psutil.Process, session: int) -> bool:
     """Return whether a process is of a session and lives; dead ones wait for a parent that may never ask."""
     with contextlib.suppress(OSError, psutil.Error):
         return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
