@@ -219,7 +219,8 @@ class Supervision:
         elif event.how == "failed" and event.error_kind in FATAL_KINDS:
             self._give_up(f"server-{event.index}: {event.message}", event.error_kind)
         else:
-            self._failed(f"server-{event.index} {event.said}", now)
+            then = "starting it again from its log" if server.address else "starting it again"
+            self._failed(f"server-{event.index} {event.said}", now, then, "; trainers wait")
 
     # Decisions.
 
@@ -367,8 +368,8 @@ class Supervision:
         self._told.append(EndGroup(self.group.generation))
         self.group = None
 
-    def _failed(self, cause: str, now: float) -> None:
-        """Count a failure; go on after a pause that grows, or give up."""
+    def _failed(self, cause: str, now: float, then: str = "going on from the last commit", meanwhile: str = "") -> None:
+        """Count a failure; go on after a pause that grows, or give up. Tell the cause, and what is done."""
         if self.outcome is not None or self.wanted != "run":
             return
         self.failures.append(cause)
@@ -383,7 +384,7 @@ class Supervision:
         pause_s = self.limits.pause_s(count)
         self.not_before = max(self.not_before, now + pause_s)
         after = f" in {pause_s:g} s" if pause_s else ""
-        self._told.append(Say(f"{cause}; going on from the last commit{after}", is_failure=True))
+        self._told.append(Say(f"{cause}; {then}{after}{meanwhile}", is_failure=True))
 
     def _give_up(self, cause: str, kind: str) -> None:
         self.outcome = Finish("failed", cause, kind, self.last_commit)

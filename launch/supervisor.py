@@ -99,7 +99,8 @@ class Supervisor:
         limits = Limits(
             **{name: getattr(launch, name) for name in Limits.__dataclass_fields__.keys() - of_elastic} | of_elastic
         )
-        self._policy = Supervision(job.sizes, job.servers, limits, replicas=job.replicas)
+        last_commit = _last_commit(job)
+        self._policy = Supervision(job.sizes, job.servers, limits, replicas=job.replicas, last_commit=last_commit)
         if job.files.read_state().get("wanted") in ("stop", "end"):
             self._policy.handle(StopAsked(), time.monotonic())
         self._holding = Holding(job.files.folder)
@@ -117,7 +118,7 @@ class Supervisor:
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._events: deque[TrainingEvent] = deque(maxlen=_KEPT_EVENTS)
         self._num_events = 0
-        self._latest = _Latest()
+        self._latest = _Latest(step=last_commit)
         self._asked: set[tuple[str, int, int]] = set()  # actors that are to stop
         self._current: set[tuple[str, int, int]] = set()  # actors that are to be
         self._addresses: tuple[str, ...] = ()  # of table servers
@@ -386,3 +387,13 @@ class Supervisor:
             "host_sent_bytes": report.sent_bytes if report else None,
             "silent_s": None if heard is None else round(now - heard[0], 1),
         }
+
+
+def _last_commit(job: Job) -> int:
+    """Return the last committed step of a job's run, 0 where there is none; if none can be listed, the last known."""
+    from mfdist.training.run import RunDirectory
+
+    try:
+        return max(RunDirectory.open(job.run).checkpoints.series.revisions(), default=0)
+    except (MfdistError, OSError):  # of which trainers will tell
+        return int(job.files.read_state().get("committed", 0))

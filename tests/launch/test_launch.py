@@ -129,7 +129,7 @@ def test_a_job_whose_ray_was_killed_goes_on_to_the_same_bits(folder: Path, train
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_command_then_the_supervisor_are_killed_and_the_job_goes_on_to_the_same_bits(
+def test_the_terminal_is_closed_then_the_supervisor_killed_and_the_job_goes_on_to_the_same_bits(
     folder: Path, trained: Path
 ) -> None:
     path, run, log = (
@@ -141,8 +141,8 @@ def test_the_command_then_the_supervisor_are_killed_and_the_job_goes_on_to_the_s
         command = ("launch", path, "--out", run, "--trainers", "2", "--servers", "2", "--set", "launch.cpus=1")
         process = jobs.begin(*command, log=log)
         jobs.until(partial(_is_due, run, 3, process), "step 3")
-        process.kill()
-        assert process.wait(30) == -signal.SIGKILL, log.read_text()
+        process.send_signal(signal.SIGHUP)  # its terminal is closed
+        assert process.wait(30) == -signal.SIGHUP, log.read_text()
         again = jobs.begin("launch", "--resume", run, log=log)
         try:
             jobs.until(
@@ -152,7 +152,10 @@ def test_the_command_then_the_supervisor_are_killed_and_the_job_goes_on_to_the_s
             assert again.poll() is None and files.read_state()["groups"] == 1, log.read_text()
             before = files.read_state()["actors"]
             supervisor = int((files.folder / ".supervisor.lock").read_text().split()[2])
+            saved = files.read_state()["committed"]
             os.kill(supervisor, signal.SIGKILL)
+            jobs.until(lambda: files.read_state()["groups"] == 0 or again.poll() is not None, "Ray starts it again")
+            assert saved >= 10 and files.read_state()["committed"] >= saved, files.read_state()
             assert again.wait(jobs.DEADLINE_S) == 0, log.read_text()
         finally:
             again.kill()

@@ -126,11 +126,26 @@ def test_a_commit_forgives_failures():
     assert world.policy.failures == []
 
 
+def test_a_job_that_begins_at_a_commit_knows_it():
+    """A trainer that has loaded it forgives nothing, and a job that ends before that tells it."""
+    world = World(Supervision((2,), 0, LIMITS, last_commit=200))
+    world.run()
+    world.ended(0, "died", message="no space left")
+    world.train()
+    world.beat(committed=200)
+    assert len(world.policy.failures) == 1
+    world.beat(committed=210)
+    assert world.policy.failures == []
+    world = World(Supervision((2,), 0, LIMITS, last_commit=200))
+    assert world.hear(StopAsked())[-1] == Finish("stopped", "", "", 200)
+
+
 def test_a_dead_server_is_started_where_it_was_and_the_group_goes_on():
     world = running(servers=2)
     del world.servers[1]
-    assert kinds(world.hear(Ended("server", 1, 1, "died"))) == [Say, StartServer]
-    assert world.acted[-1] == StartServer(1, 2, "a:1")
+    acted = world.hear(Ended("server", 1, 1, "died", message="killed"))
+    assert acted[1:] == [StartServer(1, 2, "a:1")]
+    assert acted[0].message == "server-1 died: killed; starting it again from its log; trainers wait"
     assert world.hear(ServerUp(1, 2, "a:1", "a")) == []
     assert world.group.generation == 1
 
