@@ -147,7 +147,7 @@ def _check_free(files: "JobFiles") -> None:
 
     if files.folder.is_dir():
         Holding(files.folder).release()
-    if (files.run / "metrics.jsonl").exists():
+    if (files.run / "metrics.jsonl").exists() or any((files.run / "checkpoints").glob("step-*")):
         run = wording.quoted(files.run)
         raise ConfigError(
             f"--out must name a new directory; {files.run} holds a run already; go on with it by "

@@ -1,5 +1,6 @@
 """Every way a command ends has its exit code and one line on stderr."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -118,6 +119,20 @@ def buffered(**more):
 
 def run_python(body, **more):
     return subprocess.run(python(body), capture_output=True, timeout=60, check=False, env=buffered(**more))
+
+
+@pytest.mark.parametrize("by", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_unwinds_unless_it_is_ignored(by):
+    before = signal.signal(signal.SIGHUP, by)
+    try:
+        with (
+            pytest.raises(failures.Terminated) if by == signal.SIG_DFL else contextlib.nullcontext(),
+            failures.hangup_terminates(),
+        ):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == by
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_outside_of_training_unwinds():

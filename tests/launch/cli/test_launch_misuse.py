@@ -1,5 +1,6 @@
 """`mfdist launch` and its fellows, asked for what cannot be: one line, the right exit code, nothing begun."""
 
+import shutil
 import socket
 
 import pytest
@@ -66,3 +67,23 @@ def test_a_run_of_a_live_job_is_not_launched_twice(mfdist, tmp_path):
         holding.release()
     assert code == 1
     assert "belongs to a live job" in err and f"mfdist attach {tmp_path / 'run'}" in err
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(mfdist, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    shutil.move(run / "checkpoints", tmp_path / "away")
+    for verb in ("train", "launch"):
+        code, out, err = mfdist(verb, "--resume", run)
+        assert code == 1 and "starting a local Ray" not in out
+        assert f"{run / 'checkpoints'} holds none, and {run / 'metrics.jsonl'} tells of one of step 12" in err
+        assert err.count("\n") == 1
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_folder_with_checkpoints_alone_is_a_run(mfdist, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("metrics.jsonl"))
+    code, out, err = mfdist("launch", TINY, "--out", run)
+    assert code == 2 and "starting a local Ray" not in out
+    assert "holds a run already" in err
