@@ -84,7 +84,8 @@ def import_checkpoint(
     Example: mfdist checkpoint import model.safetensors --out imported --table '*.table.weight'
 
     What mfdist exported comes back as it was. Of other files, tensors that fit a --table pattern become tables, all
-    else dense tensors. A dcp folder is unpickled: import only what you trust.
+    else dense tensors. A step that is there already is not replaced. A dcp folder is unpickled: import only what you
+    trust.
     """
     from mfdist.checkpoint.conversion import import_step
     from mfdist.checkpoint.directory import CheckpointDirectory

@@ -71,7 +71,7 @@ def export_step(
 def import_step(
     source: Path, directory: CheckpointDirectory, *, step: int | None = None, tables: Collection[str] = ()
 ) -> StepInfo:
-    """Commit what another format holds as a step.
+    """Commit what another format holds as a step, beside those that are there.
 
     Args:
         source: a .safetensors file, a folder of them, or a torch.distributed.checkpoint folder, which is unpickled.
@@ -81,23 +81,31 @@ def import_step(
             knows its tables itself.
 
     Raises:
-        ConfigError: a table has not two dimensions, or a pattern fits nothing.
+        ConfigError: the step is there already, a table has not two dimensions, or a pattern fits nothing.
         CheckpointError: the source is neither, or damaged.
+        UnavailableError: another writer holds the directory.
     """
     with ExitStack() as stack:
         found, told = _open(source, stack)
         tensors = dict(found)
         about = json.loads(told or bytes(tensors.pop(_ATTRIBUTES, torch.empty(0, dtype=torch.uint8)).tolist()) or "{}")
+        number = about.get("step", 0) if step is None else step
         for pattern in tables:
             if not any(fnmatchcase(name, pattern) for name in tensors):
                 raise ConfigError(f"--table must name tensors of {source}; {pattern} fits none of {_some(tensors)}.")
         arrays, dense = _sorted_out(tensors, tables)
         state = CheckpointState(
-            step=about.get("step", 0) if step is None else step,
+            step=number,
             tables={name: TableState(weight=own.pop("weight"), optimizer=own) for name, own in arrays.items()},
             dense=dense,
             attributes=about.get("attributes", {}),
         )
+        stack.enter_context(directory.writer_lock())  # nobody commits the step between the look and the save
+        if number in directory.series.revisions():  # a save would supersede it, and it may hold more
+            raise ConfigError(
+                f"an import must not replace a step; step {number} is there already, in {directory.path}; "
+                "give --step or another folder"
+            )
         return directory.save(state)
 
 

@@ -31,6 +31,19 @@ def test_an_export_comes_back_as_it_was(
     assert contents(again.load()) == contents(small_state(12))
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_import_never_replaces_a_step(
+    directory: CheckpointDirectory, small_state: State, contents: Contents, tmp_path: Path, form: str
+) -> None:
+    info = directory.save(small_state(12))
+    export_step(info.path, tmp_path / "weights", form, has_states=False)
+    with pytest.raises(ConfigError, match="step 12 is there already.*; give --step or another folder"):
+        import_step(tmp_path / "weights", directory)
+    assert contents(directory.load()) == contents(small_state(12))  # states included
+    assert import_step(tmp_path / "weights", directory, step=13).step == 13
+    assert [info.step for info in directory.steps()] == [12, 13]
+
+
 def test_other_programs_read_the_exports(directory: CheckpointDirectory, small_state: State, tmp_path: Path) -> None:
     state = small_state(1)
     info = directory.save(state)
