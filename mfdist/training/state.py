@@ -21,6 +21,7 @@ from mfdist.training.optimizer import RunOptimizer, table_parameter_names
 from mfdist.training.run import is_changeable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_GENERATOR = "rng/cpu"
 
 
 def capture(
@@ -35,7 +36,7 @@ def capture(
     moments = optimizer.state()
     tables: dict[str, TableState] = {}
     shards: dict[str, list[TableShard]] = {}
-    dense: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
+    dense: dict[str, Tensor] = {_GENERATOR: torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         kept = {moment: value for moment, value in moments.get(name, {}).items() if moment != "step"}
         if name in table_names:
@@ -134,7 +135,16 @@ def load_model(model: Transformer, state: CheckpointState) -> None:
 
 
 def load_training(model: Transformer, optimizer: RunOptimizer, state: CheckpointState) -> None:
-    """Take over weights, optimiser state and random generator, so that training goes on as if never stopped."""
+    """Take over weights, optimiser state and random generator, so that training goes on as if never stopped.
+
+    Raises:
+        CheckpointError: as `load_model`; or the step holds weights alone, and nothing was changed.
+    """
+    if _GENERATOR not in state.dense:
+        raise CheckpointError(
+            f"step {state.step} holds weights alone and cannot be trained on; delete it to go on from the step before, "
+            "or import an export made without --weights-only"
+        )
     load_model(model, state)
     names = table_parameter_names(model)
     live = optimizer.state()
@@ -143,7 +153,7 @@ def load_training(model: Transformer, optimizer: RunOptimizer, state: Checkpoint
         for name, parameter in model.named_parameters()
     }
     optimizer.load_state(moments, state.step)
-    torch.set_rng_state(state.dense["rng/cpu"])
+    torch.set_rng_state(state.dense[_GENERATOR])
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

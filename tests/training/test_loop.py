@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from mfdist.checkpoint.conversion import export_step, import_step
 from mfdist.config import parse_config
 from mfdist.errors import (
     CheckpointError,
@@ -132,6 +133,16 @@ def test_going_on_after_the_last_step_needs_more_steps(tiny_run):
         train(tiny_run, overrides=["training.steps=14"])
     assert tiny_run.config.training.steps == 15
     assert [step for step, _ in losses(more)] == [13, 14, 15]
+
+
+def test_weights_alone_are_not_trained_on(tmp_path, tiny_run):
+    train(tiny_run)
+    last = tiny_run.checkpoints.steps()[-1]
+    export_step(last.path, tmp_path / "weights", "safetensors", has_states=False)
+    import_step(tmp_path / "weights", tiny_run.checkpoints, step=last.step + 1)
+    tiny_run.write_config(tiny_run.config_with([f"training.steps={last.step + 4}"]))
+    with pytest.raises(CheckpointError, match=f"step {last.step + 1} holds weights alone and cannot be trained on; de"):
+        train(tiny_run)
 
 
 def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path, tiny_config):
