@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mfdist.errors import ConfigError
+from mfdist.kernels.forward_mode import refuse_tangents
 
 #: What rows may be; fp64 on the CPU alone, where the reference computes it.
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,7 +20,11 @@ def check_lookup(
     *,
     row_dtypes: tuple[torch.dtype, ...] = ROW_DTYPES,
 ) -> None:
-    """Raise ConfigError unless shapes, dtypes and devices fit together; the ids' values are the kernels' to check."""
+    """Raise ConfigError unless shapes, dtypes and devices fit together; the ids' values are the kernels' to check.
+
+    A tangent of forward-mode differentiation is a NotImplementedError.
+    """
+    refuse_tangents("a lookup", table, scores)
     if table.ndim != 2 or row_ids.ndim != 2 or scores.shape != row_ids.shape:
         raise ConfigError(
             "a lookup takes a table [R, D], row_ids [N, K] and scores [N, K]; got "
@@ -29,6 +34,11 @@ def check_lookup(
         raise ConfigError(
             f"a lookup takes rows in {_names(row_dtypes)} and ids in {_names(_IDS)}; got "
             f'{table.dtype} and {row_ids.dtype} for table "{name}"'
+        )
+    if scores.dtype == torch.float64 != table.dtype:
+        raise ConfigError(
+            f"activations in fp64, which give scores in fp64, need rows in fp64; got rows in {table.dtype} for table "
+            f'"{name}"; cast one'
         )
     if scores.dtype != torch.float32 and not scores.dtype == table.dtype == torch.float64:
         raise ConfigError(f'scores must be fp32, as sign_hash gives them; got {scores.dtype} for table "{name}"')

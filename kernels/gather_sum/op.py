@@ -36,6 +36,7 @@ def gather_sum(table: Tensor, row_ids: Tensor, scores: Tensor, code_stride: int 
         RowIdError: an id lies outside the table. On the CPU nothing was read. On a GPU the outputs that used the id are
             NaN and the error comes from the next call, or from `check_errors`.
         ConfigError: shapes, dtypes or devices do not fit together.
+        NotImplementedError: table or scores carry a tangent of forward-mode differentiation.
 
     Cost: N·K·D elements read from the table, N·D written.
     Source: MemoryFormer (arXiv 2411.12992), equation 11.

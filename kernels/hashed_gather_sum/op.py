@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import implementation
+from mfdist.kernels.forward_mode import refuse_tangents
 from mfdist.kernels.gather_sum import reference as sums
 from mfdist.kernels.hashed_gather_sum.norm import Norm, normalised
 from mfdist.kernels.lookup_arguments import ROW_DTYPES
@@ -53,12 +54,13 @@ def hashed_gather_sum(
 
     Raises:
         ConfigError: a value is out of range, or shapes, dtypes or devices do not fit together.
-        NotImplementedError: by a backward.
+        NotImplementedError: by a backward, or where a tensor carries a tangent of forward-mode differentiation.
 
     Cost: N·d and N·K·D elements read, N·D written. On a GPU one kernel for few tokens; otherwise what the norm,
         sign_hash, gather_sum and the sums cost.
     """
     check_hash(x, bits, score, temperature)
+    refuse_tangents("a lookup", table, bias, residual)
     num_rows = x.shape[1] // bits << bits
     if table.ndim != 2 or table.shape[0] != num_rows or table.device != x.device:
         raise ConfigError(

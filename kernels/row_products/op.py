@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import implementation
+from mfdist.kernels.forward_mode import refuse_tangents
 from mfdist.kernels.row_products import reference
 
 #: What the CPU's kernel reads; all else is torch's.
@@ -29,7 +30,7 @@ def row_products(rows: Tensor, x: Tensor) -> Tensor:
 
     Raises:
         ConfigError: shapes, dtypes or devices do not fit together.
-        NotImplementedError: by a backward.
+        NotImplementedError: by a backward, or where a tensor carries a tangent of forward-mode differentiation.
 
     Cost: R·D elements read.
     """
@@ -40,6 +41,7 @@ def row_products(rows: Tensor, x: Tensor) -> Tensor:
         )
     if not rows.is_floating_point():
         raise ConfigError(f"row_products takes floating-point rows; got {rows.dtype}")
+    refuse_tangents("row_products", rows, x)
     out: Tensor = _row_products(rows, x)
     return out
 

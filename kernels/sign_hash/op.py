@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mfdist.errors import ConfigError
 from mfdist.kernels import implementation
+from mfdist.kernels.forward_mode import refuse_tangents
 from mfdist.kernels.sign_hash import reference
 from mfdist.kernels.sign_hash.codes import code_dtype
 
@@ -44,6 +45,7 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
 
     Raises:
         ConfigError: a value is out of range or `bits` does not divide d.
+        NotImplementedError: x carries a tangent of forward-mode differentiation.
 
     Cost: N·d elements read, N·K codes and scores written.
     Source: MemoryFormer (arXiv 2411.12992), equations 4–10.
@@ -54,10 +56,15 @@ def sign_hash(x: Tensor, bits: int, score: str = "paper", temperature: float = 1
 
 
 def check_hash(x: Tensor, bits: int, score: str, temperature: float) -> None:
-    """Raise ConfigError unless a value is in range and the activations can be cut into chunks of `bits`."""
+    """Raise ConfigError unless a value is in range and the activations can be cut into chunks of `bits`.
+
+    A tangent of forward-mode differentiation is a NotImplementedError.
+    """
+    refuse_tangents("sign_hash", x)
     if x.ndim != 2 or not x.is_floating_point():
+        remedy = "flatten them" if x.is_floating_point() else "cast them"
         raise ConfigError(
-            f"sign_hash takes floating-point activations [N, d]; got {list(x.shape)} in {x.dtype}; flatten them"
+            f"sign_hash takes floating-point activations [N, d]; got {list(x.shape)} in {x.dtype}; {remedy}"
         )
     if not 1 <= bits <= _MAX_BITS or x.shape[1] % bits:
         raise ConfigError(f"bits must lie in 1..{_MAX_BITS} and divide d; got bits={bits}, d={x.shape[1]}")

@@ -37,7 +37,7 @@ def test_an_import_never_replaces_a_step(
 ) -> None:
     info = directory.save(small_state(12))
     export_step(info.path, tmp_path / "weights", form, has_states=False)
-    with pytest.raises(ConfigError, match="step 12 is there already.*; give --step or another folder"):
+    with pytest.raises(ConfigError, match=r"step 12 is there already.*; give --step or another folder"):
         import_step(tmp_path / "weights", directory)
     assert contents(directory.load()) == contents(small_state(12))  # states included
     assert import_step(tmp_path / "weights", directory, step=13).step == 13

@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from mfdist.kernels import gather_sum, sign_hash
+from mfdist.kernels import gather_sum, hashed_gather_sum, row_products, sign_hash
 from tests.kernels.lookups import make_lookup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,34 @@ def test_compiling_breaks_no_graph_and_changes_no_bit() -> None:
     grads = torch.autograd.grad(got.sum(), (x, table))
     assert torch.equal(got, expected)
     assert all(torch.equal(one, two) for one, two in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own
+def test_forward_mode_is_refused() -> None:
+    x, table = torch.randn(6, 12), torch.randn(48, 5)
+    codes, scores = sign_hash(x, 4)
+    lookups: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda x: layer(x, table), x),
+        (lambda table: layer(x, table), table),
+        (lambda scores: gather_sum(table, codes, scores, 16), scores),
+        (lambda table: hashed_gather_sum(table, x, 4), table),
+        (lambda x: hashed_gather_sum(table, x, 4), x),
+        (lambda bias: hashed_gather_sum(table, x, 4, bias=bias), torch.randn(5)),
+        (lambda x: row_products(table[:, :4], x), torch.randn(4)),
+    ]
+    for lookup, value in lookups:
+        with pytest.raises(NotImplementedError, match="is differentiated by backward alone; got a tangent of forward"):
+            torch.func.jvp(lookup, (value,), (value,))
+        with forward_ad.dual_level():
+            lookup(value)  # others may have tangents
+            with pytest.raises(NotImplementedError, match="is differentiated by backward alone"):
+                lookup(forward_ad.make_dual(value, value))
+
+
+def test_vmap_is_a_loop() -> None:
+    x, table = torch.randn(2, 6, 12), torch.randn(48, 5)
+    found = torch.vmap(lambda x: layer(x, table))(x)
+    assert torch.equal(found, torch.stack([layer(each, table) for each in x]))
 
 
 def test_a_second_derivative_is_refused() -> None:
