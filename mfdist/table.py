@@ -50,8 +50,9 @@ class Table(nn.Module, ABC):
         Each backward of a lookup is one update, of the rows that it read, at the rate `row_state.lr`; so each
         micro-batch is one. `weight.grad` stays None, gradients cannot be clipped, and score gradients are those of the
         rows before the update. Two lookups with both backwards still to come cannot be in one graph: torch refuses
-        the second backward, since the rows are no longer those that were read. A fused table is frozen by looking up
-        under `torch.no_grad`, or by `fuse(None)`.
+        the second backward, since the rows are no longer those that were read. Any backward is one, in evaluation mode
+        and of `torch.autograd.grad` too. A fused table is frozen by looking up under `torch.no_grad`, or by
+        `fuse(None).requires_grad_(False)`; `requires_grad_(False)` alone changes nothing, for rows have it already.
 
         Args:
             optimizer: settings; states begin at zero, also where the table was fused before.
@@ -97,7 +98,7 @@ class Table(nn.Module, ABC):
         """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Let the row optimiser's states follow the rows to another device."""
+        """Let the row optimiser's states follow the rows to another device, and the spec to another dtype."""
         applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.row_state is not None:
             self.row_state.move(fn)

@@ -156,3 +156,20 @@ def test_looking_up_without_gradients_trains_nothing():
     with torch.no_grad():
         table(torch.tensor([[1, 2]]), torch.ones(1, 2))
     assert torch.equal(table.weight, before) and table.row_state.num_updates == 0
+
+
+def test_a_table_is_frozen_by_fuse_none_and_its_states_come_back():
+    table, before = fused(), fused().weight.clone()
+    with torch.no_grad():
+        table.weight.copy_(before)
+    table.eval().requires_grad_(False)
+    train(table)
+    assert not torch.equal(table.weight, before) and table.row_state.num_updates == 1  # neither stops it
+    kept = table.row_state.tensors, table.row_state.num_updates
+    before = table.weight.clone()
+    table.fuse(None).requires_grad_(False)
+    train(table)
+    assert torch.equal(table.weight, before) and table.weight.grad is None
+    table.fuse(RowAdagrad(lr=0.1)).row_state.load(*kept)
+    assert torch.equal(table.row_state.tensors["accumulator"], kept[0]["accumulator"])
+    assert table.row_state.num_updates == 1
