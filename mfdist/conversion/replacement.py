@@ -148,6 +148,19 @@ def _put(model: nn.Module, layer: LinearLayer, made: ConvertedLinear) -> None:
         for name, child in list(module._modules.items()):  # children by every name they have
             if child is layer.module:
                 setattr(module, name, made)
+    _leave_fast_paths(model)
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Keep torch's transformer encoders from inference kernels of their own, which read the weights of linear layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            isinstance(inner, ConvertedLinear) for inner in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0  # of the fast path alone
 
 
 def _check_reached(model: nn.Module, chosen: list[LinearLayer], batches: list[Any]) -> None:

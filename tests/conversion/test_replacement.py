@@ -177,3 +177,15 @@ def test_modes_stay_and_memory_layers_take_the_trained_path():
     replace_linear(model, include="*", bits=4, sample=[torch.randn(200, 8)])
     assert [module.training for module in model] == [True, False, True]
     assert sum(isinstance(module, MemoryLayer) for module in model.modules()) == 2
+
+
+def test_an_encoder_of_torch_leaves_its_fast_path_which_reads_the_linear_layers_weights():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2), torch.randn(8, 16, 16)
+    replace_linear(model, include="*.linear[12]", bits=4, sample=[x])
+    padding = torch.zeros(8, 16, dtype=torch.bool).index_fill(1, torch.tensor([14, 15]), True)
+    for inputs in ({}, {"src_key_padding_mask": padding}):
+        expected = model.train()(x, **inputs).detach()
+        with torch.inference_mode():
+            found = model.eval()(x, **inputs)
+        torch.testing.assert_close(found[:, :14], expected[:, :14])
