@@ -6,6 +6,7 @@ All traffic runs on one event loop in a thread of its own; callers wait for it f
 import asyncio
 import concurrent.futures
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -22,6 +23,10 @@ from mfdist.table_server.status import error_of
 
 _T = TypeVar("_T")
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
+#: How long servers may not be there before that is told, and how long each is then asked why.
+_SILENCE_S, _LOOK_S = 3.0, 1.0
+
+_logger = logging.getLogger(__name__)
 
 
 class TableServers:
@@ -42,7 +47,8 @@ class TableServers:
         UnavailableError: a server does not answer in time.
         ConsistencyError: two addresses are one server.
 
-    Close it, or use it in a `with`; what is pushed is on disk then.
+    Close it, or use it in a `with`; what is pushed is on disk then. Servers that are not there after three seconds are
+    logged, once, as a warning.
     """
 
     def __init__(
@@ -80,9 +86,8 @@ class TableServers:
         self._pushing: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         try:
-            self._owners = self.wait(self._connect())
             known: dict[str, str] = {}
-            for address, server_id in itertools.chain(*self.wait(self.all(lambda owner: owner.identities()))):
+            for address, server_id in itertools.chain(*self.wait(self._connect())):
                 if (other := known.setdefault(server_id, address)) != address:
                     raise ConsistencyError(
                         f"each address must be a server of its own; {other} and {address} are the same; name it once"
@@ -196,9 +201,10 @@ class TableServers:
     def _of(self, index: int) -> tuple[str, ...]:
         return self.addresses[index * self.replicas : (index + 1) * self.replicas]
 
-    async def _connect(self) -> list[Owner]:
+    async def _connect(self) -> list[list[tuple[str, str]]]:
+        """Reach all owners; return of each the addresses and ids of its servers."""
         member = Membership(self.client, self.num_clients, self.session)
-        owners = [
+        self._owners = [
             Owner(
                 index,
                 self._of(index),
@@ -209,8 +215,22 @@ class TableServers:
             )
             for index in range(len(self))
         ]
-        await gathered([owner.connect() for owner in owners])
-        return owners
+        telling = asyncio.ensure_future(self._tell_of_silence())
+        try:
+            await self.all(lambda owner: owner.connect())
+            return await self.all(lambda owner: owner.identities())
+        finally:
+            telling.cancel()
+
+    async def _tell_of_silence(self) -> None:
+        """Log which servers are waited for, and why, once they have had the time to answer."""
+        await asyncio.sleep(_SILENCE_S)
+        reasons = await self.all(_silence)
+        silent = [f"{owner.address} ({why})" for owner, why in zip(self._owners, reasons, strict=True) if why]
+        if silent:
+            _logger.warning(
+                "waiting for server %s, up to %g s (servers.deadline_s)", ", ".join(silent), self.deadline_s
+            )
 
     async def _flush(self) -> None:
         if self._pushing:
@@ -257,6 +277,19 @@ class TableServers:
         for task in asyncio.all_tasks():
             if task is not asyncio.current_task():
                 task.cancel()
+
+
+async def _silence(owner: Owner) -> str:
+    """Return why an owner's server does not answer; empty where it does."""
+    try:
+        await owner.stub.Describe(pb.DescribeRequest(), timeout=_LOOK_S)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return "no answer"
+        # "failed to connect to all addresses; last error: …: connect: Connection refused (111)"
+        said = str(error.details() or error.code().name).rpartition(": ")[2].partition(" (")[0]
+        return said[:1].lower() + said[1:]
+    return ""
 
 
 async def sending(messages: Sequence[Any]) -> AsyncIterator[Any]:

@@ -298,6 +298,15 @@ def test_what_does_not_fit_is_refused_in_one_line(processes: ServerProcesses, se
         TableServers(["127.0.0.1:1"], deadline_s=1)
 
 
+def test_a_server_that_is_not_there_is_told_of_before_the_deadline(
+    processes: ServerProcesses, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UnavailableError):
+        TableServers([processes.addresses[0], "127.0.0.1:1"], deadline_s=6)
+    told = [record.getMessage() for record in caplog.records if record.name == "mfdist.table_server.connection"]
+    assert told == ["waiting for server 127.0.0.1:1 (connection refused), up to 6 s (servers.deadline_s)"]
+
+
 def test_copies_are_refused_rather_than_shared(servers: TableServers) -> None:
     table = RemoteTable(planned("whole", TableSpec(name="copied", num_rows=8, row_dim=4)), servers)
     with pytest.raises(TypeError):
