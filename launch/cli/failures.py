@@ -40,6 +40,7 @@ def run(command: Callable[[], object], *, wants_traceback: bool = False) -> int:
         command: returns the exit code, or what is no integer and counts as done.
         wants_traceback: show the traceback of failures that a user can mend, too.
     """
+    _stand_in_for_closed_streams()
     _survive_any_encoding()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -146,6 +147,13 @@ def _let_go(stream: TextIO) -> None:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Open what takes everything where the shell has closed stdout or stderr, as by `>&-`; Python has None there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def _survive_any_encoding() -> None:

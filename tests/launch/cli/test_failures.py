@@ -176,3 +176,10 @@ def test_what_is_left_in_the_buffer_of_a_gone_reader_does_not_change_the_exit_co
 def test_a_stream_that_cannot_encode_replaces():
     done = run_python("print('漢'); raise OSError('漢')", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"?\n", b"mfdist: ?\n")
+
+
+@pytest.mark.parametrize(("closing", "shown"), [(">&-", b"mfdist: no\n"), ("2>&-", b"yes\n"), (">&- 2>&-", b"")])
+def test_a_stream_that_the_shell_has_closed_takes_everything(closing, shown):
+    command = ["sh", "-c", f'exec "$@" {closing}', "sh", *python("print('yes'); raise OSError('no')")]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, env=buffered())
+    assert (done.returncode, done.stdout + done.stderr) == (1, shown)
