@@ -24,6 +24,8 @@ from mfdist.errors import OUTCOMES, MfdistError
 DONE, FAILED, MISUSE = 0, 1, 2
 _INTERRUPTED = 130  # what newer versions of typer return for Ctrl-C, where older ones raise
 _STOPPED = "stopped before the end"
+#: What the extra `server` brings. Its modules import them as they are: who runs or asks servers has them.
+_OF_TABLE_SERVERS = ("grpc", "grpc_health", "grpc_reflection", "google", "prometheus_client", "cryptography")
 
 # Typer brings its own copy of click in newer versions and imports click in older ones; this is the same class in both.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -61,12 +63,16 @@ def run(command: Callable[[], object], *, wants_traceback: bool = False) -> int:
         return fail(f"{where}{error.strerror or error}")
     except MemoryError as error:
         return fail(_out_of_memory(error))
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "").partition(".")[0]) not in _OF_TABLE_SERVERS:
+            return _defect(error)
+        message = f"table servers need the package {package}, which is not installed; pip install 'mfdist[server]'"
+        return fail(f"{message}{_in_a_checkout(message)}", MISUSE)
     except Exception as error:  # noqa: BLE001 - the last resort of a process: it is reported with its traceback
         # torch's, known by its name and its words because importing torch takes seconds.
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return fail(_out_of_memory(error))
-        traceback.print_exc()
-        return fail(f"{type(error).__name__}: {error}; this is a defect in mfdist, please report the lines above")
+        return _defect(error)
     finally:
         _let_go(sys.stdout)
         _let_go(sys.stderr)
@@ -102,6 +108,11 @@ def fail(message: str, code: int = FAILED) -> int:
     except OSError:
         return code  # nobody reads stderr any more; the exit code is all that is left to say
     return code
+
+
+def _defect(error: Exception) -> int:
+    traceback.print_exc()
+    return fail(f"{type(error).__name__}: {error}; this is a defect in mfdist, please report the lines above")
 
 
 def _known(error: MfdistError) -> int:
