@@ -27,25 +27,30 @@ class ModelConfig(Section):
     """Shape of a transformer; `kind` alone decides between a MemoryFormer and its dense twin."""
 
     kind: Literal["memory", "dense"] = Field(
-        "memory", description="memory: lookup tables; dense: the Pythia-shaped twin"
+        default="memory", description="memory: lookup tables; dense: the Pythia-shaped twin"
     )
     num_layers: Count = Field(description="number of blocks")
     hidden_dim: Count = Field(description="width d of the residual stream")
     num_heads: Count = Field(description="attention heads; must divide hidden_dim")
-    vocab_size: int = Field(0, ge=0, description="tokens; 0 takes the tokenizer's")
-    max_seq_len: Count = Field(2048, description="longest sequence the model accepts, in tokens")
-    bits: int = Field(8, ge=1, le=MAX_BITS, description="sign bits a chunk (tau); must divide hidden_dim")
-    extra_bits: int = Field(2, ge=0, le=8, description="more bits in the second feed-forward layer's chunks")
+    vocab_size: int = Field(default=0, ge=0, description="tokens; 0 takes the tokenizer's")
+    max_seq_len: Count = Field(default=2048, description="longest sequence the model accepts, in tokens")
+    bits: int = Field(default=8, ge=1, le=MAX_BITS, description="sign bits a chunk (tau); must divide hidden_dim")
+    extra_bits: int = Field(default=2, ge=0, le=8, description="more bits in the second feed-forward layer's chunks")
     activation: Literal["none", "gelu"] = Field(
-        "none",
+        default="none",
         description="function between the feed-forward layers; the paper has none, and found GELU to change nothing",
     )
-    score: Literal["paper", "released"] = Field("paper", description="row weight: the paper's p(z), or ‖z‖₁·p(z)")
-    score_temperature: Positive = Field(1.0, description="t in p(z) = 1 / prod(1 + exp(-2|z|/t))")
-    init_scale: Positive = Field(1.0, description="standard deviation of new rows, as a multiple of the paper's")
-    rotary_fraction: Fraction = Field(0.25, description="share of each head that is rotated by position")
+    score: Literal["paper", "released"] = Field(
+        default="paper", description="row weight: the paper's p(z), or ‖z‖₁·p(z)"
+    )
+    score_temperature: Positive = Field(default=1.0, description="t in p(z) = 1 / prod(1 + exp(-2|z|/t))")
+    init_scale: Positive = Field(
+        default=1.0, description="standard deviation of new rows, as a multiple of the paper's"
+    )
+    rotary_fraction: Fraction = Field(default=0.25, description="share of each head that is rotated by position")
     table_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="what rows are kept in; bf16 needs a rule in [optimizer.tables] that rounds stochastically"
+        default="fp32",
+        description="what rows are kept in; bf16 needs a rule in [optimizer.tables] that rounds stochastically",
     )
 
     @model_validator(mode="after")
@@ -65,35 +70,47 @@ class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
     source: str = Field(
-        "python-stdlib",
+        default="python-stdlib",
         description="python-stdlib, hf:NAME, or a file or folder: .txt .md .rst .py .jsonl .parquet, compressed or not",
     )
-    text_field: str = Field("text", description="field that holds the text in .jsonl, .parquet and Hugging Face data")
-    tokenizer: str = Field("bpe", description="bytes, bpe (trained on the source), or the path of a tokenizer.json")
-    vocab_size: int = Field(4096, ge=257, description="tokens of a trained BPE; other tokenizers bring their own")
-    validation_fraction: float = Field(0.02, gt=0.0, lt=0.5, description="share of the documents held out")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the split into training and validation documents")
-    cache_dir: Path | None = Field(None, description="where tokenised data is kept; default $XDG_CACHE_HOME/mfdist")
+    text_field: str = Field(
+        default="text", description="field that holds the text in .jsonl, .parquet and Hugging Face data"
+    )
+    tokenizer: str = Field(
+        default="bpe", description="bytes, bpe (trained on the source), or the path of a tokenizer.json"
+    )
+    vocab_size: int = Field(
+        default=4096, ge=257, description="tokens of a trained BPE; other tokenizers bring their own"
+    )
+    validation_fraction: float = Field(default=0.02, gt=0.0, lt=0.5, description="share of the documents held out")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the split into training and validation documents")
+    cache_dir: Path | None = Field(
+        default=None, description="where tokenised data is kept; default $XDG_CACHE_HOME/mfdist"
+    )
 
 
 class ParameterGroupConfig(Section):
     """Settings of one group of parameters."""
 
-    lr: Positive | None = Field(None, description="peak learning rate; tables have a default, see their own section")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of Adam's two moments")
-    eps: Positive = Field(1e-8, description="added to the root of the second moment")
-    weight_decay: NonNegative = Field(0.1, description="decoupled weight decay")
-    clip_norm: NonNegative = Field(1.0, description="largest gradient norm of the group; 0 does not clip")
-    warmup_fraction: Fraction = Field(0.01, description="share of the steps in which lr rises linearly")
-    min_lr_fraction: Fraction = Field(0.01, description="lr at the last step, as a share of the peak")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how lr falls after warm-up")
+    lr: Positive | None = Field(
+        default=None, description="peak learning rate; tables have a default, see their own section"
+    )
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="decay of Adam's two moments")
+    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(default=0.1, description="decoupled weight decay")
+    clip_norm: NonNegative = Field(default=1.0, description="largest gradient norm of the group; 0 does not clip")
+    warmup_fraction: Fraction = Field(default=0.01, description="share of the steps in which lr rises linearly")
+    min_lr_fraction: Fraction = Field(default=0.01, description="lr at the last step, as a share of the peak")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how lr falls after warm-up"
+    )
 
 
 class DenseGroupConfig(ParameterGroupConfig):
     """Everything that is not a row of a table: embedding, norms, biases, classifier head; the twin's matrices too."""
 
     embedding_lr_multiple: Positive = Field(
-        1.0,
+        default=1.0,
         description="peak learning rate of the token embedding, as a multiple of lr; it bears more than matrices do",
     )
 
@@ -106,16 +123,17 @@ class TableGroupConfig(ParameterGroupConfig):
     """
 
     rule: Literal["adamw", "sgd", "rowwise_adagrad", "adam"] = Field(
-        "adamw", description="adamw updates all rows; the others, row optimisers, only those that a step reads"
+        default="adamw", description="adamw updates all rows; the others, row optimisers, only those that a step reads"
     )
     fused: bool | None = Field(
-        None, description="update rows in backward, without a gradient of the table; by default wherever rule allows it"
+        default=None,
+        description="update rows in backward, without a gradient of the table; by default wherever rule allows it",
     )
     state_dtype: Literal["fp32", "bf16", "fp8"] = Field(
-        "fp32", description="what rule adam keeps its moments in; fp8 takes a byte each"
+        default="fp32", description="what rule adam keeps its moments in; fp8 takes a byte each"
     )
     accumulator_decay: float = Field(
-        1.0,
+        default=1.0,
         gt=0.0,
         le=1.0,
         description="share of the squares that rule rowwise_adagrad has accumulated which it keeps at an update; with "
@@ -174,23 +192,30 @@ class TrainingConfig(Section):
 
     steps: Count = Field(description="optimiser steps")
     batch_size: Count = Field(description="sequences a step, over all micro-batches and ranks")
-    micro_batches: Count = Field(1, description="gradient accumulation: parts a step's batch is split into")
+    micro_batches: Count = Field(default=1, description="gradient accumulation: parts a step's batch is split into")
     seq_len: Count = Field(description="tokens a sequence")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation and of the order of the data")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay as they are")
-    compile: bool = Field(False, description="compile the model with torch.compile")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of initialisation and of the order of the data")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="bf16: autocast; parameters stay as they are"
+    )
+    compile: bool = Field(default=False, description="compile the model with torch.compile")
     cuda_graph: bool = Field(
-        False, description="start forward and backward as one CUDA graph; for one GPU that holds the whole model"
+        default=False,
+        description="start forward and backward as one CUDA graph; for one GPU that holds the whole model",
     )
-    eval_every: Count = Field(100, description="steps between validations")
-    eval_sequences: Count = Field(64, description="validation sequences each time; the last validation takes them all")
-    sample_prompt: str = Field("def ", description="text the model continues after its last step; empty: none")
-    is_deterministic: bool = Field(True, description="repeat a run bit for bit on the same device")
+    eval_every: Count = Field(default=100, description="steps between validations")
+    eval_sequences: Count = Field(
+        default=64, description="validation sequences each time; the last validation takes them all"
+    )
+    sample_prompt: str = Field(default="def ", description="text the model continues after its last step; empty: none")
+    is_deterministic: bool = Field(default=True, description="repeat a run bit for bit on the same device")
     twin_steps: int = Field(
-        0, ge=0, description="steps to time the dense twin for, reported beside this model; 0 does not"
+        default=0, ge=0, description="steps to time the dense twin for, reported beside this model; 0 does not"
     )
-    tensorboard: bool = Field(False, description="also write TensorBoard event files (pip install mfdist[tensorboard])")
+    tensorboard: bool = Field(
+        default=False, description="also write TensorBoard event files (pip install mfdist[tensorboard])"
+    )
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -206,26 +231,29 @@ class CheckpointConfig(Section):
     """How often the run is saved and how much is kept."""
 
     every: int = Field(
-        200,
+        default=200,
         ge=0,
         description="steps between checkpoints; the last step is saved too; 0: none, and nothing to go on from",
     )
-    keep_last: Count = Field(2, description="checkpoints kept; older ones are removed after a newer one is committed")
-    keep_every: int = Field(0, ge=0, description="steps divisible by this are kept besides; 0: none")
+    keep_last: Count = Field(
+        default=2, description="checkpoints kept; older ones are removed after a newer one is committed"
+    )
+    keep_every: int = Field(default=0, ge=0, description="steps divisible by this are kept besides; 0: none")
     url: str = Field(
-        "", description="an object store to keep checkpoints in, such as s3://BUCKET/RUN; empty: the run's folder"
+        default="",
+        description="an object store to keep checkpoints in, such as s3://BUCKET/RUN; empty: the run's folder",
     )
-    asynchronous: bool = Field(True, description="train on while a copy of the state is written")
+    asynchronous: bool = Field(default=True, description="train on while a copy of the state is written")
     max_copy_gib: Positive = Field(
-        4.0, description="GiB of host memory for that copy; with a larger state training waits"
+        default=4.0, description="GiB of host memory for that copy; with a larger state training waits"
     )
-    incremental: bool = Field(True, description="share files that did not change with the checkpoint before")
+    incremental: bool = Field(default=True, description="share files that did not change with the checkpoint before")
 
 
 class RunConfig(Section):
     """Everything that decides a run's numbers."""
 
-    name: str = Field("run", description="name shown in reports")
+    name: str = Field(default="run", description="name shown in reports")
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

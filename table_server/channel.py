@@ -20,12 +20,16 @@ _MAX_MESSAGE_BYTES = 16 * 2**20  # as the protocol has it
 class ChannelConfig(Section):
     """How a client reaches its servers."""
 
-    token_file: Path | None = Field(None, description="file with the token alone; others must not be able to read it")
-    ca: Path | None = Field(None, description="PEM of the authority of the servers' certificates; turns TLS on")
-    certificate: Path | None = Field(None, description="this client's certificate, PEM, for mutual TLS")
-    private_key: Path | None = Field(None, description="its key, PEM; others must not be able to read it")
-    server_name: str = Field("", description="name in the server's certificate, where it is not that of the address")
-    insecure: bool = Field(False, description="talk to any address without TLS")
+    token_file: Path | None = Field(
+        default=None, description="file with the token alone; others must not be able to read it"
+    )
+    ca: Path | None = Field(default=None, description="PEM of the authority of the servers' certificates; turns TLS on")
+    certificate: Path | None = Field(default=None, description="this client's certificate, PEM, for mutual TLS")
+    private_key: Path | None = Field(default=None, description="its key, PEM; others must not be able to read it")
+    server_name: str = Field(
+        default="", description="name in the server's certificate, where it is not that of the address"
+    )
+    insecure: bool = Field(default=False, description="talk to any address without TLS")
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

@@ -23,20 +23,21 @@ from mfdist.table_server.sections import (
 class ServerSection(Section):
     """What a server keeps, and how carefully."""
 
-    data: Path | None = Field(None, description="folder of the server's log and checkpoints; one server each")
-    listen: str = Field("127.0.0.1:0", description="HOST:PORT; port 0 takes a free one")
+    data: Path | None = Field(default=None, description="folder of the server's log and checkpoints; one server each")
+    listen: str = Field(default="127.0.0.1:0", description="HOST:PORT; port 0 takes a free one")
     durability: Literal["log", "checkpoint"] = Field(
-        "log",
+        default="log",
         description="log: a push is acknowledged when it is on disk; checkpoint: at once, lost if the server dies",
     )
     consistency: Literal["synchronous", "asynchronous"] = Field(
-        "synchronous", description="synchronous: a step is the pushes of all clients; asynchronous: each push by itself"
+        default="synchronous",
+        description="synchronous: a step is the pushes of all clients; asynchronous: each push by itself",
     )
-    max_staleness: int = Field(8, ge=0, description="asynchronous: steps a client may be ahead of the slowest")
-    log_gib: Positive = Field(4.0, description="GiB of log after which the server checkpoints by itself")
-    threads: int = Field(0, ge=0, description="threads that look up and update; 0: one for each core")
-    wait_s: Positive = Field(300.0, description="longest wait for a late client")
-    drain_s: Positive = Field(30.0, description="how long calls may still run after SIGTERM")
+    max_staleness: int = Field(default=8, ge=0, description="asynchronous: steps a client may be ahead of the slowest")
+    log_gib: Positive = Field(default=4.0, description="GiB of log after which the server checkpoints by itself")
+    threads: int = Field(default=0, ge=0, description="threads that look up and update; 0: one for each core")
+    wait_s: Positive = Field(default=300.0, description="longest wait for a late client")
+    drain_s: Positive = Field(default=30.0, description="how long calls may still run after SIGTERM")
 
 
 class ReplicationConfig(ChannelConfig):
@@ -45,8 +46,12 @@ class ReplicationConfig(ChannelConfig):
     Both servers name each other; which of them is the primary is settled by clients, and may change.
     """
 
-    peer: str = Field("", description="HOST:PORT of the other server; empty: none. Its token must have the right admin")
-    timeout_s: Positive = Field(10.0, description="how long the other one may be silent before it is taken to be gone")
+    peer: str = Field(
+        default="", description="HOST:PORT of the other server; empty: none. Its token must have the right admin"
+    )
+    timeout_s: Positive = Field(
+        default=10.0, description="how long the other one may be silent before it is taken to be gone"
+    )
 
 
 class ServerConfig(Section):

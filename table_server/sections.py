@@ -20,16 +20,18 @@ class SecurityConfig(Section):
     """Who may talk to the server. An address that is not loopback needs a certificate and tokens, or `insecure`."""
 
     token_file: Path | None = Field(
-        None, description="TOML file of tokens and their rights; others must not be able to read it"
+        default=None, description="TOML file of tokens and their rights; others must not be able to read it"
     )
-    certificate: Path | None = Field(None, description="the server's certificate, PEM; turns TLS on")
-    private_key: Path | None = Field(None, description="its key, PEM; others must not be able to read it")
+    certificate: Path | None = Field(default=None, description="the server's certificate, PEM; turns TLS on")
+    private_key: Path | None = Field(default=None, description="its key, PEM; others must not be able to read it")
     client_ca: Path | None = Field(
-        None, description="PEM; turns mutual TLS on: clients need a certificate that this authority signed"
+        default=None, description="PEM; turns mutual TLS on: clients need a certificate that this authority signed"
     )
-    insecure: bool = Field(False, description="any address without TLS or tokens; all who reach it may do anything")
+    insecure: bool = Field(
+        default=False, description="any address without TLS or tokens; all who reach it may do anything"
+    )
     failed_attempts_per_minute: Count = Field(
-        10,
+        default=10,
         description="wrong tokens of one host before it is told to wait; more are not logged one by one",
     )
 
@@ -46,39 +48,47 @@ class LimitsConfig(Section):
     """How much one client may ask for: the name of its token, or else its certificate's, or else its host."""
 
     max_message_mib: Positive = Field(
-        16.0, description="MiB of one message; clients send about 2, and more where one row or token is wider than that"
+        default=16.0,
+        description="MiB of one message; clients send about 2, and more where one row or token is wider than that",
     )
-    max_request_mib: Positive = Field(4096.0, description="MiB of all messages of one request")
-    max_requests_in_flight: Count = Field(256, description="requests of one client at a time")
-    requests_per_s: NonNegative = Field(0.0, description="requests of one client a second, with bursts of 2 s; 0: any")
+    max_request_mib: Positive = Field(default=4096.0, description="MiB of all messages of one request")
+    max_requests_in_flight: Count = Field(default=256, description="requests of one client at a time")
+    requests_per_s: NonNegative = Field(
+        default=0.0, description="requests of one client a second, with bursts of 2 s; 0: any"
+    )
     mib_per_s: NonNegative = Field(
-        0.0, description="MiB of one client a second, both ways together, with bursts of 2 s; 0: any"
+        default=0.0, description="MiB of one client a second, both ways together, with bursts of 2 s; 0: any"
     )
 
 
 class MetricsConfig(Section):
     """Figures for Prometheus."""
 
-    listen: str = Field("", description="HOST:PORT of the metrics page, such as 127.0.0.1:9464; empty: none")
+    listen: str = Field(default="", description="HOST:PORT of the metrics page, such as 127.0.0.1:9464; empty: none")
 
 
 class LogsConfig(Section):
     """What the server writes on stderr."""
 
-    format: Literal["text", "json"] = Field("text", description="lines for people, or one JSON object a line")
+    format: Literal["text", "json"] = Field(default="text", description="lines for people, or one JSON object a line")
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="the least that is written; debug has a line for each request"
+        default="info", description="the least that is written; debug has a line for each request"
     )
 
 
 class TracesConfig(Section):
     """OpenTelemetry spans of requests (pip install mfdist[traces])."""
 
-    endpoint: str = Field("", description="OTLP collector, gRPC, such as http://127.0.0.1:4317; empty: no spans")
-    sample_ratio: float = Field(
-        0.01, ge=0.0, le=1.0, description="share of requests that get a span; a caller's own decision goes before"
+    endpoint: str = Field(
+        default="", description="OTLP collector, gRPC, such as http://127.0.0.1:4317; empty: no spans"
     )
-    service_name: str = Field("mfdist-table-server", description="service.name of the spans")
+    sample_ratio: float = Field(
+        default=0.01,
+        ge=0.0,
+        le=1.0,
+        description="share of requests that get a span; a caller's own decision goes before",
+    )
+    service_name: str = Field(default="mfdist-table-server", description="service.name of the spans")
 
 
 class Surroundings(Protocol):
