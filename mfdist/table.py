@@ -98,7 +98,7 @@ class Table(nn.Module, ABC):
         """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Let the row optimiser's states follow the rows to another device, and the spec to another dtype."""
+        """Let the row optimiser's states follow the rows to another device."""
         applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.row_state is not None:
             self.row_state.move(fn)

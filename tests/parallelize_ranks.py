@@ -14,6 +14,7 @@ from mfdist.models.loads import table_loads, table_specs
 from mfdist.parallelize import even_plan
 from mfdist.sharding.plan import ShardingPlan
 from mfdist.table import Table
+from mfdist.tables.sharded import ShardedTable
 from mfdist.testing.sharded_tables import put_together
 
 SHAPE = ModelConfig(num_layers=1, hidden_dim=16, num_heads=2, bits=4, extra_bits=1, vocab_size=40, max_seq_len=8)
@@ -175,3 +176,13 @@ def kept_rows(rank):
     tables = {f"{path}.weight": module for path, module in model.named_modules() if hasattr(module, "plan")}
     same = all(torch.equal(put_together(table, table.weight), before[name]) for name, table in tables.items())
     return same, len(tables), repr(model)
+
+
+def cast_first(rank):
+    """Return the dtypes in which a model's tables are told of, kept and sent where it was cast, then sharded."""
+    model = MemoryFormer(SHAPE).bfloat16()
+    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), "column_wise")
+    tables = [module for module in model.modules() if isinstance(module, ShardedTable)]
+    told = {str(dtype) for table in tables for dtype in (table.spec.dtype, table.weight.dtype, table.plan.forward_dtype)}
+    again = {str(dtype) for table in tables for dtype in (table.float().spec.dtype, table.plan.dtype)}
+    return told, again

@@ -60,3 +60,7 @@ def test_rows_that_are_there_are_kept_and_auto_is_a_plan(pool):
     for is_same, num_tables, shown in pool.run(ranks.kept_rows, 2):
         assert is_same and num_tables == 3
         assert "ShardedTable" in shown and "LocalTable" not in shown
+
+
+def test_what_was_cast_is_planned_in_its_dtype(pool):
+    assert pool.run(ranks.cast_first, 2) == [({"torch.bfloat16"}, {"torch.float32"})] * 2

@@ -1,5 +1,6 @@
 """A run in words: what it learnt, how fast, how its tables are used, and whether anything is wrong."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ Findings = Iterator[tuple[str, str]]
 
 def _ended(story: Story) -> Findings:
     state, detail = story["state"]["kind"], story["state"]["detail"]
-    resume = f"Go on with it by: mfdist train --resume {story['path']}"
+    resume = f"Go on with it by: mfdist train --resume {shlex.quote(str(story['path']))}"
     if state == "failed":
         yield "bad", f"Training failed: {detail}"
     elif state == "silent":

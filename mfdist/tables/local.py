@@ -1,5 +1,9 @@
 """A table whose rows are one parameter of this process."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,3 +64,9 @@ class LocalTable(Table):
             # Rows are read as they are: a copy in another dtype could not be updated, and would be the table's size.
             return self.row_state.lookup(weight, row_ids, scores, code_stride, self.spec.name).to(dtype)
         return gather_sum(weight.to(dtype), row_ids, scores, code_stride, self.spec.name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Let the spec follow a cast of the rows."""
+        applied = super()._apply(fn, recurse)
+        self.spec = replace(self.spec, dtype=self.weight.dtype)
+        return applied

@@ -1,5 +1,7 @@
 """A table of which this rank holds a part; the exchange with the other ranks is hidden in its lookup."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,6 +110,13 @@ class ShardedTable(Table):
         rows, columns = self.region.rows, self.region.columns
         held = f"rows [{rows[0]}, {rows[1]}), columns [{columns[0]}, {columns[1]})"
         return f"{super().extra_repr()}, {self.plan.kind}, {held}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Let spec and plan follow a cast of the rows; sums and gradients travel as they did."""
+        applied = super()._apply(fn, recurse)
+        self.plan = replace(self.plan, dtype=self.weight.dtype)
+        self.spec = self.plan.spec
+        return applied
 
     def _draw(self, seed: int) -> None:
         self.seed = seed

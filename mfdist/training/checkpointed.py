@@ -1,5 +1,6 @@
 """A trained model as a run's checkpoint holds it, ready for use."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def load_run_model(
     """
     steps = run.checkpoints.steps()
     if not steps:
-        resume = f"mfdist train --resume {run.path}"
+        resume = f"mfdist train --resume {shlex.quote(str(run.path))}"
         raise CheckpointError(f"{run.path} has no committed checkpoint yet; train on by `{resume}`")
     state = run.checkpoints.load(step, tables=() if map_tables else None)
     if data_fingerprint is not None:

@@ -10,6 +10,7 @@ RUN/tables/step-…/           the same steps' tables, where these lie on table 
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class RunDirectory:
         if has_run and run.has_trained():
             raise ConfigError(
                 f"--out must name a new directory; {run.path} holds a run already; "
-                f"go on with it by `mfdist train --resume {run.path}`, or choose another name"
+                f"go on with it by `mfdist train --resume {shlex.quote(str(run.path))}`, or choose another name"
             )
         if not has_run and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise ConfigError(f"--out must name a new or empty directory; {run.path} holds something else")
@@ -100,7 +101,7 @@ class RunDirectory:
         if not run.config_path.is_file():
             raise ConfigError(
                 f"{run.path} must be a run's directory; it has no config.toml; "
-                f"start one by `mfdist train demo --out {run.path}`"
+                f"start one by `mfdist train demo --out {shlex.quote(str(run.path))}`"
             )
         return run
 

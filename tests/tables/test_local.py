@@ -150,6 +150,12 @@ def test_a_change_of_dtype_or_device_takes_the_states_along_unrounded():
     train(meta)
 
 
+def test_a_cast_is_shown_and_told_to_whoever_plans():
+    table = fused(dtype=torch.float32).to(torch.bfloat16)
+    assert table.spec.dtype == torch.bfloat16 and "dtype=bfloat16" in repr(table)
+    assert table.to("meta").spec.dtype == torch.bfloat16
+
+
 def test_looking_up_without_gradients_trains_nothing():
     table = fused()
     before = table.weight.clone()

@@ -21,6 +21,7 @@ from mfdist.errors import (
 )
 from mfdist.layers import MemoryLayer
 from mfdist.models import build_model
+from mfdist.training.checkpointed import load_run_model
 from mfdist.training.data.token_store import prepare_tokens
 from mfdist.training.evaluation import evaluate, evaluate_run
 from mfdist.training.events import Evaluated, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned, ignore
@@ -324,6 +325,18 @@ def test_runs_do_not_overwrite_each_other(tmp_path, tiny_config, tiny_run):
         RunDirectory.create(tmp_path / "full", tiny_config)
     with pytest.raises(ConfigError, match=r"it has no config\.toml"):
         RunDirectory.open(tmp_path / "full")
+
+
+def test_commands_that_are_suggested_can_be_pasted(tmp_path, tiny_config):
+    path = tmp_path / "my run"
+    with pytest.raises(ConfigError, match=rf"start one by `mfdist train demo --out '{path}'`"):
+        RunDirectory.open(path)
+    run = RunDirectory.create(path, set_keys(tiny_config, "training.steps=1"))
+    with pytest.raises(CheckpointError, match=rf"train on by `mfdist train --resume '{path}'`"):
+        load_run_model(run)
+    train(run)
+    with pytest.raises(ConfigError, match=rf"go on with it by `mfdist train --resume '{path}'`"):
+        RunDirectory.create(path, tiny_config)
 
 
 def test_generation_streams_the_asked_number_of_tokens_and_repeats_by_seed(tiny_run):
