@@ -150,14 +150,13 @@ def prune(
     """Delete old steps of a run. What a kept step shares with a deleted one stays.
 
     Example: mfdist checkpoint prune runs/demo --keep-last 3 --keep-every 1000
-    """
-    from mfdist.checkpoint.retention import Retention
 
+    Run verify first. A step whose files are missing or cut short does not count as one of the latest; that others are
+    damaged shows only when every byte is read.
+    """
     directory, steps = find_steps(path, is_run=True)
     numbers = [info.step for info in steps]
-    outdated = Retention(keep_last=keep_last, keep_every=keep_every).outdated(numbers)
-    if not is_dry_run:
-        outdated = directory.prune(keep_last, keep_every)
+    outdated = (directory.outdated if is_dry_run else directory.prune)(keep_last, keep_every)
     kept = [number for number in numbers if number not in outdated]
     if as_json:
         write_json({"path": str(path), "is_dry_run": is_dry_run, "deleted": outdated, "kept": kept})

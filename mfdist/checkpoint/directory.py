@@ -153,7 +153,8 @@ class CheckpointDirectory:
     def prune(self, keep_last: int, keep_every: int = 0) -> list[int]:
         """Delete all but the latest `keep_last` steps and those that `keep_every` divides; return those deleted.
 
-        Files that a kept step shares with a deleted one stay, under the kept step's name.
+        Files that a kept step shares with a deleted one stay, under the kept step's name. A step whose manifest or files
+        are missing or cut short does not count, and stays where it is later than those that do; `verify` finds more.
 
         Raises:
             ConfigError: `keep_last` is below 1, or `keep_every` below 0.
@@ -168,11 +169,19 @@ class CheckpointDirectory:
         with self.writer_lock():
             self.series.clean()
             committed = self.series.revisions()
-            outdated = retention.outdated(committed)
+            outdated = _outdated(committed, retention)
             for step in outdated:
                 for folder in committed[step].values():
                     self.series.remove(folder)
         return outdated
+
+    def outdated(self, keep_last: int, keep_every: int = 0) -> list[int]:
+        """Return the steps that `prune` would delete now.
+
+        Raises:
+            ConfigError: as `prune`.
+        """
+        return _outdated(self.series.revisions(), Retention(keep_last=keep_last, keep_every=keep_every))
 
     @contextlib.contextmanager
     def writer_lock(self) -> Iterator[None]:
@@ -193,6 +202,18 @@ class CheckpointDirectory:
             self.ranks.begin()
             step = together(self.ranks, "latest", lambda: locate(self.series, None)[0])[0]
         return locate(self.series, step)[1]
+
+
+def _outdated(committed: Mapping[int, Mapping[int, Folder]], retention: Retention) -> list[int]:
+    def looks_whole(step: int) -> bool:
+        folder = committed[step][max(committed[step])]
+        try:
+            listed, found = Manifest.read(folder).file_sizes, folder.files()
+        except (CheckpointError, OSError):
+            return False
+        return all(found.get(name) == num_bytes for name, num_bytes in listed.items())
+
+    return retention.outdated(committed, looks_whole)
 
 
 def _series_at(path: Path | str) -> StepSeries:

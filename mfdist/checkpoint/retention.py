@@ -1,6 +1,6 @@
 """Which committed steps are kept."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mfdist.errors import ConfigError
@@ -23,7 +23,19 @@ class Retention:
         if self.keep_every < 0:
             raise ConfigError(f"keep_every must be 0 or more steps; got {self.keep_every}; 0 keeps no others.")
 
-    def outdated(self, steps: Iterable[int]) -> list[int]:
-        """Return those of `steps` that need not be kept, ascending."""
+    def outdated(self, steps: Iterable[int], is_sound: Callable[[int], bool] = lambda step: True) -> list[int]:
+        """Return those of `steps` that need not be kept, ascending.
+
+        Args:
+            steps: all there are.
+            is_sound: whether a step counts as one of the latest; asked from the last one on, until there are enough.
+        """
         ascending = sorted(steps)
-        return [step for step in ascending[: -self.keep_last] if self.keep_every == 0 or step % self.keep_every != 0]
+        if len(ascending) <= self.keep_last:
+            return []
+        num_sound = 0
+        for index in reversed(range(len(ascending))):
+            num_sound += is_sound(ascending[index])
+            if num_sound == self.keep_last:
+                return [step for step in ascending[:index] if self.keep_every == 0 or step % self.keep_every != 0]
+        return []

@@ -90,6 +90,23 @@ def test_a_superseded_step_that_was_left_is_not_seen_and_is_cleaned(
     assert names(directory) == {second.path.name}
 
 
+@pytest.mark.parametrize("damage", ["cut short", "missing", "no manifest"])
+def test_prune_does_not_count_a_step_that_lacks_something(
+    directory: CheckpointDirectory, small_state: State, damage: str
+) -> None:
+    for step in (1, 2, 3):
+        info = directory.save(small_state(step, seed=step))
+    part = Path(info.path, "manifest" if damage == "no manifest" else "tables/blocks.0.qkv/weight")
+    file = next(path for path in sorted(part.rglob("*")) if path.is_file())
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    assert directory.outdated(1) == directory.prune(1) == [1]
+    assert [info.step for info in directory.steps()] == [2, 3]
+    assert directory.verify(2) == []
+
+
 def test_prune_keeps_the_last_and_returns_the_rest(directory: CheckpointDirectory, small_state: State) -> None:
     assert directory.prune(1) == []
     for step in (1, 2, 3, 4):
