@@ -11,8 +11,12 @@ def refuse_tangents(operator: str, *tensors: Tensor | None) -> None:
     """
     if getattr(forward_ad, "_current_level", 0) < 0:  # else each tensor is asked, which takes two microseconds
         return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
         raise NotImplementedError(
             f"{operator} is differentiated by backward alone; got a tangent of forward mode (jvp, jacfwd, make_dual); "
             "use torch.autograd.grad or torch.autograd.functional.jacobian"
         )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

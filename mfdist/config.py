@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mfdist.config_errors import explain
-from mfdist.config_places import LaunchConfig, ServersConfig, ShardingConfig
+from mfdist.config_places import CheckpointConfig, LaunchConfig, ServersConfig, ShardingConfig
 from mfdist.config_values import Count, Decay, Fraction, NonNegative, Positive, Section
 from mfdist.errors import ConfigError
 
@@ -225,29 +225,6 @@ class TrainingConfig(Section):
                 f"got batch_size={self.batch_size}, micro_batches={self.micro_batches}"
             )
         return self
-
-
-class CheckpointConfig(Section):
-    """How often the run is saved and how much is kept."""
-
-    every: int = Field(
-        default=200,
-        ge=0,
-        description="steps between checkpoints; the last step is saved too; 0: none, and nothing to go on from",
-    )
-    keep_last: Count = Field(
-        default=2, description="checkpoints kept; older ones are removed after a newer one is committed"
-    )
-    keep_every: int = Field(default=0, ge=0, description="steps divisible by this are kept besides; 0: none")
-    url: str = Field(
-        default="",
-        description="an object store to keep checkpoints in, such as s3://BUCKET/RUN; empty: the run's folder",
-    )
-    asynchronous: bool = Field(default=True, description="train on while a copy of the state is written")
-    max_copy_gib: Positive = Field(
-        default=4.0, description="GiB of host memory for that copy; with a larger state training waits"
-    )
-    incremental: bool = Field(default=True, description="share files that did not change with the checkpoint before")
 
 
 class RunConfig(Section):

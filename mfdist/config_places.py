@@ -1,4 +1,4 @@
-"""The sections of a configuration that say where a run's parts are: on which ranks, servers and hosts."""
+"""The sections of a configuration that say where a run's parts are: on ranks, servers and hosts, and saved."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -89,6 +89,29 @@ class ElasticConfig(Section):
         if self.max and self.min > self.max:
             raise ValueError(f"min must be at most max; got min={self.min}, max={self.max}")
         return self
+
+
+class CheckpointConfig(Section):
+    """How often the run is saved and how much is kept."""
+
+    every: int = Field(
+        default=200,
+        ge=0,
+        description="steps between checkpoints; the last step is saved too; 0: none, and nothing to go on from",
+    )
+    keep_last: Count = Field(
+        default=2, description="checkpoints kept; older ones are removed after a newer one is committed"
+    )
+    keep_every: int = Field(default=0, ge=0, description="steps divisible by this are kept besides; 0: none")
+    url: str = Field(
+        default="",
+        description="an object store to keep checkpoints in, such as s3://BUCKET/RUN; empty: the run's folder",
+    )
+    asynchronous: bool = Field(default=True, description="train on while a copy of the state is written")
+    max_copy_gib: Positive = Field(
+        default=4.0, description="GiB of host memory for that copy; with a larger state training waits"
+    )
+    incremental: bool = Field(default=True, description="share files that did not change with the checkpoint before")
 
 
 class LaunchConfig(Section):

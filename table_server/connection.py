@@ -286,7 +286,7 @@ async def _silence(owner: Owner) -> str:
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return "no answer"
-        # "failed to connect to all addresses; last error: …: connect: Connection refused (111)"
+        # gRPC tells of all it has tried, and last of the cause with its number in brackets.
         said = str(error.details() or error.code().name).rpartition(": ")[2].partition(" (")[0]
         return said[:1].lower() + said[1:]
     return ""

@@ -183,6 +183,7 @@ def cast_first(rank):
     model = MemoryFormer(SHAPE).bfloat16()
     shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), "column_wise")
     tables = [module for module in model.modules() if isinstance(module, ShardedTable)]
-    told = {str(dtype) for table in tables for dtype in (table.spec.dtype, table.weight.dtype, table.plan.forward_dtype)}
+    kept = [(table.spec.dtype, table.weight.dtype, table.plan.forward_dtype) for table in tables]
+    told = {str(dtype) for dtypes in kept for dtype in dtypes}
     again = {str(dtype) for table in tables for dtype in (table.float().spec.dtype, table.plan.dtype)}
     return told, again

@@ -164,7 +164,7 @@ def _stand_in_for_closed_streams() -> None:
     """Open what takes everything where the shell has closed stdout or stderr, as by `>&-`; Python has None there."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def _survive_any_encoding() -> None:

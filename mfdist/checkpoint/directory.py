@@ -153,8 +153,9 @@ class CheckpointDirectory:
     def prune(self, keep_last: int, keep_every: int = 0) -> list[int]:
         """Delete all but the latest `keep_last` steps and those that `keep_every` divides; return those deleted.
 
-        Files that a kept step shares with a deleted one stay, under the kept step's name. A step whose manifest or files
-        are missing or cut short does not count, and stays where it is later than those that do; `verify` finds more.
+        Files that a kept step shares with a deleted one stay, under the kept step's name. A step whose manifest or
+        files are missing or cut short does not count, and stays where it is later than those that do; `verify` finds
+        more.
 
         Raises:
             ConfigError: `keep_last` is below 1, or `keep_every` below 0.

@@ -152,7 +152,7 @@ def _put(model: nn.Module, layer: LinearLayer, made: ConvertedLinear) -> None:
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
-    """Keep torch's transformer encoders from inference kernels of their own, which read the weights of linear layers."""
+    """Keep torch's transformer encoders from inference kernels of their own, which read linear layers' weights."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
             isinstance(inner, ConvertedLinear) for inner in module.modules()

@@ -8,7 +8,7 @@ from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.host_copy import num_bytes
 from mfdist.checkpoint.retention import Retention
 from mfdist.checkpoint.state import CheckpointState
-from mfdist.config import CheckpointConfig
+from mfdist.config_places import CheckpointConfig
 from mfdist.training.events import Observer, Saved, Warned
 
 

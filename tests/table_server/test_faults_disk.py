@@ -127,9 +127,10 @@ def test_one_that_is_stopped_comes_back_without_a_log(tmp_path: Path) -> None:
 #: Fills a disk of its own before a server's first start and before a later one, and prints what they say.
 _ON_A_FULL_DISK = """
 import os, subprocess, sys
+disk = sys.argv[1]
 
 def serve():
-    command = [sys.executable, "-m", "mfdist", "serve", "--data", "/mnt/data"]
+    command = [sys.executable, "-m", "mfdist", "serve", "--data", f"{disk}/data"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     address = process.stdout.readline()
     if address:
@@ -139,7 +140,7 @@ def serve():
 
 def fill():
     try:
-        with open("/mnt/fill", "ab", buffering=0) as file:
+        with open(f"{disk}/fill", "ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
     except OSError:
@@ -147,22 +148,22 @@ def fill():
 
 fill()
 serve()
-os.unlink("/mnt/fill")
+os.unlink(f"{disk}/fill")
 serve()
 fill()
 serve()
 """
 
 
-def test_a_start_on_a_full_disk_says_that_it_is_full() -> None:
+def test_a_start_on_a_full_disk_says_that_it_is_full(tmp_path: Path) -> None:
     alone = ["unshare", "--map-root-user", "--user", "--mount"]
-    mounted = [*alone, "sh", "-c", 'mount -t tmpfs -o size=40m none /mnt && exec "$@"', "sh"]
+    mounted = [*alone, "sh", "-c", 'mount -t tmpfs -o size=40m none "$0" && exec "$@"', str(tmp_path)]
     if subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("needs user namespaces, to mount a small disk")
     done = subprocess.run(
-        [*mounted, sys.executable, "-c", _ON_A_FULL_DISK], capture_output=True, text=True, timeout=110
+        [*mounted, sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=110
     )
     first, address, later = (line for line in done.stdout.splitlines() if line)
-    assert "a server must be able to write its data; /mnt/data: the disk is full, 0 bytes are free" in first
+    assert f"a server must be able to write its data; {tmp_path}/data: the disk is full, 0 bytes are free" in first
     assert address.strip().startswith("127.0.0.1:")
     assert "the disk is full, 0 bytes are free (disk I/O error); see that its disk works and has room" in later

@@ -6,7 +6,7 @@ import torch
 
 from mfdist.checkpoint.directory import CheckpointDirectory
 from mfdist.checkpoint.state import CheckpointState
-from mfdist.config import CheckpointConfig
+from mfdist.config_places import CheckpointConfig
 from mfdist.training.events import Event, Saved, Warned
 from mfdist.training.saver import RunSaver
 
