@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 
-from mfdist.checkpoint.conversion import export_step, import_step
 from mfdist.config import parse_config
 from mfdist.errors import (
     CheckpointError,
@@ -21,7 +20,6 @@ from mfdist.errors import (
 )
 from mfdist.layers import MemoryLayer
 from mfdist.models import build_model
-from mfdist.training.checkpointed import load_run_model
 from mfdist.training.data.token_store import prepare_tokens
 from mfdist.training.evaluation import evaluate, evaluate_run
 from mfdist.training.events import Evaluated, Sampled, Saved, Started, Stepped, Stopped, TwinTimed, Warned, ignore
@@ -134,16 +132,6 @@ def test_going_on_after_the_last_step_needs_more_steps(tiny_run):
         train(tiny_run, overrides=["training.steps=14"])
     assert tiny_run.config.training.steps == 15
     assert [step for step, _ in losses(more)] == [13, 14, 15]
-
-
-def test_weights_alone_are_not_trained_on(tmp_path, tiny_run):
-    train(tiny_run)
-    last = tiny_run.checkpoints.steps()[-1]
-    export_step(last.path, tmp_path / "weights", "safetensors", has_states=False)
-    import_step(tmp_path / "weights", tiny_run.checkpoints, step=last.step + 1)
-    tiny_run.write_config(tiny_run.config_with([f"training.steps={last.step + 4}"]))
-    with pytest.raises(CheckpointError, match=f"step {last.step + 1} holds weights alone and cannot be trained on; de"):
-        train(tiny_run)
 
 
 def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path, tiny_config):
@@ -325,18 +313,6 @@ def test_runs_do_not_overwrite_each_other(tmp_path, tiny_config, tiny_run):
         RunDirectory.create(tmp_path / "full", tiny_config)
     with pytest.raises(ConfigError, match=r"it has no config\.toml"):
         RunDirectory.open(tmp_path / "full")
-
-
-def test_commands_that_are_suggested_can_be_pasted(tmp_path, tiny_config):
-    path = tmp_path / "my run"
-    with pytest.raises(ConfigError, match=rf"start one by `mfdist train demo --out '{path}'`"):
-        RunDirectory.open(path)
-    run = RunDirectory.create(path, set_keys(tiny_config, "training.steps=1"))
-    with pytest.raises(CheckpointError, match=rf"train on by `mfdist train --resume '{path}'`"):
-        load_run_model(run)
-    train(run)
-    with pytest.raises(ConfigError, match=rf"go on with it by `mfdist train --resume '{path}'`"):
-        RunDirectory.create(path, tiny_config)
 
 
 def test_generation_streams_the_asked_number_of_tokens_and_repeats_by_seed(tiny_run):

@@ -1,18 +1,21 @@
-"""Where a run goes on when its checkpoints or its metrics are gone."""
+"""Where a run goes on, also when its checkpoints or its metrics are gone, and what is suggested for that."""
 
 import shutil
 
 import pytest
 
+from mfdist.checkpoint.conversion import export_step, import_step
 from mfdist.config import parse_config
-from mfdist.errors import CheckpointError, UnavailableError
+from mfdist.errors import CheckpointError, ConfigError, UnavailableError
 from mfdist.table_server.run_tables import ServedTables
+from mfdist.training.checkpointed import load_run_model
 from mfdist.training.events import Noted, Started, Stepped, Warned
 from mfdist.training.loop import train
 from mfdist.training.metrics import read_metrics
 from mfdist.training.run import RunDirectory
 
 from .conftest import TINY, write_text
+from .test_loop import set_keys
 
 
 def recorded(run, *overrides):
@@ -119,3 +122,25 @@ def test_servers_that_cannot_be_reached_leave_a_run_as_it_was(run):
         train(run, overrides=overrides, table_home=home)
     home.close()
     assert run.config_path.read_bytes() == before
+
+
+def test_weights_alone_are_not_trained_on(tmp_path, tiny_run):
+    train(tiny_run)
+    last = tiny_run.checkpoints.steps()[-1]
+    export_step(last.path, tmp_path / "weights", "safetensors", has_states=False)
+    import_step(tmp_path / "weights", tiny_run.checkpoints, step=last.step + 1)
+    tiny_run.write_config(tiny_run.config_with([f"training.steps={last.step + 4}"]))
+    with pytest.raises(CheckpointError, match=f"step {last.step + 1} holds weights alone and cannot be trained on; de"):
+        train(tiny_run)
+
+
+def test_commands_that_are_suggested_can_be_pasted(tmp_path, tiny_config):
+    path = tmp_path / "my run"
+    with pytest.raises(ConfigError, match=rf"start one by `mfdist train demo --out '{path}'`"):
+        RunDirectory.open(path)
+    run = RunDirectory.create(path, set_keys(tiny_config, "training.steps=1"))
+    with pytest.raises(CheckpointError, match=rf"train on by `mfdist train --resume '{path}'`"):
+        load_run_model(run)
+    train(run)
+    with pytest.raises(ConfigError, match=rf"go on with it by `mfdist train --resume '{path}'`"):
+        RunDirectory.create(path, tiny_config)
