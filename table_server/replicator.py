@@ -41,26 +41,37 @@ class Replicator:
 
     def __init__(self, node: Node, config: ReplicationConfig) -> None:
         self._node, self._config = node, config
+        self._said = ""  # why there is no replica, last
 
     async def run(self) -> None:
         """Link to the replica, again and again; runs until it is cancelled."""
-        standing, said = self._node.standing, ""
+        standing = self._node.standing
         while True:
             if standing.role == "primary" and (peer := standing.peer):
-                async with client_channel(peer, self._config, _OPTIONS) as channel:
-                    link = Link(self._node, channel, peer, self._config.timeout_s)
-                    try:
-                        await link.run()
-                    except MfdistError as error:
-                        if standing.is_in_sync or str(error) != said:  # once, not at each attempt
-                            said = str(error)
-                            _logger.warning("no replica: %s", error, extra={"fields": {"peer": peer}})
-                    finally:
-                        standing.link = None
-                        link.fail(UnavailableError(f"the replica {peer} was lost"))
-                    await self._go_on()
-                    link.close()
+                try:
+                    async with client_channel(peer, self._config, _OPTIONS) as channel:
+                        await self._link(channel, peer)
+                except ConfigError as error:  # of a certificate or a token that is wrong now
+                    self._tell(error, peer)
             await asyncio.sleep(_PAUSE_S)
+
+    async def _link(self, channel: grpc.aio.Channel, peer: str) -> None:
+        standing = self._node.standing
+        link = Link(self._node, channel, peer, self._config.timeout_s)
+        try:
+            await link.run()
+        except MfdistError as error:
+            self._tell(error, peer)
+        finally:
+            standing.link = None
+            link.fail(UnavailableError(f"the replica {peer} was lost"))
+        await self._go_on()
+        link.close()
+
+    def _tell(self, error: MfdistError, peer: str) -> None:
+        if self._node.standing.is_in_sync or str(error) != self._said:  # once, not at each attempt
+            self._said = str(error)
+            _logger.warning("no replica: %s", error, extra={"fields": {"peer": peer}})
 
     async def _go_on(self) -> None:
         """Go on alone, once that can be remembered: the log tells of a disk that is full."""

@@ -1,11 +1,17 @@
-"""Pairs of which one server's disk is full."""
+"""Pairs of which one server's disk is full, or a file of its configuration wrong for a while."""
 
+import asyncio
 import resource
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from mfdist.table_server.config import ReplicationConfig, ServerSection
+from mfdist.table_server.node import Node
 from mfdist.table_server.proto import table_v1_pb2 as pb
+from mfdist.table_server.replicator import Replicator
+from mfdist.table_server.store import Store
 from tests.table_server.pairs import connected, described, made, primary_of, rows_of, running_pair, step
 from tests.table_server.processes import ServerProcess, until
 
@@ -64,3 +70,24 @@ def test_a_primary_that_stepped_down_and_starts_again_is_an_old_one(tmp_path: Pa
         step(table, 5)
         servers.flush()
         assert np.array_equal(rows_of(pair[before]), table.rows().numpy())
+
+
+def test_a_primary_whose_token_is_gone_says_so_once_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path / "a")
+    store.remember(role="primary")
+    store.close()
+    config = ReplicationConfig(peer="127.0.0.1:1", token_file=tmp_path / "missing.token")
+    node = Node(ServerSection(data=tmp_path / "a"), config)
+
+    async def running() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(Replicator(node, config).run(), 1.7)
+
+    try:
+        asyncio.run(running())
+    finally:
+        node.close()
+    assert caplog.text.count("no replica: ") == 1
+    assert "missing.token" in caplog.text
