@@ -37,10 +37,10 @@ def check_lookup(
         )
     if scores.dtype == torch.float64 != table.dtype:
         raise ConfigError(
-            f"activations in fp64, which give scores in fp64, need rows in fp64; got rows in {table.dtype} for table "
-            f'"{name}"; cast one'
+            "scores must be fp32, or fp64 where the rows are; got fp64, as activations in fp64 give them, and rows in "
+            f'{table.dtype} for table "{name}"; cast one'
         )
-    if scores.dtype != torch.float32 and not scores.dtype == table.dtype == torch.float64:
+    if scores.dtype not in (torch.float32, torch.float64):
         raise ConfigError(f'scores must be fp32, as sign_hash gives them; got {scores.dtype} for table "{name}"')
     if not table.device == row_ids.device == scores.device:
         raise ConfigError(

@@ -88,23 +88,21 @@ class MemoryLayer(nn.Module):
         """Return the layer's output.
 
         Args:
-            x: [..., in_features], fp32, fp16 or bf16.
+            x: [..., in_features], fp32, fp16 or bf16; on the CPU also fp64, where the rows are.
 
         Returns:
-            [..., out_features] in x's dtype, or in autocast's where that is on.
+            [..., out_features] in x's dtype, or in autocast's where that is on and x not fp64.
 
         Cost: N·K·D elements of the table read once.
         """
-        if x.shape[-1] != self.in_features:
+        if not x.ndim or x.shape[-1] != self.in_features:
             raise ConfigError(
                 f"the last dimension of x must be in_features={self.in_features}; got x of shape {tuple(x.shape)}"
             )
-        dtype = autocast_dtype(x.device)
+        dtype = autocast_dtype(x.device, x.dtype)
         # As in a linear layer under autocast. Rounding to bf16 changes no code; fp16 has no numbers below 3e-8, whose
         # sign it loses.
-        out = self._look_up(x.reshape(-1, self.in_features).to(dtype or x.dtype))
-        if dtype is None:
-            out = out.to(x.dtype)
+        out = self._look_up(x.reshape(-1, self.in_features).to(dtype or x.dtype)).to(dtype or x.dtype)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)

@@ -20,10 +20,13 @@ from mfdist.optim import RowOptimizer, RowState
 from mfdist.spec import Region, TableSpec
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return what autocast computes in on a device; None where it is off, as it always is on the meta device."""
+def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """Return what autocast computes in on a device; None where it is off, as it always is on the meta device.
+
+    Given the dtype of what would be cast, None for fp64 too, which autocast leaves alone.
+    """
     kind = device.type
-    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    is_on = kind != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_on else None
 
 

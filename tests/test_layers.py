@@ -183,3 +183,25 @@ def test_misuse_is_told_in_one_line(options, message):
 def test_an_input_of_the_wrong_width_names_both():
     with pytest.raises(ConfigError, match=r"in_features=12; got x of shape \(2, 9\)"):
         layer()(inputs(2, 9))
+
+
+def test_an_input_that_has_no_width_or_is_of_the_wrong_kind_says_what_to_do():
+    made = layer(dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"in_features=12; got x of shape \(\)"):
+        made(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match=r"got \[2, 12\] in torch\.int64; cast them"):
+        made(torch.zeros(2, 12, dtype=torch.int64))
+    for is_trained in (True, False):
+        with torch.set_grad_enabled(is_trained), pytest.raises(ConfigError) as caught:
+            made(inputs(2, 12))
+        assert "fp64" in str(caught.value) and "torch.float32" in str(caught.value)
+        assert str(caught.value).endswith("cast one")
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_autocast_leaves_fp64_alone_as_it_does_in_a_linear_layer(is_trained):
+    made, x = layer(), inputs(5, 12)
+    wanted = made(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_trained):
+        assert nn.Linear(12, 7, dtype=torch.float64)(x).dtype == torch.float64
+        assert torch.equal(made(x), wanted)

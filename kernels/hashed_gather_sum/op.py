@@ -70,7 +70,7 @@ def hashed_gather_sum(
     if table.dtype not in ROW_DTYPES or (x.dtype == torch.float64 and table.dtype != torch.float64):
         raise ConfigError(
             "a table's rows must be in fp32, fp16 or bf16, or in fp64, as they must be where the activations are; got "
-            f'{table.dtype} and {x.dtype} for table "{name}"'
+            f'rows in {table.dtype} and activations in {x.dtype} for table "{name}"; cast one'
         )
     if norm is None and bias is None and residual is None:
         out: Tensor = _hashed_gather_sum(table, x, bits, score, temperature, name)

@@ -53,13 +53,13 @@ class LocalTable(Table):
     def resident_rows(self) -> Tensor | None:
         """Return the rows, unless autocast has lookups read them in another dtype."""
         weight: Tensor = self.weight
-        is_cast = autocast_dtype(weight.device) not in (None, weight.dtype)
+        is_cast = autocast_dtype(weight.device, weight.dtype) not in (None, weight.dtype)
         return None if is_cast else weight
 
     def forward(self, row_ids: Tensor, scores: Tensor, *, code_stride: int = 0) -> Tensor:
         """Return the lookup; see `Table.forward`."""
         weight: Tensor = self.weight
-        dtype = autocast_dtype(weight.device) or weight.dtype
+        dtype = autocast_dtype(weight.device, weight.dtype) or weight.dtype
         if self.row_state is not None:
             # Rows are read as they are: a copy in another dtype could not be updated, and would be the table's size.
             return self.row_state.lookup(weight, row_ids, scores, code_stride, self.spec.name).to(dtype)

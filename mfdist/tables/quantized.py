@@ -50,8 +50,14 @@ class QuantizedTable(Table):
         A layer keeps working: `layer.table = QuantizedTable.of(layer.table)`.
 
         Raises:
-            ConfigError: this process holds only a part of the table, or the dtype is another.
+            ConfigError: this process holds only a part of the table, its rows are no parameter, as those of a quantised
+                or mapped table, or the dtype is another.
         """
+        if "weight" not in table._parameters:
+            raise ConfigError(
+                f'a table is quantised from its own rows; got "{table.spec.name}" as a {type(table).__name__}; '
+                "give the table that it was made of"
+            )
         if table.region != table.spec.region:
             raise ConfigError(
                 f'a table is quantised whole; got the part {table.region} of "{table.spec.name}"; '

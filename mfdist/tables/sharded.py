@@ -95,7 +95,7 @@ class ShardedTable(Table):
                 f'table "{self.spec.name}" must have rows to look up; it is still on the meta device; call '
                 "model.to_empty(device=…) and reset_parameters, or load a checkpoint"
             )
-        dtype = autocast_dtype(weight.device) or weight.dtype
+        dtype = autocast_dtype(weight.device, weight.dtype) or weight.dtype
         state = self.row_state
         # Rows that backward updates are read as they are; a copy in another dtype would be the part's size.
         weight, anchor = (weight.to(dtype), None) if state is None else (weight, state.anchor)

@@ -111,3 +111,9 @@ def test_it_moves_to_a_gpu_and_back() -> None:
     assert table.cuda().rows.values.is_cuda
     table.cpu()
     assert torch.equal(table.rows.values, before.values) and torch.equal(table.rows.scales, before.scales)
+
+
+def test_only_rows_that_are_there_as_they_are_can_be_quantised():
+    table = QuantizedTable.of(LocalTable(TableSpec(name="mine", num_rows=8, row_dim=4)))
+    with pytest.raises(ConfigError, match='got "mine" as a QuantizedTable; give the table that it was made of'):
+        QuantizedTable.of(table)
