@@ -87,6 +87,11 @@ def test_a_run_that_is_not_whole_has_a_story_too(tmp_path, events, kind, words, 
         assert (level, text[: len(finding[1])]) == finding
 
 
+def test_the_command_that_goes_on_with_a_run_can_be_pasted(tmp_path):
+    found = texts(document(recorded(tmp_path / "my run", [r.started(), r.stepped(1), r.stopped(1, "SIGTERM")])))
+    assert found[0][1].endswith(f"Go on with it by: mfdist train --resume '{tmp_path / 'my run'}'")
+
+
 def test_two_runs_are_compared_after_equal_tokens(tmp_path):
     ours = recorded(tmp_path / "tables", r.whole_run())
     theirs = recorded(tmp_path / "dense", [*r.whole_run(kind="dense")[:25], r.evaluated(20, 2.75)], kind="dense")

@@ -33,6 +33,8 @@ STORE_FORMAT = 1
 #: Text that a BPE is trained on, in characters; of a longer source, files drawn at random.
 BPE_SAMPLE_CHARS = 2**24
 
+_VOCAB_WITHOUT_MERGES = 257  # the bytes, and the end of a document
+
 _TRAIN, _VALIDATION, _TOKENIZER, _META = "train.bin", "validation.bin", "tokenizer.json", "store.json"
 
 _BATCH_CHARS_PER_CORE = 2**20  # tokenised at a time, at most _MAX_BATCH_CHARS
@@ -145,7 +147,10 @@ def _tokenizer(config: DataConfig, source: Source, observer: Observer) -> Tokeni
                 break
         observer(Preparing(activity="training the tokenizer", done=0, total=None, unit="merges"))
 
-    return train_bpe(sample(), config.vocab_size)
+    made = train_bpe(sample(), config.vocab_size)
+    merges = made.vocab_size - _VOCAB_WITHOUT_MERGES
+    observer(Preparing(activity="training the tokenizer", done=merges, total=merges, unit="merges"))
+    return made
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -78,6 +78,14 @@ def test_text_is_tokenised_once(folder: Path) -> None:
     assert again.fingerprint == first.fingerprint
 
 
+def test_the_tokenizers_training_is_told_of_with_its_merges_at_the_end(folder: Path) -> None:
+    events: list[Event] = []
+    store = prepare_tokens(config_of(folder, "bpe"), observer=events.append)
+    told = [event for event in events if isinstance(event, Preparing) and event.activity == "training the tokenizer"]
+    merges = store.tokenizer.vocab_size - 257
+    assert merges > 0 and [(event.done, event.total) for event in told] == [(0, None), (merges, merges)]
+
+
 @pytest.mark.parametrize("change", ["time", "new file", "seed", "tokenizer", "vocabulary", "fraction", "field"])
 def test_what_changes_the_tokens_makes_another_store(folder: Path, change: str) -> None:
     config = config_of(folder, "bpe")
