@@ -76,7 +76,7 @@ def test_the_operator_is_sound() -> None:
     [
         (torch.ones(31, 3), torch.ones(2, 8), r"must be \[K · 2\^bits, D\] = \[32, D\] on cpu; got \[31, 3\]"),
         (torch.ones(32, 3).int(), torch.ones(2, 8), "rows must be in fp32"),
-        (torch.ones(32, 3), torch.ones(2, 8).double(), "got torch.float32 and torch.float64"),
+        (torch.ones(32, 3), torch.ones(2, 8).double(), "got rows in torch.float32 and activations in torch.float64"),
         (torch.ones(32, 3), torch.ones(2, 9), "divide d; got bits=4, d=9"),
     ],
 )
