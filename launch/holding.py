@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shlex
 import socket
 from pathlib import Path
 
@@ -27,9 +28,10 @@ class Holding:
             holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(self._fd)
             run = folder.parent
+            told = shlex.quote(str(run))
             raise UnavailableError(
                 f"one job at a time may train a run; {run} belongs to a live job ({holder}); "
-                f"look at it by mfdist attach {run}, or end it by mfdist stop {run}"
+                f"look at it by mfdist attach {told}, or end it by mfdist stop {told}"
             ) from None
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)

@@ -10,6 +10,7 @@ RUN/launch/servers/       logs and checkpoints of table servers, unless [launch]
 import json
 import os
 import secrets
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -146,7 +147,7 @@ class JobFiles:
         except FileNotFoundError:
             raise ConfigError(
                 f"{self.run} must be the folder of a launched run; it has no launch/job.json; "
-                f"start one by mfdist launch CONFIG --out {self.run}"
+                f"start one by mfdist launch CONFIG --out {shlex.quote(str(self.run))}"
             ) from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} must be what mfdist launch wrote; {error}; launch again with --resume") from None

@@ -1,5 +1,6 @@
 """`mfdist plan`: say what fits where, how long a step takes and why, before machines are bought."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,7 +73,7 @@ def plan(
     if is_weak and not sizes:
         raise ConfigError("--weak is for growth; give world sizes: --simulate 8,64,512 --weak")
     if not sizes and world is None:
-        raise ConfigError(f"give the number of ranks: mfdist plan {config} --world 8")
+        raise ConfigError(f"give the number of ranks: mfdist plan {shlex.quote(config)} --world 8")
     run = load_config(config, list(settings or ()))
     memory, host = (quantities.parse_bytes(size) if size else None for size in (hbm, host_memory))
     # torch comes with these.
