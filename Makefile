@@ -37,7 +37,7 @@ add: ## install an extra of pyproject.toml into .venv: make add EXTRA=ray
 	@$(if $(EXTRA),,echo 'EXTRA must name an extra of pyproject.toml, as in: make add EXTRA=ray'; exit 2)
 	@$(MAKE) --no-print-directory $(STAMPS)/$(EXTRA)
 
-test: $(STAMPS)/test ## run the tests (about 30 minutes on 2 cores)
+test: $(STAMPS)/test ## run the tests (about 35 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-all: $(STAMPS)/test ## run the slow and the large tests too, property tests on examples of their own

@@ -111,6 +111,16 @@ def test_a_launched_training_has_the_losses_of_one_under_torchrun(tmp_path):
     assert [each["launched"]["step"] for each in document["found"]["launch"]] == list(range(1, 13))
 
 
+@pytest.mark.slow
+def test_a_training_over_two_hosts_has_the_losses_of_one(tmp_path, namespaces):
+    pytest.importorskip("ray")
+    code, out, document = suite(tmp_path, "--world", "2", "--only", "hosts")
+    assert code == 0, out
+    found = document["found"]["hosts"]
+    assert ["apart" in each for each in found] == [True] * 12 + [False] * 12  # the others were launched
+    assert all(each["distance"] == 0 for each in found)
+
+
 def test_without_ray_launching_is_skipped_and_said_to_be(tmp_path):
     found = tmp_path / "found.json"
     command = [sys.executable, "-c", _WITHOUT_RAY, "--device", "cpu", "--world", "1", "--only", "launch"]
