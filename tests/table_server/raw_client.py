@@ -1,6 +1,7 @@
 """A client made from the protocol alone: numpy, the generated messages and grpc, nothing of the library."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import grpc
@@ -11,6 +12,8 @@ from mfdist.table_server.proto import table_v1_pb2 as pb
 from mfdist.table_server.proto.table_v1_pb2_grpc import TableServiceStub
 
 DTYPES = {"float32": pb.FLOAT32, "uint8": pb.UINT8, "int32": pb.INT32, "int64": pb.INT64}
+#: Names for tables, each given once; the tests of a module share a server.
+table_names = (f"table {number}" for number in count())
 
 
 def tensor(array: np.ndarray[Any, Any]) -> pb.Tensor:

@@ -1,7 +1,5 @@
 """What refusals say: in one line what must hold, what was given and what to do, and with which status."""
 
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +8,10 @@ import numpy as np
 import pytest
 
 from mfdist.table_server.proto import table_v1_pb2 as pb
-from tests.table_server.processes import ServerProcess, server
-from tests.table_server.raw_client import RawClient, refused, tensor
+from tests.table_server.processes import server
+from tests.table_server.raw_client import RawClient, refused, table_names, tensor
 
-_names = (f"table {number}" for number in count())
 LOOKUPS = pb.Lookups(row_ids=tensor(np.array([[3, 9]])), scores=tensor(np.ones((1, 2), np.float32)))
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(process: ServerProcess) -> Iterator[RawClient]:
-    made = RawClient(process.address)
-    made.join()
-    yield made
-    made.channel.close()
-
-
-@pytest.fixture
-def table(client: RawClient) -> str:
-    name = next(_names)
-    client.create(name)
-    return name
 
 
 def shard(name: str, **changed: Any) -> pb.Shard:
@@ -57,7 +33,9 @@ def create(client: RawClient, made: pb.Shard) -> Any:
 
 @pytest.mark.parametrize("std", [float("nan"), float("inf"), -1.0])
 def test_first_rows_have_a_spread(client: RawClient, std: float) -> None:
-    refused(lambda: create(client, shard(next(_names), std=std)), f"must be finite and 0 or more; got {std} for table")
+    refused(
+        lambda: create(client, shard(next(table_names), std=std)), f"must be finite and 0 or more; got {std} for table"
+    )
 
 
 def test_another_table_of_the_name_is_told_by_what_differs(client: RawClient, table: str) -> None:
@@ -134,7 +112,7 @@ def test_a_checkpoint_that_is_not_there_is_not_called_damaged(client: RawClient,
     refused(load, "a checkpoint must have been committed", not_found)
     client.stub.Save(pb.SaveRequest(directory=str(tmp_path), step=3), timeout=60)
     refused(lambda: load(step=4), "step 4 must have been committed", not_found)
-    other = next(_names)
+    other = next(table_names)
     client.create(other)
     refused(load, "a table must be in the checkpoint to be loaded", not_found)
     client.stub.Drop(pb.DropRequest(table=other), timeout=60)

@@ -1,8 +1,6 @@
 """Requests that a client got wrong: each is refused by name before anything of it is kept."""
 
 import asyncio
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +18,14 @@ from mfdist.table_server.rpcs import add_service
 from mfdist.table_server.service import TableService
 from mfdist.table_server.store import Store
 from tests.table_server.processes import ServerProcess, server
-from tests.table_server.raw_client import RawClient, acknowledged, array, refused, tensor
+from tests.table_server.raw_client import RawClient, acknowledged, array, refused, table_names, tensor
 
-_names = (f"table {number}" for number in count())
 PARTS = ("lookups", "grad_output", "row_ids", "row_gradients")
 #: What a push may hold that is neither lookups with their gradient nor gradients of rows alone.
 NO_FORMS = [
     {name for bit, name in enumerate(PARTS) if number >> bit & 1} for number in range(16) if number not in (3, 12)
 ]
 WRONG_RATES = [float("nan"), float("inf"), float("-inf"), -0.1]
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with server(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(process: ServerProcess) -> Iterator[RawClient]:
-    made = RawClient(process.address)
-    made.join()
-    yield made
-    made.channel.close()
-
-
-@pytest.fixture
-def table(client: RawClient) -> str:
-    name = next(_names)
-    client.create(name)
-    return name
 
 
 def both_forms(client: RawClient, table: str, step: int = 1) -> pb.PushRequest:
@@ -254,7 +230,7 @@ def test_a_row_whose_gradient_is_not_finite_is_left_and_the_push_counts(client: 
 
 def test_sums_of_a_message_fit_the_length_that_the_page_gives(process: ServerProcess, client: RawClient) -> None:
     """A client that takes 16 MiB gets what is not refused, with scales and head."""
-    name = next(_names)
+    name = next(table_names)
     client.create(name, 8, 4)
     options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(process.address, options=options) as channel:
